@@ -1,0 +1,44 @@
+"""SAM3-LiteText in pure JAX/Flax: find, segment and score all that matches a phrase or example boxes.
+
+    from sam3lt_jax import Predictor
+    predictor = Predictor.from_pretrained("s0")
+    predictor("street.jpg", text=["yellow school bus"]).render("street.jpg").save("overlay.png")
+
+Glossary of axes, used in every signature: B images, P prompts, T tokens (or queries inside attention),
+S keys (or image side in pixels), N boxes (or heads inside attention), L prompt tokens, Q object queries,
+H, W (h, w) rows and columns, D width, C channels.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Names are resolved on first use, so that importing the package stays fast and touches no device.
+_EXPORTS = {
+  "Predictor": "predictor",
+  "Profile": "config",
+  "Results": "processing.results",
+  "Sam3LiteText": "model",
+  "Sam3LiteTextConfig": "config",
+  "Sam3LiteTextOutput": "model",
+  "Sam3Processor": "processing.processor",
+  "TextFeatures": "model",
+  "VisionFeatures": "model",
+  "from_pretrained": "checkpoints",
+  "save_pretrained": "checkpoints",
+}
+__all__ = sorted([*_EXPORTS, "__version__"])
+
+
+def __getattr__(name: str):
+  if name not in _EXPORTS:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+  globals()[name] = value
+  return value
+
+
+def __dir__():
+  return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,328 @@
+"""Every number of the model, and the two reference profiles.
+
+A variant is data: `Sam3LiteTextConfig.s0()`, `.s1()`, `.l()`, or any other numbers read from a
+transformers `config.json` (the schema itself is in `config_schema.py`).
+
+Sources: transformers 5.23.0 `configuration_sam3_lite_text.py` / `configuration_sam3.py` for the schema;
+the authors' model builder for the values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+GeometryCls = Literal["always", "with_boxes", "with_any_boxes"]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """Where the two PyTorch references disagree, one explicit field a point.
+
+  `Profile.original()` is what the released weights were trained with; `Profile.transformers()` is what users
+  of transformers 5.23.0 see. Change single fields with `dataclasses.replace`.
+
+  Attributes:
+    name: "original", "transformers" or anything else for a mixture. A label only; no code branches on it.
+    pad_token_id: fills a phrase up to `context_length`. RepMixer convolutions see it even when masked.
+    context_length: tokens a phrase is padded (and cut) to.
+    mask_text_padding: padding tokens are hidden from the text encoder's self-attention.
+    position_policy: a position table longer or shorter than the phrase is cut ("slice") or resampled
+      bilinearly ("interpolate").
+    geometry_cls: when the geometry encoder's CLS token joins the prompt. "always" (original); "with_boxes":
+      for the rows that have a box, so rows stay independent; "with_any_boxes": for every row of a call that
+      passes boxes at all, which is what transformers does to a mixed batch (a text-only row then changes
+      with its neighbours; kept for exact comparison only).
+    vit_layer_norm_eps: epsilon of the ViT trunk's LayerNorms.
+    presence_logit_clamp: presence logits are clamped to +-this; None: never.
+    text_cleaning: "original" (ftfy, HTML unescaped twice, whitespace collapsed, lower case) or
+      "transformers" (NFC, whitespace collapsed, lower case).
+    mask_order: "upsample_then_sigmoid" (original) or "sigmoid_then_upsample" (transformers).
+    score_threshold: default score under which a detection is dropped.
+    training_dropout: where dropout acts in training. "original": attention weights, after attention, inside
+      and after the MLP, drop path in the ViT; "transformers": after attention and after the MLP only.
+  """
+
+  name: str
+  pad_token_id: int
+  context_length: int
+  mask_text_padding: bool
+  position_policy: Literal["slice", "interpolate"]
+  geometry_cls: GeometryCls
+  vit_layer_norm_eps: float
+  presence_logit_clamp: float | None
+  text_cleaning: Literal["original", "transformers"]
+  mask_order: Literal["upsample_then_sigmoid", "sigmoid_then_upsample"]
+  score_threshold: float
+  training_dropout: Literal["original", "transformers"]
+
+  def __post_init__(self):
+    _check_choice("position_policy", self.position_policy, ("slice", "interpolate"))
+    _check_choice("geometry_cls", self.geometry_cls, ("always", "with_boxes", "with_any_boxes"))
+    _check_choice("text_cleaning", self.text_cleaning, ("original", "transformers"))
+    _check_choice("training_dropout", self.training_dropout, ("original", "transformers"))
+    _check_choice("mask_order", self.mask_order, ("upsample_then_sigmoid", "sigmoid_then_upsample"))
+    if self.context_length < 2:
+      raise ValueError(f"context_length must be at least 2, got {self.context_length}")
+
+  @classmethod
+  def original(cls) -> Profile:
+    """The authors' PyTorch code (efficientsam3, branch sam3_litetext)."""
+    return cls(
+      name="original",
+      pad_token_id=0,
+      context_length=16,
+      mask_text_padding=False,
+      position_policy="slice",
+      geometry_cls="always",
+      vit_layer_norm_eps=1e-5,
+      presence_logit_clamp=None,
+      text_cleaning="original",
+      mask_order="upsample_then_sigmoid",
+      score_threshold=0.5,
+      training_dropout="original",
+    )
+
+  @classmethod
+  def transformers(cls) -> Profile:
+    """transformers 5.23.0, `Sam3LiteTextModel` with `Sam3Processor`; rows of a batch independent."""
+    return cls(
+      name="transformers",
+      pad_token_id=49407,
+      context_length=32,
+      mask_text_padding=True,
+      position_policy="interpolate",
+      geometry_cls="with_boxes",
+      vit_layer_norm_eps=1e-6,
+      presence_logit_clamp=10.0,
+      text_cleaning="transformers",
+      mask_order="sigmoid_then_upsample",
+      score_threshold=0.3,
+      training_dropout="transformers",
+    )
+
+  @classmethod
+  def named(cls, name: str | Profile) -> Profile:
+    """`"original"` or `"transformers"` to its profile; a `Profile` passes through."""
+    if isinstance(name, Profile):
+      return name
+    _check_choice("profile", name, ("original", "transformers"))
+    return cls.original() if name == "original" else cls.transformers()
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """ViT trunk and neck. Sizes in pixels are square; `global_attn_indexes` are 0-based layers."""
+
+  hidden_size: int = 1024
+  intermediate_size: int = 4736
+  num_hidden_layers: int = 32
+  num_attention_heads: int = 16
+  num_channels: int = 3
+  image_size: int = 1008
+  patch_size: int = 14
+  window_size: int = 24
+  global_attn_indexes: tuple[int, ...] = (7, 15, 23, 31)
+  pretrain_image_size: int = 336
+  rope_theta: float = 10000.0
+  drop_path_rate: float = 0.1  # used in training under training_dropout="original" only
+  fpn_hidden_size: int = 256
+  scale_factors: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
+
+  @property
+  def pretrain_grid(self) -> int:
+    """Side of the learned position table, in patches."""
+    return self.pretrain_image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """Text encoder: MobileCLIP (`kind="mobileclip"`) or SAM 3's own CLIP text tower (`kind="clip"`)."""
+
+  kind: Literal["mobileclip", "clip"] = "mobileclip"
+  vocab_size: int = 49408
+  hidden_size: int = 512
+  intermediate_size: int = 2048
+  projection_dim: int = 512
+  num_hidden_layers: int = 12
+  num_attention_heads: int = 8
+  max_position_embeddings: int = 16
+  layer_norm_eps: float = 1e-5
+  use_repmixer_blocks: bool = False
+  repmixer_kernel_size: int = 11
+  layer_scale_init_value: float = 1e-5
+  batch_norm_eps: float = 1e-5
+  fused: bool = False  # RepMixer blocks folded into plain convolutions, see Sam3LiteText.fuse
+
+
+@dataclasses.dataclass(frozen=True)
+class GeometryEncoderConfig:
+  """Box prompts to tokens."""
+
+  hidden_size: int = 256
+  num_layers: int = 3
+  num_attention_heads: int = 8
+  intermediate_size: int = 2048
+  dropout: float = 0.1
+  roi_size: int = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class DetrEncoderConfig:
+  """Fusion encoder: image tokens attend to themselves and to the prompt."""
+
+  hidden_size: int = 256
+  num_layers: int = 6
+  num_attention_heads: int = 8
+  intermediate_size: int = 2048
+  dropout: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DetrDecoderConfig:
+  """Object queries to boxes, scores and presence."""
+
+  hidden_size: int = 256
+  num_layers: int = 6
+  num_queries: int = 200
+  num_attention_heads: int = 8
+  intermediate_size: int = 2048
+  dropout: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskDecoderConfig:
+  """Pixel decoder and mask heads."""
+
+  hidden_size: int = 256
+  num_upsampling_stages: int = 3
+  num_attention_heads: int = 8
+  num_groups: int = 8  # GroupNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class Sam3LiteTextConfig:
+  """The whole model: sizes of every part, and the reference profile it follows.
+
+  Use `.s0()`, `.s1()`, `.l()` for the released variants, `from_json` for a transformers `config.json`.
+  """
+
+  vision: VisionConfig = VisionConfig()
+  text: TextConfig = TextConfig()
+  geometry_encoder: GeometryEncoderConfig = GeometryEncoderConfig()
+  detr_encoder: DetrEncoderConfig = DetrEncoderConfig()
+  detr_decoder: DetrDecoderConfig = DetrDecoderConfig()
+  mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
+  profile: Profile = Profile.original()
+
+  def __post_init__(self):
+    v, t = self.vision, self.text
+    for name, width, heads in (
+      ("vision", v.hidden_size, v.num_attention_heads),
+      ("text", t.hidden_size, t.num_attention_heads),
+      (
+        "geometry_encoder",
+        self.geometry_encoder.hidden_size,
+        self.geometry_encoder.num_attention_heads,
+      ),
+      ("detr_encoder", self.detr_encoder.hidden_size, self.detr_encoder.num_attention_heads),
+      ("detr_decoder", self.detr_decoder.hidden_size, self.detr_decoder.num_attention_heads),
+      ("mask_decoder", self.mask_decoder.hidden_size, self.mask_decoder.num_attention_heads),
+    ):
+      if width % heads:
+        raise ValueError(
+          f"{name}: num_attention_heads must divide hidden_size, got {heads} heads for width {width}"
+        )
+    if v.image_size % v.patch_size:
+      raise ValueError(
+        f"vision.image_size must be a multiple of the patch size {v.patch_size}, got {v.image_size}"
+      )
+
+  @classmethod
+  def s0(cls, profile: str | Profile = "original") -> Sam3LiteTextConfig:
+    """SAM3-LiteText-S0-16: MobileCLIP-S0 text encoder, 42.54M parameters."""
+    text = TextConfig(num_hidden_layers=6, use_repmixer_blocks=True)
+    return cls(text=text, profile=Profile.named(profile))
+
+  @classmethod
+  def s1(cls, profile: str | Profile = "original") -> Sam3LiteTextConfig:
+    """SAM3-LiteText-S1-16: MobileCLIP-S1 text encoder, 63.53M parameters."""
+    return cls(text=TextConfig(), profile=Profile.named(profile))
+
+  @classmethod
+  def l(cls, profile: str | Profile = "original") -> Sam3LiteTextConfig:
+    """SAM3-LiteText-L-16: MobileCLIP2-L text encoder, 123.80M parameters."""
+    text = TextConfig(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12)
+    return cls(text=text, profile=Profile.named(profile))
+
+  @classmethod
+  def sam3(cls, profile: str | Profile = "original") -> Sam3LiteTextConfig:
+    """SAM 3 itself, with the 353.72M CLIP text tower that the students were distilled from."""
+    text = TextConfig(
+      kind="clip",
+      hidden_size=1024,
+      intermediate_size=4096,
+      projection_dim=512,
+      num_hidden_layers=24,
+      num_attention_heads=16,
+      max_position_embeddings=32,
+    )
+    profile = dataclasses.replace(Profile.named(profile), context_length=32)
+    return cls(text=text, profile=profile)
+
+  def replace(self, **changes) -> Sam3LiteTextConfig:
+    """A copy with whole parts replaced; `profile` may be a name."""
+    if "profile" in changes:
+      changes["profile"] = Profile.named(changes["profile"])
+    return dataclasses.replace(self, **changes)
+
+  def to_json(self, path: str | os.PathLike | None = None) -> dict[str, Any]:
+    """The configuration in transformers' `config.json` schema, written to `path` when given.
+
+    Our own fields that the schema lacks (the profile, `fused`) go under the key `"sam3lt_jax"`.
+    """
+    from sam3lt_jax import config_schema
+
+    data = config_schema.to_schema(self)
+    if path is not None:
+      with open(path, "w", encoding="utf-8") as f:
+        json.dump(data, f, indent=2, sort_keys=True)
+        f.write("\n")
+    return data
+
+  @classmethod
+  def from_json(
+    cls, source: str | os.PathLike | Mapping[str, Any], profile: str | Profile | None = None
+  ) -> Sam3LiteTextConfig:
+    """Reads transformers' `config.json` schema.
+
+    Args:
+      source: a path to the file, a directory that holds `config.json`, or the parsed dictionary.
+      profile: overrides what the file says; a file without our key is taken as "transformers".
+
+    Raises:
+      ValueError: unreadable JSON, another model type, or a field of the wrong kind.
+      FileNotFoundError: no such file.
+    """
+    if isinstance(source, Mapping):
+      data = source
+    else:
+      path = os.fspath(source)
+      if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+      with open(path, encoding="utf-8") as f:
+        try:
+          data = json.load(f)
+        except json.JSONDecodeError as e:
+          raise ValueError(f"{path} is not valid JSON: {e}") from e
+    from sam3lt_jax import config_schema
+
+    return config_schema.from_schema(data, profile)

@@ -1,0 +1,144 @@
+"""transformers' `config.json` schema, read and written.
+
+Source: transformers 5.23.0 `configuration_sam3_lite_text.py` and `configuration_sam3.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sam3lt_jax.config import (
+  DetrDecoderConfig,
+  DetrEncoderConfig,
+  GeometryEncoderConfig,
+  MaskDecoderConfig,
+  Profile,
+  Sam3LiteTextConfig,
+  TextConfig,
+  VisionConfig,
+)
+
+_MODEL_TYPES = ("sam3_lite_text", "sam3", "sam3_video", "sam3_lite_text_video")
+_VIT_FIELDS = (
+  "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
+  "image_size", "patch_size", "window_size", "global_attn_indexes", "pretrain_image_size",
+)  # fmt: skip
+_TEXT_FIELDS = tuple(
+  f.name for f in dataclasses.fields(TextConfig) if f.name not in ("kind", "batch_norm_eps", "fused")
+)
+_CLIP_FIELDS = (
+  "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers",
+  "num_attention_heads", "max_position_embeddings", "layer_norm_eps",
+)  # fmt: skip
+# What transformers' classes default to where they differ from ours; a config.json may leave defaults out.
+_TRANSFORMERS_TEXT_DEFAULTS = {
+  "mobileclip": {"use_repmixer_blocks": True, "max_position_embeddings": 77},
+  "clip": {
+    "hidden_size": 1024, "intermediate_size": 4096, "projection_dim": 512, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "max_position_embeddings": 32,
+  },
+}  # fmt: skip
+
+
+def to_schema(config: Sam3LiteTextConfig) -> dict[str, Any]:
+  v, t = config.vision, config.text
+  clip = t.kind == "clip"
+  prefix = "sam3" if clip else "sam3_lite_text"
+  backbone = {k: getattr(v, k) for k in _VIT_FIELDS}
+  backbone |= {
+    "model_type": "sam3_vit_model",
+    "hidden_act": "gelu",
+    "layer_norm_eps": config.profile.vit_layer_norm_eps,
+    "global_attn_indexes": list(v.global_attn_indexes),
+    "rope_parameters": {"rope_type": "axial", "rope_theta": v.rope_theta},
+  }
+  grid = v.image_size // v.patch_size
+  vision = {
+    "model_type": "sam3_vision_model",
+    "backbone_config": backbone,
+    "fpn_hidden_size": v.fpn_hidden_size,
+    "scale_factors": list(v.scale_factors),
+    "backbone_feature_sizes": [[int(grid * s)] * 2 for s in v.scale_factors[:-1]],
+  }
+  text = {k: getattr(t, k) for k in (_CLIP_FIELDS if clip else _TEXT_FIELDS)}
+  text |= {
+    "model_type": "clip_text_model" if clip else "sam3_lite_text_text_model",
+    "hidden_act": "gelu",
+  }
+  parts = {
+    f"{name}_config": dataclasses.asdict(getattr(config, name)) | {"model_type": f"{prefix}_{name}"}
+    for name in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
+  }
+  parts["mask_decoder_config"].pop("num_groups")
+  return {
+    "model_type": prefix,
+    "architectures": ["Sam3Model" if clip else "Sam3LiteTextModel"],
+    "vision_config": vision,
+    "text_config": text,
+    **parts,
+    "sam3lt_jax": {
+      "profile": dataclasses.asdict(config.profile),
+      "drop_path_rate": v.drop_path_rate,
+      "fused": t.fused,
+      "num_groups": config.mask_decoder.num_groups,
+    },
+  }
+
+
+def from_schema(data: Mapping[str, Any], profile: str | Profile | None) -> Sam3LiteTextConfig:
+  data = data.get("detector_config") or data  # a video checkpoint nests the image model
+  model_type = data.get("model_type")
+  if model_type not in _MODEL_TYPES:
+    raise ValueError(
+      f"config: model_type {model_type!r} is not a SAM3-LiteText model; accepted: {', '.join(_MODEL_TYPES)}"
+    )
+  ours = data.get("sam3lt_jax") or {}
+  if profile is None:
+    profile = Profile(**ours["profile"]) if "profile" in ours else Profile.transformers()
+  profile = Profile.named(profile)
+
+  vision = data.get("vision_config") or {}
+  vit = vision.get("backbone_config") or {}
+  if vit.get("layer_norm_eps") is not None and not ours and profile.name == "transformers":
+    profile = dataclasses.replace(profile, vit_layer_norm_eps=float(vit["layer_norm_eps"]))
+  kind = "clip" if model_type in ("sam3", "sam3_video") else "mobileclip"
+  text = _TRANSFORMERS_TEXT_DEFAULTS[kind] | dict(data.get("text_config") or {})
+  rope = vit.get("rope_parameters") or {}
+  extra = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+  if "drop_path_rate" in ours:
+    extra["drop_path_rate"] = ours["drop_path_rate"]
+  mask = dict(data.get("mask_decoder_config") or {})
+  if "num_groups" in ours:
+    mask["num_groups"] = ours["num_groups"]
+  return Sam3LiteTextConfig(
+    vision=_pick(VisionConfig, {**vit, **vision, **extra}, "vision_config"),
+    text=_pick(TextConfig, {**text, "kind": kind, "fused": ours.get("fused", False)}, "text_config"),
+    geometry_encoder=_pick(
+      GeometryEncoderConfig, data.get("geometry_encoder_config"), "geometry_encoder_config"
+    ),
+    detr_encoder=_pick(DetrEncoderConfig, data.get("detr_encoder_config"), "detr_encoder_config"),
+    detr_decoder=_pick(DetrDecoderConfig, data.get("detr_decoder_config"), "detr_decoder_config"),
+    mask_decoder=_pick(MaskDecoderConfig, mask, "mask_decoder_config"),
+    profile=profile,
+  )
+
+
+def _pick(cls, data: Mapping[str, Any] | None, where: str):
+  """Builds `cls` from the fields that it has; other keys of the schema do not concern us."""
+  values = {}
+  for field in dataclasses.fields(cls):
+    value = (data or {}).get(field.name)
+    if value is None:
+      continue
+    default = field.default
+    if isinstance(default, int) and isinstance(value, (list, tuple)):
+      if len(set(value)) != 1:
+        raise ValueError(f"{where}.{field.name}: only square sizes are supported, got {value}")
+      value = value[0]
+    try:
+      values[field.name] = tuple(value) if isinstance(default, tuple) else type(default)(value)
+    except (TypeError, ValueError) as e:
+      raise ValueError(f"{where}.{field.name}: expected {type(default).__name__}, got {value!r}") from e
+  return cls(**values)

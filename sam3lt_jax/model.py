@@ -1,0 +1,374 @@
+"""Sam3LiteText: the boxes of the architecture figure, composed.
+
+    image -> ViT trunk -> neck ------------------+
+    phrase -> text encoder --+                   |
+    boxes  -> geometry ------+-> prompt tokens -> fusion encoder -> decoder -> boxes, presence
+                                                                   scoring -> scores
+                                                                   mask decoder -> masks
+
+Axes: B images, P prompts, T text tokens, N boxes, L prompt tokens, Q queries, D detector width,
+S image side in pixels, h, w rows and columns of a map.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from sam3lt_jax.config import Sam3LiteTextConfig
+from sam3lt_jax.nn.detr_decoder import DetrDecoder
+from sam3lt_jax.nn.fusion_encoder import FusionEncoder
+from sam3lt_jax.nn.geometry_encoder import GeometryEncoder
+from sam3lt_jax.nn.layers import Dense, Dtype, Taps, tap
+from sam3lt_jax.nn.mask_decoder import MaskDecoder
+from sam3lt_jax.nn.scoring import DotProductScoring
+from sam3lt_jax.nn.text_encoder import TextEncoder
+from sam3lt_jax.nn.vision_encoder import VisionEncoder
+from sam3lt_jax.ops import boxes as box_ops
+from sam3lt_jax.ops import positions
+
+Variables = dict[str, Any]
+PADDING_LABEL = -10
+
+
+@flax.struct.dataclass
+class VisionFeatures:
+  """What an image becomes.
+
+  Attributes:
+    fpn_hidden_states: three maps [B, h, w, D] of 4, 2 and 1 times the token grid (288, 144, 72 at 1008 px).
+  """
+
+  fpn_hidden_states: tuple[jax.Array, ...]
+
+
+@flax.struct.dataclass
+class TextFeatures:
+  """What a phrase becomes. Names follow transformers, whose `pooler_output` is a whole sequence here.
+
+  Attributes:
+    last_hidden_state: [P, T, text width] after the text encoder's final LayerNorm.
+    pooler_output: [P, T, D] tokens projected to the detector's width; what the detector reads.
+    attention_mask: bool [P, T], True for tokens of the phrase.
+  """
+
+  last_hidden_state: jax.Array
+  pooler_output: jax.Array
+  attention_mask: jax.Array
+
+
+@flax.struct.dataclass
+class Sam3LiteTextOutput:
+  """Raw predictions, one row a prompt, all float32. `Sam3Processor` turns them into results.
+
+  Attributes:
+    pred_masks: [P, Q, h, w] logits, h = w = 4 times the token grid.
+    pred_boxes: [P, Q, 4] normalised xyxy, not clipped to the image.
+    pred_logits: [P, Q], clamped to +-12. Score = sigmoid(pred_logits) * sigmoid(presence_logits).
+    presence_logits: [P, 1]: does the image hold the concept at all.
+    semantic_seg: [P, 1, h, w] logits of "any object of the concept".
+    intermediates: name -> array when asked for, else None. Names: vit_block_{i} [B, h, w, width],
+      neck_{i} [B, h, w, D], text_embeddings and text_block_{i} [P, T, width], text_features [P, T, D],
+      prompt_tokens [P, L, D], prompt_mask [P, L], encoder_output [P, h * w, D], decoder_hidden_states
+      [layers, P, Q, D], decoder_boxes [layers, P, Q, 4] cxcywh, decoder_logits [layers, P, Q],
+      decoder_presence_logits [layers, P, 1], pixel_embed [P, h, w, D].
+  """
+
+  pred_masks: jax.Array
+  pred_boxes: jax.Array
+  pred_logits: jax.Array
+  presence_logits: jax.Array
+  semantic_seg: jax.Array
+  intermediates: dict[str, jax.Array] | None = None
+
+
+class Sam3LiteText(nn.Module):
+  """SAM3-LiteText (and SAM 3 itself, with `config.text.kind == "clip"`).
+
+      model = Sam3LiteText(Sam3LiteTextConfig.s0())
+      variables = model.init_variables(jax.random.key(0))      # or from_pretrained
+      output = model.apply(variables, pixel_values, input_ids, attention_mask)
+
+  `dtype` is what layers compute in, `param_dtype` what parameters are stored in; norms, softmax, RoPE, box
+  arithmetic and outputs are float32 either way.
+  """
+
+  config: Sam3LiteTextConfig
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  def setup(self):
+    c, kw = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    v, t, g, e, d, m = c.vision, c.text, c.geometry_encoder, c.detr_encoder, c.detr_decoder, c.mask_decoder
+    original_dropout = c.profile.training_dropout == "original"
+
+    def dropout(rate):
+      inner = rate if original_dropout else 0.0
+      return {"dropout": rate, "attention_dropout": inner, "mlp_dropout": inner}
+
+    self.vision_encoder = VisionEncoder(
+      trunk={
+        "features": v.hidden_size,
+        "num_layers": v.num_hidden_layers,
+        "num_heads": v.num_attention_heads,
+        "mlp_hidden": v.intermediate_size,
+        "patch": v.patch_size,
+        "window": v.window_size,
+        "global_layers": v.global_attn_indexes,
+        "pretrain_grid": v.pretrain_grid,
+        "rope_theta": v.rope_theta,
+        "epsilon": c.profile.vit_layer_norm_eps,
+        "drop_path": v.drop_path_rate if original_dropout else 0.0,
+      },
+      pyramid={"features": v.fpn_hidden_size, "scales": v.scale_factors},
+      **kw,
+    )
+    self.text_encoder = TextEncoder(
+      vocab_size=t.vocab_size,
+      features=t.hidden_size,
+      num_layers=t.num_hidden_layers,
+      num_heads=t.num_attention_heads,
+      mlp_hidden=t.intermediate_size,
+      projection_dim=t.projection_dim,
+      max_positions=t.max_position_embeddings,
+      epsilon=t.layer_norm_eps,
+      position_policy=c.profile.position_policy,
+      mask_padding=c.profile.mask_text_padding,
+      causal=t.kind == "clip",
+      repmixer=t.kind == "mobileclip" and t.use_repmixer_blocks,
+      repmixer_kernel=t.repmixer_kernel_size,
+      layer_scale_init=t.layer_scale_init_value,
+      batch_norm_eps=t.batch_norm_eps,
+      fused=t.fused,
+      **kw,
+    )
+    self.text_projection = Dense(e.hidden_size, **kw)
+    self.geometry_encoder = GeometryEncoder(
+      g.hidden_size, g.num_layers, g.num_attention_heads, g.intermediate_size, g.roi_size,
+      **dropout(g.dropout), **kw,
+    )  # fmt: skip
+    self.detr_encoder = FusionEncoder(
+      e.num_layers, e.num_attention_heads, e.intermediate_size, **dropout(e.dropout), **kw
+    )
+    self.detr_decoder = DetrDecoder(
+      d.hidden_size, d.num_layers, d.num_queries, d.num_attention_heads, d.intermediate_size,
+      c.profile.presence_logit_clamp, **dropout(d.dropout), **kw,
+    )  # fmt: skip
+    self.dot_product_scoring = DotProductScoring(
+      d.hidden_size,
+      d.intermediate_size,
+      hidden_dropout=d.dropout if original_dropout else 0.0,
+      output_dropout=0.0 if original_dropout else d.dropout,
+      **kw,
+    )
+    self.mask_decoder = MaskDecoder(
+      m.hidden_size, m.num_attention_heads, m.num_upsampling_stages, m.num_groups, **kw
+    )
+
+  def __call__(
+    self,
+    pixel_values: jax.Array | None = None,
+    input_ids: jax.Array | None = None,
+    attention_mask: jax.Array | None = None,
+    *,
+    input_boxes: jax.Array | None = None,
+    input_boxes_labels: jax.Array | None = None,
+    image_index: jax.Array | None = None,
+    vision_embeds: VisionFeatures | None = None,
+    text_embeds: TextFeatures | jax.Array | None = None,
+    deterministic: bool = True,
+    update_batch_stats: bool = False,
+    output_intermediates: bool = False,
+  ) -> Sam3LiteTextOutput:
+    """Finds, scores and segments every object that matches each prompt.
+
+    Args:
+      pixel_values: [B, S, S, 3] in [-1, 1], RGB, channels last; S any multiple of the patch size (14).
+      input_ids: int32 [P, T]. attention_mask: bool or int [P, T], 1 = token; None: all are tokens.
+      input_boxes: float32 [P, N, 4], normalised cxcywh. N may be 0.
+      input_boxes_labels: int32 [P, N], 1 positive, 0 negative, -10 padding; None: all positive.
+      image_index: int32 [P], which image each prompt is for. None: prompt p is for image p; a single image
+        serves all prompts and a single prompt all images.
+      vision_embeds: in place of pixel_values, from `get_vision_features`.
+      text_embeds: in place of input_ids: `TextFeatures`, or its `pooler_output` [P, T, D] and attention_mask.
+      deterministic: False applies dropout (rng "dropout"); where it acts follows the profile.
+      update_batch_stats: True normalises RepMixer blocks by the batch and updates `batch_stats` (mutable).
+      output_intermediates: fills `Sam3LiteTextOutput.intermediates`.
+
+    Raises:
+      ValueError: arguments that contradict each other, or shapes that are not as above.
+    """
+    taps: Taps = {} if output_intermediates else None
+    if (pixel_values is None) == (vision_embeds is None):
+      raise ValueError("pass exactly one of pixel_values and vision_embeds")
+    if (input_ids is None) == (text_embeds is None):
+      raise ValueError("pass exactly one of input_ids and text_embeds")
+    if vision_embeds is None:
+      vision_embeds = self._vision(pixel_values, deterministic, taps)
+    if text_embeds is None:
+      text_embeds = self._text(input_ids, attention_mask, update_batch_stats, taps)
+    elif not isinstance(text_embeds, TextFeatures):
+      mask = _token_mask(attention_mask, text_embeds.shape[:2])
+      text_embeds = TextFeatures(text_embeds, text_embeds, mask)
+    tap(taps, "text_features", text_embeds.pooler_output)
+    return self._detect(
+      vision_embeds, text_embeds, input_boxes, input_boxes_labels, image_index, deterministic, taps
+    )
+
+  def get_vision_features(self, pixel_values: jax.Array, deterministic: bool = True) -> VisionFeatures:
+    """pixel_values [B, S, S, 3] in [-1, 1] -> `VisionFeatures`, to be reused over many prompts."""
+    return self._vision(pixel_values, deterministic, None)
+
+  def get_text_features(
+    self, input_ids: jax.Array, attention_mask: jax.Array | None = None, update_batch_stats: bool = False
+  ) -> TextFeatures:
+    """input_ids int32 [P, T] (attention_mask [P, T], 1 = token) -> `TextFeatures`, reusable over images."""
+    return self._text(input_ids, attention_mask, update_batch_stats, None)
+
+  def init_variables(self, rng: jax.Array) -> Variables:
+    """Random parameters for every layer, as `init` gives, without shaping inputs by hand."""
+    v, t = self.config.vision, self.config.text
+    side = v.patch_size * 2  # parameters do not depend on the image size
+    tokens = min(4, t.max_position_embeddings)
+
+    def init(rng):
+      return self.init(
+        rng,
+        jnp.zeros((1, side, side, v.num_channels)),
+        jnp.zeros((1, tokens), jnp.int32),
+        input_boxes=jnp.full((1, 1, 4), 0.5),
+      )
+
+    return jax.jit(init)(rng)
+
+  def fuse(self, variables: Variables) -> tuple[Sam3LiteText, Variables]:
+    """The same function with RepMixer blocks folded into plain convolutions, for inference.
+
+    Returns (model, variables); unchanged where there is nothing to fold. See `sam3lt_jax.fusing`.
+    """
+    from sam3lt_jax import fusing
+
+    return fusing.fuse(self, variables)
+
+  def _vision(self, pixel_values: jax.Array, deterministic: bool, taps: Taps) -> VisionFeatures:
+    v = self.config.vision
+    shape = pixel_values.shape
+    if len(shape) != 4 or shape[-1] != v.num_channels:
+      hint = "; this looks channels-first" if len(shape) == 4 and shape[1] == v.num_channels else ""
+      raise ValueError(f"pixel_values must be [B, S, S, {v.num_channels}], got {tuple(shape)}{hint}")
+    if shape[1] != shape[2] or shape[1] % v.patch_size or shape[1] < 2 * v.patch_size:
+      raise ValueError(
+        f"pixel_values must be square with a side that is a multiple of {v.patch_size} (at least"
+        f" {2 * v.patch_size}), got {shape[1]} x {shape[2]}"
+      )
+    return VisionFeatures(self.vision_encoder(pixel_values, deterministic, taps))
+
+  def _text(self, input_ids, attention_mask, update_batch_stats: bool, taps: Taps) -> TextFeatures:
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+      raise ValueError(f"input_ids must be int [P, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
+    mask = _token_mask(attention_mask, input_ids.shape)
+    hidden = self.text_encoder(input_ids, mask, update_batch_stats, taps)
+    return TextFeatures(hidden, self.text_projection(hidden), mask)
+
+  def _detect(
+    self,
+    vision: VisionFeatures,
+    text: TextFeatures,
+    boxes,
+    labels,
+    image_index,
+    deterministic: bool,
+    taps: Taps,
+  ) -> Sam3LiteTextOutput:
+    """Everything after the two encoders."""
+    *finer, image = _image_of_each_prompt(vision, text, image_index)
+    prompts = image.shape[0]
+    tokens, mask = (
+      jnp.broadcast_to(a, (prompts, *a.shape[1:])) for a in (text.pooler_output, text.attention_mask)
+    )
+    place = positions.map_positions(*image.shape[1:])
+    boxes, labels = _check_boxes(boxes, labels, prompts)
+    geometry = self._geometry_tokens(boxes, labels, image, place, deterministic)
+    if geometry is not None:
+      tokens = jnp.concatenate([tokens, geometry[0]], axis=1)
+      mask = jnp.concatenate([mask, geometry[1]], axis=1)
+    tap(taps, "prompt_tokens", tokens)
+    tap(taps, "prompt_mask", mask)
+
+    P, h, w, D = image.shape
+    flat_place = place.reshape(h * w, D)
+    encoded = self.detr_encoder(image.reshape(P, h * w, D), flat_place, tokens, mask, deterministic)
+    tap(taps, "encoder_output", encoded)
+    encoded = encoded.reshape(P, h, w, D)
+    decoded = self.detr_decoder(encoded, place, tokens, mask, deterministic)
+    logits = self.dot_product_scoring(decoded.hidden_states, tokens, mask, deterministic)
+    tap(taps, "decoder_hidden_states", decoded.hidden_states)
+    tap(taps, "decoder_boxes", decoded.boxes)
+    tap(taps, "decoder_logits", logits)
+    tap(taps, "decoder_presence_logits", decoded.presence_logits)
+    masks, semantic = self.mask_decoder(decoded.hidden_states[-1], tuple(finer), encoded, tokens, mask, taps)
+    return Sam3LiteTextOutput(
+      pred_masks=masks,
+      pred_boxes=box_ops.cxcywh_to_xyxy(decoded.boxes[-1]),
+      pred_logits=logits[-1],
+      presence_logits=decoded.presence_logits[-1],
+      semantic_seg=semantic,
+      intermediates=taps,
+    )
+
+  def _geometry_tokens(self, boxes, labels, image, place, deterministic: bool):
+    """Box tokens and the CLS token with their mask, or None where the profile adds none without boxes."""
+    policy = self.config.profile.geometry_cls
+    if boxes.shape[1] == 0 and policy != "always" and not self.is_initializing():
+      return None
+    box_mask = labels != PADDING_LABEL
+    cls_mask = box_mask.any(axis=1) if policy == "with_boxes" else jnp.ones(len(boxes), bool)
+    return self.geometry_encoder(boxes, labels, box_mask, cls_mask, image, place, deterministic)
+
+
+def _token_mask(attention_mask, shape) -> jax.Array:
+  if attention_mask is None:
+    return jnp.ones(shape, bool)
+  if tuple(attention_mask.shape) != tuple(shape):
+    raise ValueError(
+      f"attention_mask must be {tuple(shape)} like the tokens, got {tuple(attention_mask.shape)}"
+    )
+  return attention_mask.astype(bool)
+
+
+def _check_boxes(boxes, labels, prompts: int) -> tuple[jax.Array, jax.Array]:
+  """Boxes float32 [P, N, 4] and labels int32 [P, N]; none given becomes N = 0."""
+  if boxes is None:
+    if labels is not None:
+      raise ValueError("input_boxes_labels without input_boxes")
+    boxes = jnp.zeros((prompts, 0, 4), jnp.float32)
+  if boxes.ndim != 3 or boxes.shape[-1] != 4 or boxes.shape[0] != prompts:
+    raise ValueError(
+      f"input_boxes must be [P, N, 4] with P = {prompts} (the prompts of this call), got {tuple(boxes.shape)}"
+    )
+  if labels is None:
+    labels = jnp.ones(boxes.shape[:2], jnp.int32)
+  if tuple(labels.shape) != tuple(boxes.shape[:2]):
+    raise ValueError(f"input_boxes_labels must be {tuple(boxes.shape[:2])}, got {tuple(labels.shape)}")
+  return boxes.astype(jnp.float32), labels
+
+
+def _image_of_each_prompt(
+  vision: VisionFeatures, text: TextFeatures, image_index: jax.Array | None
+) -> tuple[jax.Array, ...]:
+  """The maps [B, h, w, D] rearranged to one row a prompt, [P, h, w, D]."""
+  maps = vision.fpn_hidden_states
+  images, prompts = maps[0].shape[0], text.pooler_output.shape[0]
+  if image_index is not None:
+    if image_index.ndim != 1 or prompts not in (1, image_index.shape[0]):
+      raise ValueError(f"image_index must be [P] with P = {prompts} prompts, got {tuple(image_index.shape)}")
+    return tuple(jnp.take(m, image_index, axis=0) for m in maps)
+  if images == prompts or prompts == 1:
+    return maps
+  if images == 1:
+    return tuple(jnp.broadcast_to(m, (prompts, *m.shape[1:])) for m in maps)
+  raise ValueError(f"{prompts} prompts for {images} images: pass image_index, one image number a prompt")

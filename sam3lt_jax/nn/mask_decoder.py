@@ -1,0 +1,98 @@
+"""Mask decoder: pixel embeddings, instance masks and the semantic map.
+
+Source: SAM 3 segmentation head (MaskFormer's pixel decoder). Axes: P prompts, Q queries, L prompt tokens,
+h, w rows and columns of a map, D width.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam3lt_jax.nn.layers import Attention, Conv, Dtype, LayerNorm, ReluMlp, Taps, tap
+from sam3lt_jax.ops import resize
+
+
+class PixelDecoder(nn.Module):
+  """Coarse to fine: nearest upsampling, the backbone's map added, 3x3 convolution, GroupNorm, ReLU.
+
+  Checkpoints carry three stages; with three maps only two of them run.
+  """
+
+  features: int
+  num_stages: int
+  num_groups: int
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  def setup(self):
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    self.conv_layers = [Conv(self.features, 3, **kw) for _ in range(self.num_stages)]
+    self.norms = [
+      nn.GroupNorm(self.num_groups, epsilon=1e-5, use_fast_variance=False, **kw)
+      for _ in range(self.num_stages)
+    ]
+
+  def __call__(self, maps: tuple[jax.Array, ...]) -> jax.Array:
+    """maps: [P, h, w, D], finest first, each twice the next. Returns the finest size."""
+    x = maps[-1]
+    for stage, finer in enumerate(reversed(maps[:-1])):
+      x = self._stage(stage, resize.nearest_double(x) + finer)
+    if self.is_initializing():
+      for stage in range(len(maps) - 1, self.num_stages):
+        self._stage(stage, x)
+    return x
+
+  def _stage(self, stage: int, x: jax.Array) -> jax.Array:
+    return nn.relu(self.norms[stage](self.conv_layers[stage](x)))
+
+
+class MaskDecoder(nn.Module):
+  """The encoder's map attends to the prompt, replaces the x1 map and is refined to 4 times the token grid."""
+
+  features: int
+  num_heads: int
+  num_stages: int
+  num_groups: int
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    queries: jax.Array,
+    maps: tuple[jax.Array, ...],
+    encoded: jax.Array,
+    prompt: jax.Array,
+    prompt_mask: jax.Array,
+    taps: Taps = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Masks of every query.
+
+    Args:
+      queries: [P, Q, D], the decoder's last hidden states.
+      maps: the finer levels of the neck, [P, h, w, D], finest first, without x1.
+      encoded: [P, h, w, D], the encoder's output at x1.
+      prompt: [P, L, D]; prompt_mask: bool [P, L].
+
+    Returns:
+      pred_masks [P, Q, h, w] and semantic_seg [P, 1, h, w], float32 logits. Taps: pixel_embed.
+    """
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    P, H, W, D = encoded.shape
+    flat = encoded.reshape(P, H * W, D)
+    h = LayerNorm(name="prompt_cross_attn_norm", **kw)(flat)
+    h = Attention(self.num_heads, name="prompt_cross_attn", **kw)(
+      h, prompt, prompt, prompt_mask[:, None, None, :]
+    )
+    encoded = (flat + h).reshape(P, H, W, D)
+    pixel = PixelDecoder(self.features, self.num_stages, self.num_groups, name="pixel_decoder", **kw)(
+      (*maps, encoded)
+    )
+    tap(taps, "pixel_embed", pixel)
+    instance = Conv(self.features, 1, name="instance_projection", **kw)(pixel)
+    mask_embedder = ReluMlp((D, D, D), prefix="layers_", first=0, name="mask_embedder", **kw)
+    masks = jnp.einsum("pqd,phwd->pqhw", mask_embedder(queries), instance, preferred_element_type=jnp.float32)
+    semantic = Conv(1, 1, name="semantic_projection", **kw)(pixel)
+    return masks, semantic.astype(jnp.float32).transpose(0, 3, 1, 2)

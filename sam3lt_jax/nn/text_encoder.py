@@ -1,0 +1,274 @@
+"""MobileCLIP text encoder, and SAM 3's CLIP text tower as the same encoder with a causal mask.
+
+RepMixer blocks (first and last layer of S0) mix tokens with depthwise convolutions over time; all other
+layers are pre-norm transformer blocks. Source: MobileCLIP's text transformer as the authors of
+SAM3-LiteText use it. Axes: P prompts, T tokens, D width, K kernel.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam3lt_jax.nn.layers import (
+  Attention,
+  Dense,
+  Dtype,
+  LayerNorm,
+  Mlp,
+  Taps,
+  embedding_init,
+  gelu,
+  tap,
+)
+from sam3lt_jax.ops import resize
+
+
+class DepthwiseConv(nn.Module):
+  """Depthwise convolution over time, zero-padded to keep the length. `kernel` [K, 1, D]."""
+
+  kernel_size: int
+  use_bias: bool = False
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x: [P, T, D] -> [P, T, D]."""
+    K, D, T = self.kernel_size, x.shape[-1], x.shape[1]
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (K, 1, D), self.param_dtype)
+    kernel = kernel.astype(self.dtype)
+    # A sum of shifted products: phrases are short, and grouped convolutions are slow on XLA:CPU.
+    x = jnp.pad(x.astype(self.dtype), ((0, 0), (K // 2, K // 2), (0, 0)))
+    y = sum(x[:, i : i + T] * kernel[i] for i in range(K))
+    if self.use_bias:
+      y = y + self.param("bias", nn.initializers.zeros_init(), (D,), self.param_dtype).astype(self.dtype)
+    return y
+
+
+def batch_norm(module: nn.Module, name: str, running: bool) -> nn.BatchNorm:
+  """BatchNorm with torch's momentum (0.1 of the new value) and the block's eps and dtypes."""
+  return nn.BatchNorm(
+    use_running_average=running,
+    momentum=0.9,
+    epsilon=module.batch_norm_eps,
+    dtype=module.dtype,
+    param_dtype=module.param_dtype,
+    use_fast_variance=False,
+    name=name,
+  )
+
+
+class MobileOneBlock(nn.Module):
+  """Depthwise convolution with BatchNorm, plus a BatchNorm of the input: one convolution after folding."""
+
+  kernel_size: int
+  batch_norm_eps: float
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, running: bool) -> jax.Array:
+    """x: [P, T, D] -> [P, T, D]."""
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    conv = DepthwiseConv(self.kernel_size, name="conv", **kw)(x)
+    return batch_norm(self, "batchnorm_conv", running)(conv) + batch_norm(self, "batchnorm_skip", running)(x)
+
+
+class RepMixer(nn.Module):
+  """x + layer_scale * (mixer(x) - norm(x)); linear in x, so it folds into one convolution with a bias."""
+
+  kernel_size: int
+  batch_norm_eps: float
+  layer_scale_init: float
+  fused: bool
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, running: bool) -> jax.Array:
+    """x: [P, T, D] -> [P, T, D]."""
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    if self.fused:
+      return DepthwiseConv(self.kernel_size, use_bias=True, name="conv", **kw)(x)
+    mixed = MobileOneBlock(self.kernel_size, self.batch_norm_eps, name="mixer", **kw)(x, running)
+    reference = batch_norm(self, "reference_batchnorm", running)(x)
+    scale = self.param(
+      "layer_scale", nn.initializers.constant(self.layer_scale_init), (x.shape[-1],), self.param_dtype
+    )
+    return x + scale.astype(self.dtype) * (mixed - reference)
+
+
+class ConvFeedForward(nn.Module):
+  """Depthwise convolution with BatchNorm, then a pointwise MLP."""
+
+  kernel_size: int
+  mlp_hidden: int
+  batch_norm_eps: float
+  fused: bool
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, running: bool) -> jax.Array:
+    """x: [P, T, D] -> [P, T, D]."""
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    D = x.shape[-1]
+    x = DepthwiseConv(self.kernel_size, use_bias=self.fused, name="depthwise_conv", **kw)(x)
+    if not self.fused:
+      x = batch_norm(self, "depthwise_batchnorm", running)(x)
+    return Mlp(self.mlp_hidden, D, gelu, name="mlp", **kw)(x)
+
+
+class RepMixerBlock(nn.Module):
+  """Token mixing, then the convolutional MLP under a layer scale (which folds into the MLP)."""
+
+  kernel_size: int
+  mlp_hidden: int
+  batch_norm_eps: float
+  layer_scale_init: float
+  fused: bool
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, running: bool) -> jax.Array:
+    """x: [P, T, D] -> [P, T, D]. `running`: BatchNorm uses its running statistics."""
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    x = RepMixer(
+      self.kernel_size, self.batch_norm_eps, self.layer_scale_init, self.fused, name="token_mixer", **kw
+    )(x, running)
+    update = ConvFeedForward(
+      self.kernel_size, self.mlp_hidden, self.batch_norm_eps, self.fused, name="conv_feed_forward", **kw
+    )(x, running)
+    if self.fused:
+      return x + update
+    scale = self.param(
+      "layer_scale", nn.initializers.constant(self.layer_scale_init), (x.shape[-1],), self.param_dtype
+    )
+    return x + scale.astype(self.dtype) * update
+
+
+class TransformerBlock(nn.Module):
+  """Pre-norm self-attention and MLP."""
+
+  num_heads: int
+  mlp_hidden: int
+  epsilon: float
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """x: [P, T, D]; mask: bool [P or 1, 1, 1 or T, T]. Returns [P, T, D]."""
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    h = LayerNorm(self.epsilon, name="layer_norm1", **kw)(x)
+    x = x + Attention(self.num_heads, out_name="out_proj", name="self_attn", **kw)(h, h, h, mask)
+    h = LayerNorm(self.epsilon, name="layer_norm2", **kw)(x)
+    return x + Mlp(self.mlp_hidden, x.shape[-1], gelu, name="mlp", **kw)(h)
+
+
+class TextEmbeddings(nn.Module):
+  """Token table plus position table; embeddings are not scaled."""
+
+  vocab_size: int
+  features: int
+  max_positions: int
+  position_policy: str
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, input_ids: jax.Array) -> jax.Array:
+    """input_ids: int32 [P, T] -> [P, T, D].
+
+    Raises ValueError for more tokens than position rows under position_policy="slice".
+    """
+    T = input_ids.shape[1]
+    tokens = nn.Embed(
+      self.vocab_size,
+      self.features,
+      embedding_init=embedding_init,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name="token_embedding",
+    )(input_ids)
+    table = self.param(
+      "position_embedding", embedding_init, (self.max_positions, self.features), self.param_dtype
+    )
+    if self.position_policy == "interpolate":
+      table = resize.resize_rows(table, T)
+    elif self.max_positions < T:
+      raise ValueError(
+        f"input_ids has {T} tokens but the position table has {self.max_positions} rows; pass at most"
+        f' {self.max_positions} tokens, or use position_policy="interpolate"'
+      )
+    return tokens + table[:T].astype(self.dtype)
+
+
+class TextEncoder(nn.Module):
+  """Token ids to features: MobileCLIP (`causal` False) or CLIP (`causal` True).
+
+  `projection` is CLIP's own pooled head; the detector does not use it, checkpoints carry it.
+  """
+
+  vocab_size: int
+  features: int
+  num_layers: int
+  num_heads: int
+  mlp_hidden: int
+  projection_dim: int
+  max_positions: int
+  epsilon: float
+  position_policy: str
+  mask_padding: bool
+  causal: bool = False
+  repmixer: bool = False
+  repmixer_kernel: int = 11
+  layer_scale_init: float = 1e-5
+  batch_norm_eps: float = 1e-5
+  fused: bool = False
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    update_batch_stats: bool = False,
+    taps: Taps = None,
+  ) -> jax.Array:
+    """input_ids: int32 [P, T]; attention_mask: bool [P, T], True = token. Returns [P, T, D].
+
+    Taps: text_embeddings, text_block_{i}.
+    """
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    T = input_ids.shape[1]
+    x = TextEmbeddings(
+      self.vocab_size, self.features, self.max_positions, self.position_policy, name="embeddings", **kw
+    )(input_ids)
+    tap(taps, "text_embeddings", x)
+    mask = attention_mask[:, None, None, :] if self.mask_padding else None
+    if self.causal:
+      earlier = jnp.tril(jnp.ones((1, 1, T, T), bool))
+      mask = earlier if mask is None else earlier & mask
+    for i in range(self.num_layers):
+      if self.repmixer and i in (0, self.num_layers - 1):
+        x = RepMixerBlock(
+          kernel_size=self.repmixer_kernel,
+          mlp_hidden=self.mlp_hidden,
+          batch_norm_eps=self.batch_norm_eps,
+          layer_scale_init=self.layer_scale_init,
+          fused=self.fused,
+          name=f"layers_{i}",
+          **kw,
+        )(x, running=not update_batch_stats)
+      else:
+        x = TransformerBlock(self.num_heads, self.mlp_hidden, self.epsilon, name=f"layers_{i}", **kw)(x, mask)
+      tap(taps, f"text_block_{i}", x)
+    x = LayerNorm(self.epsilon, name="final_layer_norm", **kw)(x)
+    if self.is_initializing():
+      Dense(self.projection_dim, use_bias=False, name="projection", **kw)(x)
+    return x

@@ -1,0 +1,1 @@
+"""Pure functions without parameters: attention, RoPE, windows, boxes, RoIAlign, resizing, positions."""

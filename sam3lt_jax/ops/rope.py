@@ -1,0 +1,46 @@
+"""Axial rotary position embedding of the ViT trunk.
+
+Source: SAM 3 ViT trunk; theta 10000, interleaved pairs (x0, x1), (x2, x3), ..., the first half of the head
+rotates with x, the second with y. Axes: T tokens, N heads, H head width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def axial_rope(grid: int, head_dim: int, theta: float, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+  """Cosines and sines for a grid x grid map in raster order.
+
+  Args:
+    grid: side of the map in tokens.
+    head_dim: width of a head, a multiple of 4.
+    scale: positions are multiplied by it (window / grid in the global layers).
+
+  Returns:
+    (cos, sin), each float32 [grid * grid, head_dim // 2], one column a pair.
+
+  Raises:
+    ValueError: head_dim is not a multiple of 4.
+  """
+  if head_dim % 4:
+    raise ValueError(f"head_dim must be a multiple of 4 for 2-D RoPE, got {head_dim}")
+  half = head_dim // 2
+  frequencies = (1.0 / theta ** (np.arange(0, half, 2, dtype=np.float32) / half)).astype(np.float32)
+  positions = np.arange(grid, dtype=np.float32) * np.float32(scale)
+  angles = positions[:, None] * frequencies  # [grid, H / 4]
+  shape = (grid, grid, half // 2)
+  x, y = np.broadcast_to(angles[None], shape), np.broadcast_to(angles[:, None], shape)
+  angles = np.concatenate([x, y], axis=-1).reshape(grid * grid, half)
+  return np.cos(angles), np.sin(angles)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the pairs of `x` [B, T, N, H] by angles [T, H // 2]; float32 inside, dtype of x outside."""
+  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+  even, odd = pairs[..., 0], pairs[..., 1]
+  cos, sin = jnp.asarray(cos)[:, None], jnp.asarray(sin)[:, None]  # broadcast over heads
+  rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+  return rotated.reshape(x.shape).astype(x.dtype)
