@@ -1,0 +1,187 @@
+"""Anything a user calls an image to the model's pixels.
+
+Three steps, each a function: `load_image` (upright RGB uint8), `resize_image` (square), `normalise` (float32
+in [-1, 1]); `preprocess` is all of them. Source: the original's `sam3_image_processor.py` and transformers
+5.23.0 `Sam3ImageProcessor`, whose resizing on uint8 Pillow's differs from by at most one level of 255.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_ACCEPTED = (
+  "a path, a PIL image, the bytes of an image file, or an array [H, W, 3] (uint8, or float in [0, 1])"
+)
+# What Pillow's decoders raise on damaged files.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError)
+
+
+def load_image(image: Any) -> np.ndarray:
+  """Reads an image as RGB.
+
+  Args:
+    image: one of
+      - a path (str or PathLike), or the bytes of an image file: any format Pillow reads, first frame only.
+        EXIF orientation is applied;
+      - a PIL image, taken as it is: EXIF orientation is *not* applied, so that boxes and masks stay in the
+        frame of the image given (as transformers does);
+      - an array: [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGBA), uint8 in 0..255 or floating point in
+        [0, 1]. A jax array or torch tensor is read through numpy.
+      Transparency (RGBA, LA, palette) is composited over white, as transformers 5.23.0 does (the original
+      rejects it); 16-bit grey is scaled to 8 bits; CMYK, palette, bilevel and grey are converted by Pillow.
+
+  Returns:
+    uint8 [H, W, 3].
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: not an image, damaged or truncated, over Pillow's pixel limit, or an array of another layout
+      or type.
+  """
+  if isinstance(image, (bytes, bytearray, memoryview)):
+    return _decode(io.BytesIO(image), f"image ({len(image)} bytes)")
+  if isinstance(image, (str, os.PathLike)):
+    path = os.fspath(image)
+    if isinstance(path, str) and path.startswith(("http://", "https://", "data:")):
+      raise ValueError(f"image: addresses are not fetched, got {path[:80]!r}; download it and give the path")
+    if os.path.isdir(path):
+      raise ValueError(f"image {path!r} is a folder; accepted: {_ACCEPTED}")
+    with open(path, "rb") as f:
+      return _decode(f, f"image {path!r}")
+  if isinstance(image, Image.Image):
+    return _to_rgb(image, "image")
+  if isinstance(image, (list, tuple)) or not hasattr(image, "__array__"):
+    raise ValueError(f"image must be {_ACCEPTED}; got {type(image).__name__}")
+  return _array_to_rgb(np.asarray(image))
+
+
+def _decode(file, name: str) -> np.ndarray:
+  try:
+    with Image.open(file) as image:
+      image.load()
+      image = ImageOps.exif_transpose(image)
+  except Image.DecompressionBombError as e:
+    raise ValueError(
+      f"{name} is larger than Pillow's safety limit ({e}). If you trust it, raise the limit first: "
+      "PIL.Image.MAX_IMAGE_PIXELS = 500_000_000 (or None for no limit)"
+    ) from e
+  except Image.UnidentifiedImageError as e:
+    empty = file.seek(0, io.SEEK_END) == 0
+    what = "is empty (0 bytes)" if empty else "is not an image in a format that Pillow reads"
+    raise ValueError(f"{name} {what}") from e
+  except _DECODE_ERRORS as e:
+    raise ValueError(f"{name} is damaged or truncated: {e}") from e
+  return _to_rgb(image, name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
+  if image.width == 0 or image.height == 0:
+    raise ValueError(f"{name} has no pixels, its size is {image.width}x{image.height}")
+  try:
+    image.load()  # Pillow decodes an opened file when it is first used
+  except _DECODE_ERRORS as e:
+    raise ValueError(f"{name} is damaged or truncated: {e}") from e
+  if image.mode.startswith("I"):
+    return _wide_grey_to_rgb(np.asarray(image), name)
+  if image.mode == "F":
+    return _array_to_rgb(np.asarray(image), name)
+  try:
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha converts to its plain mode only
+      image = image.convert(image.mode.upper())
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+      image = image.convert("RGBA")
+      white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+      image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))
+  except ValueError as e:
+    raise ValueError(f"{name} has mode {image.mode!r}, which cannot be converted to RGB: {e}") from e
+
+
+def _wide_grey_to_rgb(grey: np.ndarray, name: str) -> np.ndarray:
+  """Modes "I;16*", and "I", as which older Pillow opens 16-bit PNG: 0..65535 to 0..255, rounded."""
+  low, high = int(grey.min()), int(grey.max())
+  if low < 0 or high > 65535:
+    raise ValueError(f"{name} is integer grey with values {low}..{high}; 0..65535 (16 bit) is accepted")
+  grey = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+  return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def _array_to_rgb(array: np.ndarray, name: str = "image") -> np.ndarray:
+  shape = array.shape
+  if array.ndim == 2:
+    array = array[..., None]
+  if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+    hint = ""
+    if array.ndim == 3 and shape[0] in (1, 3, 4):
+      hint = ". It looks channels first: give np.moveaxis(image, 0, -1)"
+    elif array.ndim == 4:
+      hint = ". It looks like a batch: give its images one by one"
+    raise ValueError(f"{name} must be an array [H, W, 3], got shape {shape}{hint}")
+  if array.size == 0:
+    raise ValueError(f"{name} has no pixels, got shape {shape}")
+  if np.issubdtype(array.dtype, np.floating):
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails
+      hint = "; divide by 255, or give uint8" if 0 <= low and high <= 255 else ""
+      raise ValueError(f"{name}: a floating-point array must lie in [0, 1], got {low:g}..{high:g}{hint}")
+    array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+  elif array.dtype != np.uint8:
+    raise ValueError(f"{name}: an array must be uint8 or floating point in [0, 1], got {array.dtype}")
+  if array.shape[-1] == 1:
+    return np.repeat(array, 3, axis=-1)
+  if array.shape[-1] == 4:
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), name)
+  return array
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+  """Squares an image as both references do: the aspect ratio is not kept, nothing is padded.
+
+  Bilinear with antialiasing on uint8, by Pillow: within one level of torchvision's, for one value in a
+  hundred. A float resize would be off at one in seven.
+
+  Args:
+    image: uint8 [H, W, 3].
+    size: side of the result in pixels.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  if image.shape[:2] == (size, size):
+    return image
+  # Width first, as torchvision: it rounds between the passes, and Pillow, asked for both at once, turns them
+  # round for tall images, where up to a quarter of the values would then be one level off.
+  wide = Image.fromarray(np.ascontiguousarray(image)).resize(
+    (size, image.shape[0]), Image.Resampling.BILINEAR
+  )
+  return np.array(wide.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def normalise(image: np.ndarray) -> np.ndarray:
+  """(x / 255 - 0.5) / 0.5: uint8 of any shape to float32 in [-1, 1]."""
+  pixels = image.astype(np.float32)
+  pixels /= 255
+  pixels -= 0.5
+  pixels /= 0.5
+  return pixels
+
+
+def preprocess(image: Any, size: int = 1008) -> tuple[np.ndarray, tuple[int, int]]:
+  """Everything between a user's image and the model.
+
+  Args:
+    image: what `load_image` takes.
+    size: side of the model's input in pixels.
+
+  Returns:
+    (pixel_values float32 [size, size, 3] in [-1, 1], (height, width) of the image in pixels).
+  """
+  image = load_image(image)
+  return normalise(resize_image(image, size)), image.shape[:2]

@@ -1,0 +1,168 @@
+"""Phrases and boxes as a user writes them, checked and lined up: the prompt half of `Sam3Processor`.
+
+Axes: P prompts, N boxes of a prompt. Source of the conventions: transformers 5.23.0 `processing_sam3.py`.
+"""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+PAD_LABEL = -10  # label and coordinates of a padding box
+BOX_ONLY_TEXT = "visual"  # the phrase that stands for "what the boxes show"
+_BOXES_FORMAT = "[prompt][box][x1, y1, x2, y2] in pixels (or an array [P, N, 4])"
+
+Sizes = Sequence[tuple[int, int]]
+
+
+def box_rows(input_boxes: Any) -> list[np.ndarray]:
+  """`input_boxes` to one float64 [N, 4] a prompt, N = 0 where a prompt has none."""
+  if hasattr(input_boxes, "__array__"):
+    input_boxes = np.asarray(input_boxes)
+    if input_boxes.ndim != 3 or input_boxes.shape[-1] != 4:
+      raise ValueError(f"input_boxes must be {_BOXES_FORMAT}, got an array of shape {input_boxes.shape}")
+  elif not isinstance(input_boxes, (list, tuple)) or not input_boxes:
+    raise ValueError(f"input_boxes must be {_BOXES_FORMAT}, got {input_boxes!r}")
+  return [_box_row(row, i) for i, row in enumerate(input_boxes)]
+
+
+def _box_row(row: Any, i: int) -> np.ndarray:
+  if row is None or (isinstance(row, (list, tuple)) and not row):
+    return np.zeros((0, 4))
+  if isinstance(row, (str, bytes)) or np.ndim(row[0] if isinstance(row, (list, tuple)) else row) == 0:
+    raise ValueError(
+      f"input_boxes must be {_BOXES_FORMAT}; entry {i} is {row!r}, one level of nesting is missing"
+    )
+  for k, box in enumerate(row):
+    # One box at a time, so that the message can say which one.
+    try:
+      values = np.asarray(box, np.float64)
+    except (TypeError, ValueError) as e:
+      raise ValueError(f"input_boxes: box {k} of prompt {i} must be four numbers, got {box!r}") from e
+    if values.shape != (4,):
+      raise ValueError(
+        f"input_boxes: box {k} of prompt {i} must be four numbers (x1, y1, x2, y2), got {box!r}; "
+        f"the nesting is {_BOXES_FORMAT}"
+      )
+  return np.asarray(row, np.float64).reshape(-1, 4)
+
+
+def label_rows(labels: Any, boxes: list[np.ndarray]) -> list[np.ndarray]:
+  """`input_boxes_labels` to one int32 [N] a prompt, counts checked against the boxes; None: all 1."""
+  if labels is None:
+    return [np.ones(len(row), np.int32) for row in boxes]
+  if hasattr(labels, "__array__"):
+    labels = np.asarray(labels)
+    if labels.ndim != 2:
+      raise ValueError(f"input_boxes_labels must be [prompt][box], got an array of shape {labels.shape}")
+    labels = labels.tolist()
+  if not isinstance(labels, (list, tuple)) or not all(
+    isinstance(r, (list, tuple, np.ndarray, type(None))) for r in labels
+  ):
+    raise ValueError(f"input_boxes_labels must be [prompt][box], got {labels!r}")
+  if len(labels) != len(boxes):
+    raise ValueError(f"input_boxes_labels are for {len(labels)} prompts, input_boxes for {len(boxes)}")
+  rows = []
+  for i, (row, row_boxes) in enumerate(zip(labels, boxes)):
+    row = [] if row is None else list(row)
+    if len(row) != len(row_boxes):
+      raise ValueError(f"input_boxes_labels: prompt {i} has {len(row)} labels for {len(row_boxes)} boxes")
+    for k, label in enumerate(row):
+      if not isinstance(label, (numbers.Integral, np.bool_)) or int(label) not in (0, 1, PAD_LABEL):
+        raise ValueError(
+          f"input_boxes_labels must be 1 (like this), 0 (not like this) or {PAD_LABEL} (ignore); "
+          f"box {k} of prompt {i} has {label!r}"
+        )
+    rows.append(np.asarray(row, np.int32))
+  return rows
+
+
+def phrase_rows(text: Any, boxes: list[np.ndarray] | None, sizes: Sizes | None) -> list[str] | None:
+  """One phrase a prompt: a single one repeated, None beside boxes replaced by "visual"."""
+  if text is None and boxes is None:
+    return None
+  if text is None or isinstance(text, str):
+    rows = len(boxes) if boxes is not None else len(sizes) if sizes is not None else 1
+    return [BOX_ONLY_TEXT if text is None else text] * rows
+  if not isinstance(text, (list, tuple)):
+    raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
+  if not text:
+    raise ValueError("text must hold at least one phrase, got an empty list")
+  if boxes is not None and len(text) != len(boxes):
+    raise ValueError(f"text has {len(text)} phrases, input_boxes are for {len(boxes)} prompts")
+  if sizes is not None and len(sizes) not in (1, len(text)):
+    raise ValueError(f"text has {len(text)} phrases for {len(sizes)} images; give one an image, or one image")
+  phrases = []
+  for i, phrase in enumerate(text):
+    if phrase is None and boxes is not None and len(boxes[i]):
+      phrase = BOX_ONLY_TEXT
+    if not isinstance(phrase, str):
+      hint = "; None is for prompts with boxes" if phrase is None else ""
+      raise ValueError(f"text must hold strings, prompt {i} is {phrase!r}{hint}")
+    phrases.append(phrase)
+  return phrases
+
+
+def sizes_for(boxes: list[np.ndarray], sizes: Sizes | None) -> Sizes:
+  """(height, width) of the image of every prompt."""
+  if sizes is None:
+    raise ValueError("input_boxes are in pixels: give images or original_sizes as well")
+  if len(sizes) == 1:
+    return list(sizes) * len(boxes)
+  if len(sizes) != len(boxes):
+    raise ValueError(
+      f"input_boxes are for {len(boxes)} prompts, but there are {len(sizes)} images (or sizes)"
+    )
+  return sizes
+
+
+def pad_boxes(
+  boxes: list[np.ndarray], labels: list[np.ndarray], sizes: Sizes
+) -> tuple[np.ndarray, np.ndarray]:
+  """Boxes in pixels to the model's arrays.
+
+  Args:
+    boxes: [N, 4] a prompt, (x1, y1, x2, y2) in pixels.
+    labels: int32 [N] a prompt.
+    sizes: (height, width) in pixels a prompt.
+
+  Returns:
+    (float32 [P, max N, 4] normalised (cx, cy, w, h), int32 [P, max N]); padding is (-10, -10, 0, 0) and -10.
+
+  Raises:
+    ValueError: a box that is not finite, or inverted.
+  """
+  most = max(map(len, boxes))
+  out_boxes = np.full((len(boxes), most, 4), (PAD_LABEL, PAD_LABEL, 0, 0), np.float32)
+  out_labels = np.full((len(boxes), most), PAD_LABEL, np.int32)
+  for i, (row, row_labels, size) in enumerate(zip(boxes, labels, sizes)):
+    active = row_labels != PAD_LABEL
+    for k in np.flatnonzero(active):
+      _check_box(row[k], size, f"input_boxes: box {k} of prompt {i}")
+    corners = row.astype(np.float32) / np.asarray([size[1], size[0]] * 2, np.float32)
+    low, high = corners[:, :2], corners[:, 2:]
+    normalised = np.concatenate([(low + high) / 2, high - low], axis=-1)
+    out_boxes[i, : len(row)][active] = normalised[active]
+    out_labels[i, : len(row)] = row_labels
+  return out_boxes, out_labels
+
+
+def _check_box(box: np.ndarray, size: tuple[int, int], name: str) -> None:
+  x1, y1, x2, y2 = box.tolist()
+  height, width = size
+  if not np.isfinite(box).all():
+    raise ValueError(f"{name} must be finite, got {box.tolist()}")
+  if x2 < x1 or y2 < y1:
+    raise ValueError(
+      f"{name} is inverted, got {box.tolist()}; (x1, y1, x2, y2) with x1 <= x2, y1 <= y2 expected"
+    )
+  if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+    warnings.warn(f"{name} {box.tolist()} lies outside the image of {width}x{height} pixels", stacklevel=4)
+  elif box.min() >= 0 and box.max() <= 1 and min(size) > 1:
+    warnings.warn(
+      f"{name} {box.tolist()} is within one pixel; pixels are expected, not fractions", stacklevel=4
+    )

@@ -1,0 +1,245 @@
+"""Reading, squaring and normalising images; everything a user may hand over by mistake."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3lt_jax.processing.images import load_image, normalise, preprocess, resize_image
+from tests.reference import import_torch_reference
+
+
+def _photo(height=60, width=90, seed=0):
+  """Smooth colour fields with noise and hard edges, [H, W, 3] uint8."""
+  rng = np.random.default_rng(seed)
+  y, x = np.mgrid[:height, :width]
+  base = np.stack([np.sin(x / 7) + np.cos(y / 5), np.cos(x / 11 + y / 3), np.sign(np.sin((x + y) / 9))], -1)
+  return np.clip(128 + 50 * base + rng.normal(0, 20, base.shape), 0, 255).astype(np.uint8)
+
+
+def _saved(tmp_path, image, name, **kwargs):
+  path = tmp_path / name
+  image.save(path, **kwargs)
+  return path
+
+
+def _file_bytes(image, fmt, **kwargs):
+  buffer = io.BytesIO()
+  image.save(buffer, fmt, **kwargs)
+  return buffer.getvalue()
+
+
+def test_path_bytes_pil_and_array_agree(tmp_path):
+  photo = _photo()
+  pil = Image.fromarray(photo)
+  path = _saved(tmp_path, pil, "a.png")
+  for source in (path, str(path), path.read_bytes(), pil, photo):
+    loaded = load_image(source)
+    assert loaded.dtype == np.uint8 and loaded.shape == (60, 90, 3)
+    np.testing.assert_array_equal(loaded, photo)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_to_files_and_not_to_pil_images(tmp_path, orientation):
+  # Four flat quadrants survive JPEG; where the red one ends up tells the orientation.
+  photo = np.zeros((32, 64, 3), np.uint8)
+  photo[:16, :32] = (255, 0, 0)
+  photo[:16, 32:] = (0, 255, 0)
+  photo[16:, :32] = (0, 0, 255)
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  path = _saved(tmp_path, Image.fromarray(photo), "a.jpg", exif=exif, quality=95, subsampling=0)
+  upright = {
+    1: photo,
+    2: photo[:, ::-1],
+    3: photo[::-1, ::-1],
+    4: photo[::-1],
+    5: photo.transpose(1, 0, 2),
+    6: np.rot90(photo, -1),
+    7: photo[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(photo),
+  }[orientation]
+  for source in (path, path.read_bytes()):
+    loaded = load_image(source)
+    assert loaded.shape == upright.shape
+    assert np.abs(loaded.astype(int) - upright).mean() < 2
+  with Image.open(path) as pil:
+    assert load_image(pil).shape == (32, 64, 3)
+
+
+def test_grey_palette_bilevel_and_cmyk(tmp_path):
+  photo = _photo()
+  grey = Image.fromarray(photo).convert("L")
+  expected = np.repeat(np.asarray(grey)[..., None], 3, -1)
+  np.testing.assert_array_equal(load_image(grey), expected)
+  np.testing.assert_array_equal(load_image(_saved(tmp_path, grey, "grey.png")), expected)
+  np.testing.assert_array_equal(load_image(np.asarray(grey)), expected)
+  np.testing.assert_array_equal(load_image(np.asarray(grey)[..., None]), expected)
+
+  palette = Image.fromarray(photo).convert("P")
+  np.testing.assert_array_equal(
+    load_image(_saved(tmp_path, palette, "palette.png")), np.asarray(palette.convert("RGB"))
+  )
+  bilevel = Image.fromarray(photo).convert("1")
+  assert set(np.unique(load_image(bilevel))) == {0, 255}
+
+  flat = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+  loaded = load_image(_saved(tmp_path, flat, "cmyk.jpg", quality=95))
+  assert np.abs(loaded.astype(int) - (255, 0, 0)).max() <= 4
+
+
+def test_transparency_is_composited_over_white(tmp_path):
+  rgba = np.zeros((4, 4, 4), np.uint8)
+  rgba[..., 0] = 200
+  rgba[:2, :, 3] = 255  # opaque red above
+  rgba[2, :, 3] = 51  # a fifth
+  for source in (Image.fromarray(rgba), _saved(tmp_path, Image.fromarray(rgba), "a.png"), rgba):
+    loaded = load_image(source)
+    assert loaded.shape == (4, 4, 3)
+    assert (loaded[:2] == (200, 0, 0)).all()
+    assert np.abs(loaded[2].astype(int) - (244, 204, 204)).max() <= 1
+    assert (loaded[3] == 255).all()
+  assert (load_image(Image.new("LA", (3, 3), (10, 0))) == 255).all()
+  assert (load_image(Image.new("RGBa", (3, 3), (0, 0, 0, 0))) == 255).all()
+
+  palette = Image.fromarray(np.arange(4, dtype=np.uint8).reshape(2, 2), "L").convert("P")
+  path = _saved(tmp_path, palette, "p.png", transparency=0)
+  with Image.open(path) as opened:
+    assert opened.mode == "P"
+  loaded = load_image(path)
+  assert (loaded[0, 0] == 255).all() and (loaded[1, 1] < 10).all()
+
+
+def test_16_bit_grey_is_scaled_to_8_bit(tmp_path):
+  values = np.array([[0, 128, 129], [257, 32896, 65535]], np.uint16)
+  expected = np.array([[0, 0, 1], [1, 128, 255]], np.uint8)
+  path = tmp_path / "wide.png"
+  Image.fromarray(values).save(path)
+  for source in (path, Image.fromarray(values), Image.fromarray(values.astype(np.int32))):
+    loaded = load_image(source)
+    assert loaded.dtype == np.uint8
+    np.testing.assert_array_equal(loaded, np.repeat(expected[..., None], 3, -1))
+  with pytest.raises(ValueError, match=r"-5\.\.7; 0\.\.65535"):
+    load_image(Image.fromarray(np.array([[-5, 7]], np.int32)))
+
+
+def test_float_arrays_in_0_1_are_scaled():
+  photo = _photo()
+  np.testing.assert_array_equal(load_image(photo / 255.0), photo)
+  np.testing.assert_array_equal(load_image((photo / 255.0).astype(np.float32)), photo)
+  np.testing.assert_array_equal(load_image(Image.fromarray(np.full((2, 2), 0.2, np.float32))), 51)
+
+
+def test_one_pixel_and_a_thin_image():
+  pixels, size = preprocess(np.full((1, 1, 3), (255, 0, 51), np.uint8), 28)
+  assert pixels.shape == (28, 28, 3) and size == (1, 1)
+  np.testing.assert_allclose(pixels, np.broadcast_to([1.0, -1.0, -0.6], pixels.shape), atol=1e-6)
+  pixels, size = preprocess(_photo(1, 500), 28)
+  assert pixels.shape == (28, 28, 3) and size == (1, 500)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_12000x9000_image_is_accepted(tmp_path):
+  path = _saved(tmp_path, Image.new("L", (12000, 9000), 60), "large.png", compress_level=1)
+  pixels, size = preprocess(path, 56)
+  assert size == (9000, 12000)
+  np.testing.assert_allclose(pixels, (60 / 255 - 0.5) / 0.5, atol=1e-6)
+
+
+def test_over_pillows_limit_the_error_says_how_to_raise_it(tmp_path, monkeypatch):
+  path = _saved(tmp_path, Image.fromarray(_photo()), "bomb.png")
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+  with pytest.raises(ValueError, match=r"bomb\.png.*MAX_IMAGE_PIXELS"):
+    load_image(path)
+
+
+def test_damaged_files_are_named(tmp_path):
+  jpeg = _file_bytes(Image.fromarray(_photo(200, 300)), "JPEG")
+  png = _file_bytes(Image.fromarray(_photo(200, 300)), "PNG")
+  for name, data in (("cut.jpg", jpeg[: len(jpeg) // 2]), ("cut.png", png[: len(png) // 2])):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name}.*damaged or truncated"):
+      load_image(tmp_path / name)
+    with pytest.raises(ValueError, match=r"bytes\).*damaged or truncated"):
+      load_image(data)
+  with Image.open(tmp_path / "cut.jpg") as lazy, pytest.raises(ValueError, match="damaged or truncated"):
+    load_image(lazy)
+  broken = bytearray(png)
+  broken[60:80] = os.urandom(20)
+  with pytest.raises(ValueError, match="damaged or truncated"):
+    load_image(bytes(broken))
+
+
+def test_what_is_not_an_image(tmp_path):
+  (tmp_path / "notes.jpg").write_text("this is text")
+  with pytest.raises(ValueError, match=r"notes\.jpg.*not an image"):
+    load_image(tmp_path / "notes.jpg")
+  (tmp_path / "empty.png").write_bytes(b"")
+  with pytest.raises(ValueError, match=r"empty\.png.*is empty \(0 bytes\)"):
+    load_image(tmp_path / "empty.png")
+  with pytest.raises(ValueError, match=r"is empty"):
+    load_image(b"")
+  with pytest.raises(FileNotFoundError, match="nowhere"):
+    load_image(tmp_path / "nowhere.png")
+  with pytest.raises(ValueError, match="folder"):
+    load_image(tmp_path)
+  with pytest.raises(ValueError, match="not fetched"):
+    load_image("https://example.com/a.jpg")
+  for thing in (None, 3, [[1, 2], [3, 4]], object(), {"a": 1}):
+    with pytest.raises(ValueError, match=rf"image must be .*got {type(thing).__name__}"):
+      load_image(thing)
+
+
+def test_arrays_of_another_layout_or_type():
+  photo = _photo()
+  with pytest.raises(ValueError, match=r"\(3, 60, 90\).*channels first.*moveaxis"):
+    load_image(np.moveaxis(photo, -1, 0))
+  with pytest.raises(ValueError, match=r"\(1, 60, 90\).*channels first"):
+    load_image(photo[None, ..., 0])
+  with pytest.raises(ValueError, match=r"\(60, 90, 2\)"):
+    load_image(photo[..., :2])
+  with pytest.raises(ValueError, match="batch"):
+    load_image(photo[None])
+  for shape in ((0, 5, 3), (5, 0), (0, 0, 3)):
+    with pytest.raises(ValueError, match="no pixels"):
+      load_image(np.zeros(shape, np.uint8))
+  for dtype in (bool, np.int32, np.uint16, np.int64):
+    with pytest.raises(ValueError, match=rf"uint8 or floating point.*got {np.dtype(dtype)}"):
+      load_image(photo.astype(dtype))
+  with pytest.raises(ValueError, match="divide by 255"):
+    load_image(photo.astype(np.float32))
+  with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -1"):
+    load_image(photo / 127.5 - 1.0 - 1e-3)
+  with pytest.raises(ValueError, match="nan"):
+    load_image(np.full((4, 4, 3), np.nan, np.float32))
+
+
+def test_normalise_every_level():
+  levels = np.arange(256, dtype=np.uint8)
+  out = normalise(levels)
+  assert out.dtype == np.float32 and out[0] == -1 and out[-1] == 1
+  np.testing.assert_allclose(out, levels / 127.5 - 1, atol=2e-7)
+
+
+def test_resize_does_not_keep_the_aspect_and_leaves_the_right_size_alone():
+  photo = _photo(30, 90)
+  assert resize_image(photo, 56).shape == (56, 56, 3)
+  square = _photo(56, 56)
+  assert resize_image(square, 56) is square
+  np.testing.assert_array_equal(resize_image(np.asfortranarray(photo), 56), resize_image(photo, 56))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("shape", [(400, 600), (611, 333), (900, 300), (40, 30), (1, 7)])
+@pytest.mark.parametrize("side", [168, 56])
+def test_resize_is_within_one_level_of_torchvision(shape, side):
+  torch = import_torch_reference().torch
+  from torchvision.transforms.v2 import functional as tv
+
+  photo = _photo(*shape)
+  expected = tv.resize(torch.from_numpy(photo).permute(2, 0, 1), [side, side], antialias=True)
+  difference = np.abs(resize_image(photo, side).astype(int) - expected.permute(1, 2, 0).numpy().astype(int))
+  assert difference.max() <= 1
+  assert difference.mean() < 0.015

@@ -1,0 +1,277 @@
+"""Results: shapes, choosing, and what is written for others to read."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from sam3lt_jax.processing.render import instance_colors
+from sam3lt_jax.processing.results import Instance, Results
+
+SIZE = (20, 30)
+
+
+def make(n=4, labels=None, seed=0):
+  """n rectangles of SIZE with shuffled scores."""
+  rng = np.random.default_rng(seed)
+  masks = np.zeros((n, *SIZE), bool)
+  boxes = np.zeros((n, 4), np.float32)
+  for i in range(n):
+    x, y = int(rng.integers(0, 20)), int(rng.integers(0, 10))
+    w, h = 2 + i, 3 + i
+    masks[i, y : y + h, x : x + w] = True
+    boxes[i] = x, y, x + w, y + h
+  scores = rng.permutation(np.linspace(0.3, 0.9, n)).astype(np.float32)
+  return Results(boxes, scores, masks, labels or [("truck", "wheel")[i % 2] for i in range(n)], SIZE)
+
+
+def test_types_and_shapes():
+  results = Results([[1, 2, 3, 4]], [0.5], np.ones((1, 2, 3), np.uint8), ["é"], np.array([2, 3]))
+  assert results.boxes.dtype == np.float32 and results.scores.dtype == np.float32
+  assert results.masks.dtype == bool and results.masks.all()
+  assert results.labels == ("é",) and results.size == (2, 3)
+  assert results.areas.tolist() == [6]
+
+
+@pytest.mark.parametrize(
+  "make_empty",
+  [
+    lambda: Results.empty(SIZE),
+    lambda: make()[:0],
+    lambda: make()[[]],
+    lambda: Results([], [], [], [], SIZE),
+  ],
+)
+def test_empty_results_keep_their_shapes(make_empty):
+  results = make_empty()
+  assert len(results) == 0 and list(results) == []
+  assert results.boxes.shape == (0, 4) and results.boxes.dtype == np.float32
+  assert results.scores.shape == (0,) and results.masks.shape == (0, *SIZE)
+  assert results.masks.dtype == bool and results.labels == () and results.areas.shape == (0,)
+  assert results.to_coco() == [] and results.categories() == []
+  assert len(results.sort()) == 0 and not results.label_map().any()
+  assert "0 instances" in repr(results)
+
+
+@pytest.mark.parametrize(
+  "change, name",
+  [
+    ({"boxes": np.zeros((3, 4))}, "boxes"),
+    ({"boxes": np.zeros((4, 5))}, "boxes"),
+    ({"scores": np.zeros((4, 1))}, "scores"),
+    ({"masks": np.zeros((4, 20, 31))}, "masks"),
+    ({"labels": ["one"]}, "boxes"),
+    ({"labels": "four"}, "labels"),
+    ({"size": (0, 30)}, "size"),
+    ({"size": (20, 30, 3)}, "size"),
+  ],
+)
+def test_wrong_shapes_are_named(change, name):
+  good = make()
+  fields = {
+    "boxes": good.boxes,
+    "scores": good.scores,
+    "masks": good.masks,
+    "labels": good.labels,
+    "size": SIZE,
+  }
+  with pytest.raises(ValueError, match=f"^{name} must"):
+    Results(**{**fields, **change})
+
+
+def test_an_integer_gives_an_instance():
+  results = make()
+  one = results[1]
+  assert isinstance(one, Instance) and one.label == "wheel" and isinstance(one.score, float)
+  assert one.box.shape == (4,) and one.mask.shape == SIZE
+  assert np.array_equal(results[-1].mask, results.masks[3])
+  assert [r.label for r in results] == ["truck", "wheel", "truck", "wheel"]
+  assert [r.score for r in results] == results.scores.tolist()
+  for i in (4, -5):
+    with pytest.raises(IndexError, match="4 instances"):
+      results[i]
+
+
+@pytest.mark.parametrize(
+  "key, picked",
+  [
+    (slice(1, 3), [1, 2]),
+    (slice(None, None, -1), [3, 2, 1, 0]),
+    ([2, 0], [2, 0]),
+    (np.array([-1, 1]), [3, 1]),
+    ([True, False, False, True], [0, 3]),
+    (np.zeros(4, bool), []),
+  ],
+)
+def test_choosing_keeps_the_rows_together(key, picked):
+  results = make()
+  part = results[key]
+  assert isinstance(part, Results) and part.size == SIZE
+  assert np.array_equal(part.boxes, results.boxes[picked])
+  assert np.array_equal(part.scores, results.scores[picked])
+  assert np.array_equal(part.masks, results.masks[picked])
+  assert part.labels == tuple(results.labels[i] for i in picked)
+
+
+def test_filters():
+  results = make()
+  kept = results[results.scores > 0.6]
+  assert len(kept) == 2 and (kept.scores > 0.6).all()
+  assert results.with_label("wheel").labels == ("wheel", "wheel")
+  assert len(results.with_label("truck", "wheel")) == 4 and len(results.with_label("cat")) == 0
+  assert len(Results.empty(SIZE).with_label("cat")) == 0
+  ordered = results.sort()
+  assert np.all(np.diff(ordered.scores) < 0) and len(ordered) == 4
+  assert np.array_equal(ordered.boxes[0], results.boxes[results.scores.argmax()])
+  assert results.top_k(2).scores.tolist() == ordered.scores[:2].tolist()
+  assert len(results.top_k(99)) == 4
+  with pytest.raises(ValueError, match="k must not be negative"):
+    results.top_k(-1)
+
+
+def test_equal_scores_keep_their_order():
+  results = Results(np.zeros((3, 4)), [0.5, 0.9, 0.5], np.zeros((3, *SIZE)), ["a", "b", "c"], SIZE)
+  assert results.sort().labels == ("b", "a", "c")
+
+
+@pytest.mark.parametrize(
+  "key, error",
+  [
+    ("truck", ValueError),
+    (make().labels == "truck", ValueError),  # False: a tuple is not an array
+    ([True, False], ValueError),
+    ([0.5], ValueError),
+    (np.zeros((2, 2), int), ValueError),
+    (None, ValueError),
+    ([0, 4], IndexError),
+  ],
+)
+def test_wrong_keys(key, error):
+  with pytest.raises(error):
+    make()[key]
+
+
+def test_concatenate():
+  a, b = make(2, ["x", "y"]), make(3, ["z"] * 3, seed=1)
+  both = Results.concatenate([a, Results.empty(SIZE), b])
+  assert len(both) == 5 and both.labels == ("x", "y", "z", "z", "z")
+  assert np.array_equal(both.masks[2:], b.masks) and np.array_equal(both.boxes[:2], a.boxes)
+  with pytest.raises(ValueError, match="one size"):
+    Results.concatenate([a, Results.empty((5, 5))])
+  with pytest.raises(ValueError, match="at least one"):
+    Results.concatenate([])
+
+
+def test_repr_is_short():
+  text = repr(make(12))
+  assert text.startswith("Results(12 instances, size=20x30)")
+  assert "0: 'truck' 0." in text and "... 2 more" in text and len(text.splitlines()) == 12
+  assert "1 instance," in repr(make(1))
+
+
+def test_to_coco_is_json_and_decodes_to_the_masks():
+  results = make()
+  annotations = json.loads(json.dumps(results.to_coco(image_id=7, first_id=5)))
+  assert [a["id"] for a in annotations] == [5, 6, 7, 8]
+  assert [a["category_id"] for a in annotations] == [1, 2, 1, 2]
+  assert results.categories() == [{"id": 1, "name": "truck"}, {"id": 2, "name": "wheel"}]
+  for annotation, one in zip(annotations, results):
+    assert annotation["image_id"] == 7 and annotation["iscrowd"] == 0
+    assert annotation["segmentation"]["size"] == [20, 30]
+    assert isinstance(annotation["segmentation"]["counts"], str)
+    assert np.array_equal(coco_mask.decode(annotation["segmentation"]).astype(bool), one.mask)
+    assert annotation["area"] == one.mask.sum()
+    x1, y1, x2, y2 = one.box.tolist()
+    assert annotation["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+    assert annotation["score"] == pytest.approx(one.score)
+
+
+def test_to_coco_category_ids():
+  results = make()
+  ids = [a["category_id"] for a in results.to_coco(category_ids={"wheel": 10, "truck": 20})]
+  assert ids == [20, 10, 20, 10]
+  with pytest.raises(ValueError, match=r"category_ids must hold every label, missing \['wheel'\]"):
+    results.to_coco(category_ids={"truck": 1})
+
+
+def test_pycocotools_loads_the_results(capsys):
+  results = make()
+  truth = COCO()
+  truth.dataset = {
+    "info": {},
+    "images": [{"id": 1, "height": SIZE[0], "width": SIZE[1]}],
+    "categories": results.categories(),
+    "annotations": [],
+  }
+  truth.createIndex()
+  loaded = truth.loadRes(results.to_coco())
+  assert loaded.getAnnIds(catIds=[2]) == [2, 4]
+  assert np.array_equal(loaded.annToMask(loaded.loadAnns([3])[0]).astype(bool), results.masks[2])
+
+
+def test_to_supervision():
+  supervision = pytest.importorskip("supervision")
+  results = make()
+  detections = results.to_supervision()
+  assert isinstance(detections, supervision.Detections) and len(detections) == 4
+  assert np.array_equal(detections.xyxy, results.boxes)
+  assert np.array_equal(np.asarray(detections.mask), results.masks)
+  assert np.array_equal(detections.confidence, results.scores)
+  assert detections.class_id.tolist() == [0, 1, 0, 1]
+  assert detections.data["class_name"].tolist() == list(results.labels)
+  assert len(Results.empty(SIZE).to_supervision()) == 0
+
+
+def test_supervision_missing_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "supervision", None)
+  with pytest.raises(ImportError, match=r"pip install 'sam3lt_jax\[viz\]'"):
+    make().to_supervision()
+
+
+def overlapping():
+  """A small square drawn within a large one, whichever comes first."""
+  masks = np.zeros((3, *SIZE), bool)
+  masks[0, 5:8, 5:8] = True
+  masks[1, 2:15, 2:15] = True
+  masks[2, 18:, 28:] = True
+  return Results(np.zeros((3, 4)), [0.4, 0.9, 0.5], masks, ["a", "b", "a"], SIZE)
+
+
+def test_save_png_label_map(tmp_path):
+  results = overlapping()
+  path = tmp_path / "masks.png"
+  assert results.save_png(path) == [str(path)]
+  image = Image.open(path)
+  numbers = np.asarray(image)
+  assert image.mode == "P" and numbers.shape == SIZE
+  assert np.array_equal(numbers, results.label_map())
+  assert numbers[6, 6] == 1 and numbers[3, 3] == 2 and numbers[19, 29] == 3 and numbers[0, 0] == 0
+  rgb = np.asarray(image.convert("RGB"))
+  assert tuple(rgb[6, 6]) == instance_colors(results.labels)[0] and tuple(rgb[0, 0]) == (0, 0, 0)
+
+
+def test_save_png_separate_keeps_overlaps(tmp_path):
+  results = overlapping()
+  paths = results.save_png(tmp_path / "m.png", separate=True)
+  assert [p.rsplit("_", 1)[1] for p in paths] == ["000.png", "001.png", "002.png"]
+  for path, mask in zip(paths, results.masks):
+    assert np.array_equal(np.asarray(Image.open(path).convert("L")) == 255, mask)
+  assert not (tmp_path / "m.png").exists()
+
+
+def test_save_png_empty_and_many(tmp_path):
+  Results.empty(SIZE).save_png(tmp_path / "none.png")
+  assert not np.asarray(Image.open(tmp_path / "none.png")).any()
+  assert Results.empty(SIZE).save_png(tmp_path / "none.png", separate=True) == []
+  masks = np.zeros((300, *SIZE), bool)
+  masks.reshape(300, -1)[np.arange(300), np.arange(300)] = True
+  many = Results(np.zeros((300, 4)), np.ones(300), masks, ["x"] * 300, SIZE)
+  many.save_png(tmp_path / "many.png")
+  numbers = np.asarray(Image.open(tmp_path / "many.png"))
+  assert numbers.max() == 300 and np.array_equal(numbers, many.label_map())
+  with pytest.raises(ValueError, match=r"path must end in \.png"):
+    many.save_png(tmp_path / "many.jpg")
