@@ -1,0 +1,20 @@
+"""Checkpoints: load any of the known layouts, save our own or transformers'.
+
+`from_pretrained` and `save_pretrained` are the doors. Behind them: `sources` finds the files (`hub` downloads
+them), `readers` opens them, `tables` says what belongs where, `engine` applies the tables, `infer` reads a
+configuration off the tensors.
+"""
+
+from sam3lt_jax.checkpoints.errors import CheckpointError, CheckpointMismatchError
+from sam3lt_jax.checkpoints.pretrained import from_pretrained
+from sam3lt_jax.checkpoints.save import save_pretrained
+from sam3lt_jax.checkpoints.summary import PartSize, parameter_summary
+
+__all__ = [
+  "CheckpointError",
+  "CheckpointMismatchError",
+  "PartSize",
+  "from_pretrained",
+  "parameter_summary",
+  "save_pretrained",
+]

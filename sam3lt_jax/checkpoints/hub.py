@@ -1,0 +1,359 @@
+"""Checkpoints from a model hub through huggingface_hub: revisions, progress, resume, offline cache, tokens.
+
+Weights are fetched here in a file of their own name and handed to the hub's cache when whole, so that a
+download that broke off goes on where it stopped, also in the next process: huggingface_hub 2.4.0 throws a
+partial file away when its process ends. Everything else is `snapshot_download` and `hf_hub_download`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fnmatch
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from sam3lt_jax.checkpoints.errors import CheckpointError
+
+# The released models, for suggestions.
+KNOWN_REPOSITORIES = (
+  "Simon7108528/sam3-litetext-s0",
+  "Simon7108528/sam3-litetext-s1",
+  "Simon7108528/sam3-litetext-l",
+  "Simon7108528/EfficientSAM3",
+  "yonigozlan/sam3-litetext-s0",
+  "yonigozlan/sam3-litetext-s1",
+  "yonigozlan/sam3-litetext-l",
+  "vil-uob/sam3-litetext-s0",
+  "vil-uob/sam3-litetext-s1",
+  "vil-uob/sam3-litetext-l",
+  "facebook/sam3",
+)
+# Configuration, processor and tokenizer files, and weights as safetensors with their index.
+_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer*")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+_PART = re.compile(r"[\w.-]+")  # a user's or a repository's name
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Exceptions of requests, httpx and huggingface_hub that mean: no connection.
+_NETWORK = {"ConnectError", "TimeoutException", "NetworkError", "ProtocolError", "ConnectionError", "Timeout"}
+
+
+class UnknownRepositoryError(CheckpointError):
+  """The hub has no such repository, revision or file (or hides it from this token)."""
+
+
+class GatedRepositoryError(PermissionError):
+  """The repository exists, but its licence has not been accepted, or the token is missing or refused."""
+
+
+class HubUnreachableError(ConnectionError):
+  """No network (or offline mode), and the files are not in the local cache."""
+
+
+class DownloadError(OSError):
+  """A download broke off: the disk is full, the cache cannot be written, or the server stopped answering."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HubSource:
+  """A repository `owner/name`, and one file of it or the whole model directory (`file` None)."""
+
+  repo: str
+  file: str | None = None
+
+  def __str__(self) -> str:
+    return self.repo if self.file is None else f"{self.repo}:{self.file}"
+
+
+def parse_source(source: str) -> HubSource | None:
+  """`owner/name`, `owner/name:path/file.pt` or `owner/name/path/file.pt`; None: not a hub id."""
+  repo, colon, file = source.partition(":")
+  parts = repo.split("/")
+  if not colon and len(parts) > 2 and parts[-1].endswith(_WEIGHTS):
+    parts, file = parts[:2], "/".join(parts[2:])
+  elif colon and not file:
+    return None
+  # A leading dot is a relative path, not an owner.
+  if len(parts) != 2 or not all(_PART.fullmatch(p) and not p.startswith(".") for p in parts):
+    return None
+  if not file and parts[1].endswith(_WEIGHTS):
+    return None  # folder/file.safetensors
+  return HubSource("/".join(parts), file or None)
+
+
+def download(
+  source: str,
+  revision: str | None = None,
+  token: str | bool | None = None,
+  cache_dir: str | os.PathLike | None = None,
+  local_files_only: bool = False,
+  *,
+  endpoint: str | None = None,
+) -> str:
+  """Brings a checkpoint into the local cache and returns its path.
+
+  Args:
+    source: `owner/name` for a model directory (transformers' layout), or `owner/name:path/file.pt` (also
+      `owner/name/path/file.pt`) for one file.
+    revision: branch, tag or commit; a full commit hash pins the files for good. Default: the main branch.
+    token: access token; None uses `HF_TOKEN` or the one `hf auth login` stored, False sends none.
+    cache_dir: where files are kept. Default: huggingface_hub's cache (`HF_HUB_CACHE`).
+    local_files_only: only look in the cache. `HF_HUB_OFFLINE=1` does the same for every call.
+    endpoint: address of the hub. Default: `HF_ENDPOINT`, else huggingface_hub's own.
+
+  Returns:
+    The path of the snapshot's directory, or of the file. Without a network, what the cache holds of the
+    revision.
+
+  Raises:
+    UnknownRepositoryError: (ValueError) no such repository, revision or file, or a source of another form.
+    GatedRepositoryError: (PermissionError) licence not accepted, or the token is missing or refused.
+    HubUnreachableError: (ConnectionError) no network and nothing cached.
+    DownloadError: (OSError) disk full, cache not writable, connection lost for good.
+  """
+  where = parse_source(source)
+  if where is None:
+    raise UnknownRepositoryError(
+      f"source: {source!r} is not a repository; accepted: 'owner/name' or 'owner/name:path/to/file.pt'"
+    )
+  from huggingface_hub import constants
+
+  call = _Call(
+    where, revision, token, os.path.expanduser(os.fspath(cache_dir or constants.HF_HUB_CACHE)),
+    (endpoint or constants.ENDPOINT).rstrip("/"),
+  )  # fmt: skip
+  local_files_only = local_files_only or constants.HF_HUB_OFFLINE
+  reason: Exception | None = None
+  if not local_files_only:
+    try:
+      _fetch_weights(call)
+      return _from_hub(call)
+    except Exception as e:
+      if not _is_unreachable(e):
+        raise _explain(call, e) from e
+      reason = e
+  try:
+    return _from_hub(call, local_files_only=True)
+  except Exception as e:
+    raise _explain(call, reason or e, offline=local_files_only) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  source: HubSource
+  revision: str | None
+  token: str | bool | None
+  cache_dir: str
+  endpoint: str
+
+  @property
+  def folder(self) -> str:
+    """Name of the repository's folder in the cache."""
+    return "models--" + self.source.repo.replace("/", "--")
+
+
+def _from_hub(call: _Call, **kwargs: Any) -> str:
+  """The hub's own download: metadata, small files, and links to the weights that are already there."""
+  import huggingface_hub
+
+  kwargs |= {
+    "repo_id": call.source.repo, "revision": call.revision, "token": call.token, "cache_dir": call.cache_dir,
+    "endpoint": call.endpoint, "library_name": "sam3lt_jax",
+  }  # fmt: skip
+  if call.source.file is not None:
+    return huggingface_hub.hf_hub_download(filename=call.source.file, **kwargs)
+  path = huggingface_hub.snapshot_download(allow_patterns=list(_PATTERNS), **kwargs)
+  if not os.path.isdir(path) or not any(name.endswith(".safetensors") for name in os.listdir(path)):
+    raise UnknownRepositoryError(
+      f"{call.source.repo} holds no *.safetensors weights at the top; to load another file of it, "
+      f"name the file: '{call.source.repo}:path/to/file.pt'"
+    )
+  return path
+
+
+def _fetch_weights(call: _Call) -> None:
+  """Downloads the weight files that the cache lacks, each resumable, into the cache's `blobs` folder."""
+  from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+  from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+  cached = {"cache_dir": call.cache_dir, "revision": call.revision}
+  if call.source.file is not None:
+    files = [call.source.file]
+    if call.revision and _COMMIT.fullmatch(call.revision):
+      if isinstance(try_to_load_from_cache(call.source.repo, call.source.file, **cached), str):
+        return
+  else:
+    info = HfApi(endpoint=call.endpoint, token=call.token).model_info(
+      call.source.repo, revision=call.revision
+    )
+    cached["revision"] = info.sha
+    names = [s.rfilename for s in info.siblings or ()]
+    files = [n for n in names if n.endswith(_WEIGHTS) and any(fnmatch.fnmatch(n, p) for p in _PATTERNS)]
+    files = [n for n in files if not isinstance(try_to_load_from_cache(call.source.repo, n, **cached), str)]
+  headers = build_hf_headers(token=call.token, library_name="sam3lt_jax")
+  for name in files:
+    url = hf_hub_url(call.source.repo, name, revision=cached["revision"], endpoint=call.endpoint)
+    # huggingface_hub adds keys of its own to the headers that it is given.
+    meta = get_hf_file_metadata(url, token=call.token, headers=dict(headers), endpoint=call.endpoint)
+    if meta.etag is None or meta.size is None or os.sep in meta.etag:
+      continue  # not a hub's usual answer: leave the file to the hub's own code, and its errors
+    blobs = os.path.join(call.cache_dir, call.folder, "blobs")
+    locks = os.path.join(call.cache_dir, ".locks", call.folder)
+    os.makedirs(blobs, exist_ok=True)
+    os.makedirs(locks, exist_ok=True)
+    send = headers
+    if urlsplit(meta.location).netloc != urlsplit(url).netloc:
+      send = {k: v for k, v in headers.items() if k.lower() != "authorization"}  # a signed address elsewhere
+    with WeakFileLock(os.path.join(locks, f"{meta.etag}.part.lock")):
+      _fetch(meta.location, os.path.join(blobs, meta.etag), name, meta.etag, meta.size, send)
+
+
+def _fetch(url: str, blob: str, name: str, etag: str, size: int, headers: dict[str, Any]) -> None:
+  """One file to `blob` by way of `blob`.part, which stays when the connection breaks and is continued."""
+  from huggingface_hub.file_download import http_get
+
+  if os.path.exists(blob):
+    return
+  part = blob + ".part"
+  for _ in range(2):
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    if have > size:
+      os.remove(part)
+      have = 0
+    try:
+      with open(part, "ab", buffering=0) as f:  # on disk chunk by chunk, even if the process is killed
+        http_get(url, f, resume_size=have, headers=headers, expected_size=size, displayed_filename=name)
+    except Exception as e:
+      raise _BrokeOff(name, os.path.getsize(part) if os.path.exists(part) else 0, size, e) from e
+    if os.path.getsize(part) == size and _matches(part, etag):
+      os.replace(part, blob)
+      return
+    os.remove(part)  # continued from another file's bytes, or damaged: once more from the start
+  raise _BrokeOff(name, 0, size, OSError(f"the received file does not match its checksum {etag}"))
+
+
+def _matches(path: str, etag: str) -> bool:
+  """Large files carry their SHA-256 as etag; others (git hashes) are not checked."""
+  if not re.fullmatch("[0-9a-f]{64}", etag):
+    return True
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest() == etag
+
+
+class _BrokeOff(Exception):
+  """The transfer of one file failed after `have` of `size` bytes."""
+
+  def __init__(self, name: str, have: int, size: int, cause: Exception):
+    super().__init__(name)
+    self.name, self.have, self.size, self.cause = name, have, size, cause
+
+
+def _chain(e: BaseException) -> Iterator[BaseException]:
+  while e is not None:
+    yield e
+    e = e.__cause__ or e.__context__
+
+
+def _names(e: BaseException) -> set[str]:
+  return {c.__name__ for c in type(e).__mro__}
+
+
+def _status(e: BaseException) -> int | None:
+  return getattr(getattr(e, "response", None), "status_code", None)
+
+
+def _is_unreachable(e: BaseException) -> bool:
+  """No connection, or a hub that is down. By name: huggingface_hub uses requests or httpx, by its version."""
+  if isinstance(e, (_BrokeOff, UnknownRepositoryError)):
+    return False
+  if _status(e) is not None:
+    return _status(e) >= 500
+  return bool(_NETWORK & _names(e)) or (
+    "LocalEntryNotFoundError" in _names(e) and e.__cause__ is not None and _is_unreachable(e.__cause__)
+  )
+
+
+def _explain(call: _Call, e: Exception, offline: bool = False) -> Exception:
+  """The exception a user should see in place of `e`: one sentence on what happened and what to do."""
+  if isinstance(e, UnknownRepositoryError):
+    return e
+  repo, revision, names = call.source.repo, call.revision or "main", _names(e)
+  cause = e.cause if isinstance(e, _BrokeOff) else e
+  codes = set() if _is_unreachable(cause) else {c.errno for c in _chain(cause) if isinstance(c, OSError)}
+  if errno.ENOSPC in codes or errno.EDQUOT in codes:
+    return DownloadError(
+      f"the disk is full: {call.source} does not fit into the cache {call.cache_dir}; free some space, or "
+      "pass cache_dir (or set HF_HUB_CACHE), a folder on a larger disk"
+    )
+  if codes & {errno.EACCES, errno.EPERM, errno.EROFS}:
+    return DownloadError(f"the cache {call.cache_dir} cannot be written; pass cache_dir or set HF_HUB_CACHE")
+  if isinstance(e, _BrokeOff):
+    return DownloadError(
+      f"the download of {e.name} from {repo} broke off after {e.have / 1e6:.0f} of {e.size / 1e6:.0f} MB "
+      f"({_short(e.cause)}); run it again, and it goes on from there"
+    )
+  if "RevisionNotFoundError" in names:
+    return UnknownRepositoryError(
+      f"{repo} has no revision {revision!r}; accepted: a branch, tag or commit hash"
+    )
+  if "RemoteEntryNotFoundError" in names or names >= {"EntryNotFoundError", "HfHubHTTPError"}:
+    return UnknownRepositoryError(f"{repo} has no file {call.source.file!r} at revision {revision!r}")
+  if "GatedRepoError" in names or _status(e) == 403:
+    return GatedRepositoryError(_gated(call))
+  if "RepositoryNotFoundError" in names or _status(e) == 404:
+    return UnknownRepositoryError(_unknown(call))
+  if _status(e) == 401:
+    return GatedRepositoryError(
+      f"the hub refused the token for {repo}; make a new one with read access and run `hf auth login`, "
+      "or set HF_TOKEN"
+    )
+  if "HFValidationError" in names:
+    return UnknownRepositoryError(f"source: {repo!r} is not a repository name ({_short(e)})")
+  if offline or _is_unreachable(e) or "LocalEntryNotFoundError" in names:
+    return HubUnreachableError(_unreachable(call, e, offline))
+  return DownloadError(f"downloading {call.source} failed ({_short(e)})")
+
+
+def _gated(call: _Call) -> str:
+  repo = call.source.repo
+  return (
+    f"{repo} is gated, and access was not granted: accept its licence at {call.endpoint}/{repo} while logged "
+    "in, then run `hf auth login` with a token of that account (or set HF_TOKEN, or pass token=)"
+  )
+
+
+def _unknown(call: _Call) -> str:
+  import difflib
+
+  repo = call.source.repo
+  near = difflib.get_close_matches(repo.lower(), [k.lower() for k in KNOWN_REPOSITORIES], n=3, cutoff=0.6)
+  near = [k for k in KNOWN_REPOSITORIES if k.lower() in near]
+  hint = (
+    f"did you mean {' or '.join(map(repr, near))}?" if near else f"for instance {KNOWN_REPOSITORIES[0]!r}"
+  )
+  return (
+    f"no model repository {repo!r} at {call.endpoint}; {hint} (a private one needs a token: `hf auth login` "
+    "or HF_TOKEN)"
+  )
+
+
+def _unreachable(call: _Call, e: Exception, offline: bool) -> str:
+  revision = "" if call.revision is None else f" at revision {call.revision!r}"
+  if offline:
+    why = "downloads are switched off (local_files_only or HF_HUB_OFFLINE)"
+  else:
+    why = f"the hub {call.endpoint} cannot be reached ({_short(e)})"
+  name = "" if call.source.file is None else f" {call.source.file}"
+  return (
+    f"{why}, and {call.source}{revision} is not complete in the cache {call.cache_dir}; fetch it where "
+    f"there is a network (`hf download {call.source.repo}{name} --local-dir DIR`) and pass what that wrote"
+  )
+
+
+def _short(e: BaseException) -> str:
+  text = (str(e).strip() or type(e).__name__).splitlines()[0]
+  return text if len(text) <= 120 else text[:117] + "..."

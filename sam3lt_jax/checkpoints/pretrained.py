@@ -1,0 +1,215 @@
+"""`from_pretrained`: any checkpoint to (model, variables)."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam3lt_jax.checkpoints import engine, infer, orbax_io, random_init, readers, sources, tables
+from sam3lt_jax.checkpoints.errors import CheckpointError
+from sam3lt_jax.config import Profile, Sam3LiteTextConfig
+
+if TYPE_CHECKING:
+  from sam3lt_jax.model import Sam3LiteText, Variables
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_QUIET_SECONDS = 2.0  # a progress bar for what takes longer
+_ROPE_KEY = re.compile(r"(?:.*\.)?blocks\.(\d+)\.attn\.freqs_cis")
+
+
+def from_pretrained(
+  source: str | os.PathLike,
+  config: Sam3LiteTextConfig | Mapping[str, Any] | str | os.PathLike | None = None,
+  profile: str | Profile | None = None,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = None,
+  *,
+  revision: str | None = None,
+  token: str | bool | None = None,
+  cache_dir: str | os.PathLike | None = None,
+  local_files_only: bool = False,
+  seed: int = 0,
+  device: Any = None,
+  progress: bool = True,
+) -> tuple[Sam3LiteText, Variables]:
+  """Loads a checkpoint of any known layout.
+
+      model, variables = from_pretrained("s0")
+      output = model.apply(variables, pixel_values, input_ids, attention_mask)
+
+  Args:
+    source: one of
+      - "s0", "s1", "l": the released models on the hub;
+      - a hub id "owner/name", or one file of it, "owner/name:path/file.pt";
+      - a directory in transformers' layout (`model.safetensors` or shards with their index);
+      - an original file (`.pt`; needs the extra `convert`, that is torch) or a single `.safetensors`;
+      - a directory that `save_pretrained` wrote;
+      - "random:s0" (also s1, l, sam3, tiny, tiny-s1, tiny-l): untrained weights drawn from `seed`, for trying
+        and for benchmarks. What such a model finds means nothing.
+    config: the sizes, instead of those of `config.json` or those inferred from the tensors: a configuration,
+      or what `Sam3LiteTextConfig.from_json` takes.
+    profile: "original", "transformers" or a `Profile`, overriding the source's. Its own is "original" for an
+      original file and for random weights, "transformers" for a transformers directory, and what was saved
+      for a directory of ours.
+    dtype: what layers compute in: float32, bfloat16 or float16.
+    param_dtype: what parameters are stored in, float32 by default. BatchNorm statistics stay float32.
+    revision, token, cache_dir, local_files_only: for the hub, see `hub.download`.
+    seed: of random weights.
+    device: a jax device or sharding for every variable. Default: the first device.
+    progress: show a bar for what takes more than 2 seconds.
+
+  Returns:
+    The `Sam3LiteText` and its variables, `{"params": ...}` and for RepMixer text encoders `"batch_stats"`.
+
+  Raises:
+    CheckpointError: (ValueError) an unknown name, a missing, truncated or corrupted file, another variant
+      than `config`'s. `CheckpointMismatchError` lists every tensor that does not fit.
+    ImportError: a `.pt` without torch.
+    PermissionError, ConnectionError, OSError: from the hub, see `hub.download`.
+  """
+  dtypes = {"dtype": _dtype("dtype", dtype), "param_dtype": _dtype("param_dtype", param_dtype or jnp.float32)}
+  if profile is not None:
+    profile = Profile.named(profile)
+  if config is not None and not isinstance(config, Sam3LiteTextConfig):
+    config = Sam3LiteTextConfig.from_json(config, profile)
+  elif config is not None and profile is not None:
+    config = config.replace(profile=profile)
+  found = sources.locate(
+    source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+  )
+
+  def place(array: np.ndarray) -> jax.Array:
+    return jax.device_put(array, device)
+
+  bar = _Bar(f"loading {os.path.basename(os.fspath(source).rstrip(os.sep))}", progress)
+  with bar:
+    if found.kind == "random":
+      config = config or random_init.RANDOM_CONFIGS[found.path]().replace(profile=profile or "original")
+      model, target = build(config, **dtypes)
+      bar.start(sum(_nbytes(x) for x in target.values()))
+      leaves = random_init.random_leaves(target, seed, place, bar.advance)
+    elif found.kind == "orbax":
+      config = config or _own_config(found.path, profile)
+      model, target = build(config, **dtypes)
+      leaves = orbax_io.load(found.path, target, device)
+    else:
+      model, leaves = _load_tensors(found.path, config, profile, dtypes, place, bar)
+  return model, engine.unflatten(leaves)
+
+
+def build(config: Sam3LiteTextConfig, dtype: Any, param_dtype: Any) -> tuple[Sam3LiteText, dict[str, Any]]:
+  """The model of `config`, and its leaves as shapes and dtypes, flat."""
+  from sam3lt_jax.model import Sam3LiteText
+
+  model = Sam3LiteText(config, dtype=dtype, param_dtype=param_dtype)
+  return model, abstract_leaves(model)
+
+
+def abstract_leaves(model: Sam3LiteText) -> dict[str, Any]:
+  """Leaf path -> `jax.ShapeDtypeStruct` of every variable of `model`; nothing is computed."""
+  return dict(_abstract_leaves(model.config, jnp.dtype(model.param_dtype)))
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_leaves(config: Sam3LiteTextConfig, param_dtype: Any) -> dict[str, Any]:
+  from sam3lt_jax.model import Sam3LiteText
+
+  model = Sam3LiteText(config, param_dtype=param_dtype)
+  return engine.flatten(jax.eval_shape(model.init_variables, jax.random.key(0)))
+
+
+def _load_tensors(
+  path: str,
+  config: Sam3LiteTextConfig | None,
+  profile: Profile | None,
+  dtypes: dict[str, Any],
+  place: Callable[[np.ndarray], Any],
+  bar: _Bar,
+) -> tuple[Sam3LiteText, dict[str, Any]]:
+  if config is not None and config.text.fused:
+    raise CheckpointError(
+      "config.text.fused: this checkpoint holds RepMixer blocks as trained; load it unfused and call "
+      "model.fuse"
+    )
+  try:
+    with readers.open_tensors(path) as tensors:
+      layout = tables.detect(tensors, path)
+      filled, _ = engine.assign(layout, {key: t.shape for key, t in tensors.items()})
+      shapes = {leaf: source.shape for leaf, source in filled.items()}
+      given = config is not None
+      if config is None:
+        # An original file is complete in itself; a config.json beside it may be any other model's.
+        config = _directory_config(path, profile) if layout.name == "transformers" else None
+      if config is None:
+        rope = {int(m[1]): t.shape for key, t in tensors.items() if (m := _ROPE_KEY.fullmatch(key))}
+        config = infer.infer_config(
+          shapes, layout.text_kind, path, rope=rope, profile=profile or Profile.named(layout.name)
+        )
+      else:
+        infer.check_variant(config, shapes, layout.text_kind, path, given=given)
+      model, target = build(config, **dtypes)
+      bar.start(sum(t.nbytes for t in tensors.values()))
+      leaves = engine.load_tensors(layout, tensors, target, where=path, place=place, advance=bar.advance)
+  except PermissionError as e:
+    raise CheckpointError(f"{e.filename or path} cannot be read: permission denied") from e
+  return model, leaves
+
+
+def _directory_config(path: str, profile: Profile | None) -> Sam3LiteTextConfig | None:
+  """The `config.json` in a directory, or beside a file in transformers' layout."""
+  directory = path if os.path.isdir(path) else os.path.dirname(path)
+  file = os.path.join(directory, "config.json")
+  return Sam3LiteTextConfig.from_json(file, profile) if os.path.isfile(file) else None
+
+
+def _own_config(directory: str, profile: Profile | None) -> Sam3LiteTextConfig:
+  config = _directory_config(directory, profile)
+  if config is None:
+    raise CheckpointError(f"{directory} has no config.json beside its variables; pass config=")
+  return config
+
+
+def _dtype(name: str, value: Any) -> Any:
+  try:
+    dtype = jnp.dtype(value)
+  except TypeError:
+    dtype = None
+  if dtype is None or dtype.name not in _DTYPES:
+    raise ValueError(f"{name} must be one of {', '.join(_DTYPES)}, got {value!r}")
+  return dtype
+
+
+def _nbytes(leaf: Any) -> int:
+  return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
+
+
+class _Bar:
+  """A progress bar in bytes that shows itself only when the work takes long."""
+
+  def __init__(self, description: str, enabled: bool):
+    self._description, self._enabled, self._bar = description, enabled, None
+
+  def __enter__(self) -> _Bar:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+  def start(self, total: int) -> None:
+    from tqdm import tqdm
+
+    self._bar = tqdm(
+      total=total, desc=self._description, unit="B", unit_scale=True, delay=_QUIET_SECONDS, leave=False,
+      disable=not self._enabled,
+    )  # fmt: skip
+
+  def advance(self, count: int) -> None:
+    self._bar.update(count)

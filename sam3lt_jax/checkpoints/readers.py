@@ -1,0 +1,228 @@
+"""Files of tensors, opened without reading them: safetensors (one file or shards) and torch's `.pt`.
+
+safetensors files are memory-mapped and need no torch. A `.pt` is a pickle: it is read by torch's weights-only
+loader, memory-mapped, and never by an unrestricted unpickler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from sam3lt_jax.checkpoints.errors import CheckpointError
+
+SAFETENSORS_NAME = "model.safetensors"
+SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_LFS = b"version https://git-lfs"
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+  """A tensor in a file: `read()` brings it into memory (or maps it). Treat what it returns as read-only."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | os.PathLike) -> Iterator[Mapping[str, LazyTensor]]:
+  """The tensors of a file, or of a directory in transformers' layout; valid inside the `with`.
+
+  Raises:
+    CheckpointError: no weights there, a missing shard, a truncated or corrupted file, an unsafe pickle.
+    ImportError: a `.pt` without torch installed.
+  """
+  path = os.fspath(path)
+  with contextlib.ExitStack() as stack:
+    if os.path.isdir(path):
+      yield _open_directory(path, stack)
+    elif path.endswith(TORCH_SUFFIXES):
+      yield _open_torch(path)
+    else:
+      yield _open_safetensors(path, stack)
+
+
+def _open_directory(path: str, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
+  single, index = os.path.join(path, SAFETENSORS_NAME), os.path.join(path, SAFETENSORS_INDEX_NAME)
+  if os.path.isfile(single):
+    return _open_safetensors(single, stack)
+  if os.path.isfile(index):
+    return _open_shards(path, index, stack)
+  if (file := lone_torch_file(path)) is not None:
+    return _open_torch(file)
+  raise CheckpointError(no_weights(path))
+
+
+def lone_torch_file(path: str) -> str | None:
+  """The `.pt` file of a directory that holds exactly one."""
+  found = [name for name in sorted(os.listdir(path)) if name.endswith(TORCH_SUFFIXES)]
+  return os.path.join(path, found[0]) if len(found) == 1 else None
+
+
+def no_weights(path: str) -> str:
+  """The sentence for a directory without weights that could be loaded."""
+  names = sorted(os.listdir(path))
+  if not names:
+    return f"{path} is an empty directory"
+  if any(name.endswith(".safetensors") for name in names):
+    return f"{path} holds shards of safetensors but no {SAFETENSORS_INDEX_NAME}, which says what lies where"
+  if files := [name for name in names if name.endswith(TORCH_SUFFIXES)]:
+    return f"{path} holds several torch files, name the one to load: {', '.join(files)}"
+  shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+  return f"{path} holds no weights: expected {SAFETENSORS_NAME} or {SAFETENSORS_INDEX_NAME}, found {shown}"
+
+
+def _open_shards(path: str, index: str, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
+  try:
+    with open(index, encoding="utf-8") as f:
+      weight_map = dict(json.load(f)["weight_map"])
+  except (ValueError, KeyError, TypeError) as e:
+    raise CheckpointError(f"{index} is not an index of safetensors shards ({type(e).__name__}: {e})") from e
+  shards = sorted(set(weight_map.values()))
+  if strange := [s for s in shards if s != os.path.basename(s)]:
+    raise CheckpointError(f"{index} names shards outside its directory: {', '.join(strange)}")
+  if absent := [s for s in shards if not os.path.isfile(os.path.join(path, s))]:
+    raise CheckpointError(
+      f"{path}: {len(absent)} of {len(shards)} shards are missing: {', '.join(absent)}; download them again"
+    )
+  tensors: dict[str, LazyTensor] = {}
+  for shard in shards:
+    opened = _open_safetensors(os.path.join(path, shard), stack)
+    expected = {key for key, name in weight_map.items() if name == shard}
+    if lost := sorted(expected - opened.keys()):
+      raise CheckpointError(f"{os.path.join(path, shard)} lacks what the index puts there: {', '.join(lost)}")
+    if twice := sorted(tensors.keys() & opened.keys()):
+      raise CheckpointError(f"{path}: tensors that lie in more than one shard: {', '.join(twice)}")
+    tensors |= opened
+  return tensors
+
+
+def _dtypes() -> dict[str, np.dtype]:
+  import ml_dtypes
+
+  return {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+  }  # fmt: skip
+
+
+def _open_safetensors(path: str, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
+  import safetensors
+
+  _check_pointer(path)
+  try:
+    file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+  except safetensors.SafetensorError as e:
+    size = os.path.getsize(path)
+    raise CheckpointError(
+      f"{path} is truncated or corrupted ({e}; {size} bytes on disk); download or copy it again"
+    ) from e
+  dtypes = _dtypes()
+  tensors = {}
+  for key in file.keys():
+    view = file.get_slice(key)
+    if view.get_dtype() not in dtypes:
+      raise CheckpointError(f"{path}: tensor {key} has dtype {view.get_dtype()}, which cannot be read")
+    shape = tuple(view.get_shape())
+    tensors[key] = LazyTensor(
+      shape, dtypes[view.get_dtype()], lambda file=file, key=key: file.get_tensor(key)
+    )
+  return tensors
+
+
+def _check_pointer(path: str) -> None:
+  with open(path, "rb") as f:
+    head = f.read(len(_LFS))
+  if head == _LFS:
+    raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` beside it")
+  if not head:
+    raise CheckpointError(f"{path} is an empty file")
+
+
+def _open_torch(path: str) -> dict[str, LazyTensor]:
+  try:
+    import torch
+  except ImportError as e:
+    raise ImportError(
+      f"reading {path} needs PyTorch, which is not installed: pip install sam3lt_jax[convert]"
+    ) from e
+  _check_pointer(path)
+  state = _state_dict(_load_pickle(torch, path), torch, path)
+  return {
+    key: LazyTensor(tuple(t.shape), _torch_dtype(torch, t, key, path), lambda t=t: _to_numpy(torch, t))
+    for key, t in state.items()
+  }
+
+
+def _load_pickle(torch: Any, path: str) -> Any:
+  import pickle
+
+  # Files of the format before torch 1.6 cannot be mapped; they are told by not being zip archives.
+  with open(path, "rb") as f:
+    mapped = f.read(4) == b"PK\x03\x04"
+  try:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+  except pickle.UnpicklingError as e:
+    if (refused := re.search(r"GLOBAL ([\w.]*\w\.\w+)", str(e))) is not None:
+      raise CheckpointError(
+        f"{path} holds Python objects beside its tensors ({refused[1]}), and loading those would run code of "
+        "the file; it is refused. Ask for a file with tensors only, or save its state dict alone"
+      ) from e
+    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({_first_line(e)})") from e
+  except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, OSError) as e:
+    if isinstance(e, PermissionError):
+      raise
+    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({_first_line(e)})") from e
+
+
+def _first_line(e: Exception) -> str:
+  text = (str(e).strip() or type(e).__name__).splitlines()[0]
+  return f"{type(e).__name__}: {text[:160]}"
+
+
+def _state_dict(loaded: Any, torch: Any, path: str) -> dict[str, Any]:
+  """The dict of tensors: the file's top level, or what lies under `model` or `state_dict`."""
+  if isinstance(loaded, Mapping):
+    for name in ("model", "state_dict", None):
+      state = loaded if name is None else loaded.get(name)
+      if not isinstance(state, Mapping):
+        continue
+      tensors = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+      if tensors:
+        return tensors
+  raise CheckpointError(
+    f"{path} holds no tensors: a dictionary of tensors was expected, at the top or under 'model' or "
+    "'state_dict'"
+  )
+
+
+def _torch_dtype(torch: Any, tensor: Any, key: str, path: str) -> np.dtype:
+  name = str(tensor.dtype).removeprefix("torch.")
+  if tensor.dtype == torch.bfloat16:
+    return _dtypes()["BF16"]
+  try:
+    return np.dtype(name)
+  except TypeError:
+    raise CheckpointError(f"{path}: tensor {key} has dtype {name}, which cannot be read") from None
+
+
+def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
+  tensor = tensor.detach().contiguous()
+  if tensor.dtype == torch.bfloat16:  # numpy knows it through ml_dtypes only
+    return tensor.view(torch.int16).numpy().view(_dtypes()["BF16"])
+  return tensor.numpy()

@@ -1,0 +1,230 @@
+"""`save_pretrained`: a model as a directory, of our own format or of transformers'."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from sam3lt_jax.checkpoints import engine, orbax_io, tables
+from sam3lt_jax.checkpoints.errors import CheckpointError
+from sam3lt_jax.checkpoints.pretrained import abstract_leaves
+from sam3lt_jax.checkpoints.readers import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
+from sam3lt_jax.config import Sam3LiteTextConfig
+
+if TYPE_CHECKING:
+  from sam3lt_jax.model import Sam3LiteText, Variables
+
+FORMATS = ("orbax", "transformers")
+_TOKENIZER_FILES = (
+  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+_CLIP_VOCABULARY = 49408
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def save_pretrained(
+  directory: str | os.PathLike,
+  model: Sam3LiteText,
+  variables: Variables,
+  *,
+  format: Literal["orbax", "transformers"] = "orbax",
+  tokenizer: Any = None,
+  max_shard_size: int | str = "5GB",
+  overwrite: bool = False,
+) -> None:
+  """Writes a checkpoint that `from_pretrained` loads, in one piece: a crash leaves no half of one.
+
+  All is written to a hidden directory beside the target and then renamed. One process; in a job of several
+  hosts use Orbax's own checkpointer.
+
+  Args:
+    directory: the target on a local disk. Made where it does not exist.
+    model: its `config`, profile included, is saved along.
+    variables: exactly the variables of `model`, of any floating dtype, which is kept.
+    format: "orbax" (ours: `config.json` and the variables) or "transformers", which `Sam3LiteTextModel` or,
+      for SAM 3's text tower, `Sam3Model` loads, with processor and tokenizer files. BatchNorm's count of
+      batches, which nothing reads, is written as 0.
+    tokenizer: where the tokenizer files come from: a directory that has them, a `tokenizer.json`, or an
+      object with `save(path)`. Default: for "transformers" and CLIP's vocabulary the bundled one, else none.
+    max_shard_size: bytes, or like "500MB": the weights of "transformers" are split beyond it.
+    overwrite: replace a directory that is not empty.
+
+  Raises:
+    CheckpointError: (ValueError) the target is not empty or no directory, or fused blocks for "transformers".
+    CheckpointMismatchError: `variables` are not those of `model`; lists every leaf.
+    ValueError: another `format` or an unreadable `max_shard_size`.
+  """
+  if format not in FORMATS:
+    raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
+  limit = _shard_bytes(max_shard_size)
+  if format == "transformers" and model.config.text.fused:
+    raise CheckpointError(
+      "format='transformers' has no place for fused RepMixer blocks (config.text.fused); save the unfused "
+      "model"
+    )
+  target = _target(directory, overwrite)
+  leaves = engine.flatten(variables)
+  orbax_io.compare(leaves, abstract_leaves(model), "variables")
+  parent, name = os.path.split(target)
+  os.makedirs(parent, exist_ok=True)
+  unfinished = os.path.join(parent, f".{name}.saving-{uuid.uuid4().hex[:8]}")
+  os.mkdir(unfinished)
+  try:
+    if format == "orbax":
+      model.config.to_json(os.path.join(unfinished, "config.json"))
+      orbax_io.save(unfinished, variables)
+    else:
+      write_transformers(unfinished, model.config, leaves, limit)
+    _write_tokenizer(unfinished, tokenizer, model.config, bundled=format == "transformers")
+    _publish(unfinished, target)
+  finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _target(directory: str | os.PathLike, overwrite: bool) -> str:
+  name = os.path.expanduser(os.fspath(directory))
+  if "://" in name:
+    raise CheckpointError(f"directory: {name!r} is an address; save to a local directory and copy that")
+  path = os.path.abspath(name)
+  if os.path.exists(path) and not os.path.isdir(path):
+    raise CheckpointError(f"directory: {name} exists and is no directory")
+  if os.path.isdir(path) and os.listdir(path) and not overwrite:
+    raise CheckpointError(f"directory: {name} is not empty; pass overwrite=True to replace it as a whole")
+  return path
+
+
+def _publish(unfinished: str, target: str) -> None:
+  """Renames the finished directory to its name; what stood there is moved aside first, then deleted."""
+  aside = None
+  if os.path.isdir(target):
+    aside = f"{unfinished}.replaced"
+    os.rename(target, aside)
+  try:
+    os.rename(unfinished, target)
+  except OSError:
+    if aside is not None:
+      os.rename(aside, target)
+    raise
+  if aside is not None:
+    shutil.rmtree(aside)
+
+
+def write_transformers(
+  directory: str, config: Sam3LiteTextConfig, leaves: Mapping[str, Any], max_shard_bytes: int
+) -> None:
+  """Configuration, processor and weights as transformers keeps them, into an existing directory."""
+  layout = tables.layout("transformers", config.text.kind)
+  entries = engine.export_tensors(layout, leaves)
+  dtypes = {e.dtype.name for e in entries.values() if engine.is_floating(e.dtype)}
+  # What from_pretrained(dtype="auto") gives its parameters. BatchNorm statistics stay float32 in any case.
+  dtype = next((name for name in ("bfloat16", "float16") if name in dtypes), "float32")
+  _write_json(os.path.join(directory, "config.json"), config.to_json() | {"dtype": dtype})
+  _write_processor(directory, config)
+  _write_shards(directory, entries, max_shard_bytes)
+
+
+def _write_shards(directory: str, entries: Mapping[str, engine.Entry], limit: int) -> None:
+  from safetensors.numpy import save_file
+
+  shards: list[list[engine.Entry]] = [[]]
+  size = 0
+  for entry in entries.values():
+    if shards[-1] and size + entry.nbytes > limit:
+      shards.append([])
+      size = 0
+    shards[-1].append(entry)
+    size += entry.nbytes
+  names = [SAFETENSORS_NAME]
+  if len(shards) > 1:
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+  for name, shard in zip(names, shards):
+    save_file({e.key: e.build() for e in shard}, os.path.join(directory, name), metadata={"format": "pt"})
+  if len(shards) > 1:
+    weight_map = {e.key: name for name, shard in zip(names, shards) for e in shard}
+    total = sum(e.nbytes for e in entries.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(os.path.join(directory, SAFETENSORS_INDEX_NAME), index)
+
+
+def _shard_bytes(size: int | str) -> int:
+  match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?)B?", str(size).strip().upper())
+  count = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+  if count < 1:
+    raise ValueError(f"max_shard_size must be bytes or like '500MB' or '5GB', got {size!r}")
+  return count
+
+
+def _write_processor(directory: str, config: Sam3LiteTextConfig) -> None:
+  """What `Sam3Processor.save_pretrained` of transformers 5.23.0 writes, and the image part for older ones."""
+  side = config.vision.image_size
+  masks = 4 * (side // config.vision.patch_size)
+  image = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "image_processor_type": "Sam3ImageProcessor",
+    "mask_size": {"height": masks, "width": masks},
+    "resample": 2,  # bilinear
+    "rescale_factor": 1 / 255,
+    "size": {"height": side, "width": side},
+  }
+  processor = {
+    "image_processor": image,
+    "point_pad_value": -10,
+    "processor_class": "Sam3Processor",
+    "target_size": side,
+  }
+  _write_json(os.path.join(directory, "processor_config.json"), processor)
+  _write_json(
+    os.path.join(directory, "preprocessor_config.json"), image | {"processor_class": "Sam3Processor"}
+  )
+
+
+def _write_tokenizer(directory: str, tokenizer: Any, config: Sam3LiteTextConfig, *, bundled: bool) -> None:
+  file = os.path.join(directory, "tokenizer.json")
+  if tokenizer is None:
+    if not bundled or config.text.vocab_size != _CLIP_VOCABULARY:
+      return  # a table of other ids would only mislead
+    from sam3lt_jax.processing.tokenizer import ClipTokenizer
+
+    tokenizer = ClipTokenizer(profile="transformers")
+  if hasattr(tokenizer, "save"):
+    tokenizer.save(file)
+  else:
+    source = os.path.expanduser(os.fspath(tokenizer))
+    folder, names = (source, _TOKENIZER_FILES) if os.path.isdir(source) else os.path.split(source)
+    names = names if isinstance(names, tuple) else (names,)
+    found = [n for n in names if os.path.isfile(os.path.join(folder, n))]
+    if not found:
+      raise CheckpointError(f"tokenizer: {source} has no tokenizer files ({', '.join(_TOKENIZER_FILES)})")
+    for n in found:
+      shutil.copyfile(os.path.join(folder, n), file if len(names) == 1 else os.path.join(directory, n))
+  settings = os.path.join(directory, "tokenizer_config.json")
+  if not os.path.exists(settings):
+    _write_json(settings, _TOKENIZER_CONFIG)
+
+
+_TOKENIZER_CONFIG = {
+  "backend": "tokenizers",
+  "bos_token": "<|startoftext|>",
+  "eos_token": "<|endoftext|>",
+  "model_max_length": 32,
+  "pad_token": "<|endoftext|>",
+  "processor_class": "Sam3Processor",
+  "tokenizer_class": "CLIPTokenizer",
+  "unk_token": "<|endoftext|>",
+}
+
+
+def _write_json(path: str, data: Mapping[str, Any]) -> None:
+  with open(path, "w", encoding="utf-8") as f:
+    json.dump(data, f, indent=2, sort_keys=True)
+    f.write("\n")

@@ -1,0 +1,111 @@
+"""What a `source` string stands for: random weights, a file, a directory, or a repository on the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from typing import Literal
+
+from sam3lt_jax.checkpoints import hub, orbax_io, readers
+from sam3lt_jax.checkpoints.errors import CheckpointError
+from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
+
+ALIASES = {
+  "s0": "Simon7108528/sam3-litetext-s0",
+  "s1": "Simon7108528/sam3-litetext-s1",
+  "l": "Simon7108528/sam3-litetext-l",
+}
+_RANDOM = "random:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+  """`kind`: "random" (`path` is then the name of a configuration), "orbax" or "tensors" (a path)."""
+
+  kind: Literal["random", "orbax", "tensors"]
+  path: str
+
+
+def locate(
+  source: str | os.PathLike,
+  *,
+  revision: str | None = None,
+  token: str | bool | None = None,
+  cache_dir: str | os.PathLike | None = None,
+  local_files_only: bool = False,
+) -> Located:
+  """Finds a checkpoint, downloading it where it lies on the hub. See `from_pretrained`.
+
+  Raises:
+    CheckpointError: an unknown name (with suggestions), a path that does not exist or holds no weights.
+  """
+  name = os.path.expanduser(os.fspath(source))
+  if not name:
+    raise CheckpointError(f"source must name a checkpoint, got an empty string; accepted: {_ACCEPTED}")
+  if name.startswith(_RANDOM):
+    if name not in random_sources():
+      raise CheckpointError(_unknown(name))
+    return Located("random", name.removeprefix(_RANDOM))
+  if os.path.exists(name):
+    return _local(name)
+  if "://" in name:
+    raise CheckpointError(f"source: {name!r} is an address; copy the checkpoint to a local directory first")
+  repository = ALIASES.get(name.lower(), name)
+  if hub.parse_source(repository) is None or _looks_local(name):
+    raise CheckpointError(_unknown(name))
+  return _local(
+    os.fspath(
+      hub.download(
+        repository, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+      )
+    )
+  )
+
+
+def random_sources() -> list[str]:
+  return [_RANDOM + name for name in RANDOM_CONFIGS]
+
+
+def _local(path: str) -> Located:
+  if os.path.isfile(path):
+    if not path.endswith((".safetensors", *readers.TORCH_SUFFIXES)):
+      raise CheckpointError(
+        f"{path} is no checkpoint: expected .safetensors, .pt, .pth or .bin, or a directory"
+      )
+    return Located("tensors", path)
+  if orbax_io.is_saved(path):
+    return Located("orbax", path)
+  files = (readers.SAFETENSORS_NAME, readers.SAFETENSORS_INDEX_NAME)
+  if any(os.path.isfile(os.path.join(path, f)) for f in files):
+    return Located("tensors", path)
+  if (file := readers.lone_torch_file(path)) is not None:
+    return Located("tensors", file)
+  raise CheckpointError(readers.no_weights(path))
+
+
+def _looks_local(name: str) -> bool:
+  """A path that does not exist, rather than `owner/name` on the hub."""
+  return name.startswith((".", os.sep)) or os.path.isdir(name.split("/")[0])
+
+
+_ACCEPTED = (
+  "'s0', 's1', 'l', a hub id 'owner/name', a directory, a .safetensors or .pt file, or 'random:s0' for "
+  "untrained weights"
+)
+
+
+def _unknown(name: str) -> str:
+  if _looks_local(name) or os.sep in name or name.endswith((".safetensors", *readers.TORCH_SUFFIXES)):
+    parent, base = os.path.split(name.rstrip(os.sep))
+    here = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    known, what = {os.path.join(parent, n): n for n in here}, "no such file or directory"
+    near = [k for k, n in known.items() if n in difflib.get_close_matches(base, here, n=3)]
+  else:
+    names = [*ALIASES, *random_sources(), *hub.KNOWN_REPOSITORIES]
+    short = {n.rpartition("/")[2].lower(): n for n in reversed(names)}  # people leave the owner out
+    close = difflib.get_close_matches(name.lower(), [*map(str.lower, names), *short], n=4, cutoff=0.5)
+    near = list(dict.fromkeys(short.get(c) or next(n for n in names if n.lower() == c) for c in close))[:3]
+    what = "unknown model"
+  hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+  return f"source: {what} {name!r}; {hint}accepted: {_ACCEPTED}"
