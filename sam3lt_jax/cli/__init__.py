@@ -1,0 +1,147 @@
+"""The command `sam3lt`: one verb a use, one module a verb, all of them in `VERBS`.
+
+A verb's module has `add_arguments(parser)`, which describes its options and shows examples, and `run(args)`,
+which returns the exit code. It is imported when the verb is called, so that `sam3lt --help` is quick.
+
+argparse, not tyro: arguments and options may stand in any order (`photo.jpg --box 1,2,3,4 "a phrase"`), a
+mistake is one line on stderr, and --help ends in examples. tyro 1.0.17 does none of the three: it rejects the
+phrase after an option, frames its errors over several lines, and drops a docstring's examples.
+
+Exit codes: 0; 2 for a user's mistake (one line on stderr); 130 for Ctrl-C. Anything else is a bug of ours and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+# verb -> (module, what it does in one line)
+VERBS = {
+  "segment": ("sam3lt_jax.cli.segment", "find, outline and score all that matches a phrase in photos"),
+  "info": ("sam3lt_jax.cli.info", "a model's parts, their parameters and bytes, and its profile"),
+}
+PROGRAM = "sam3lt"
+
+
+class UserError(ValueError):
+  """A mistake in what was typed; `main` prints its message and exits with 2."""
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse that raises `UserError` instead of printing its usage and leaving."""
+
+  def __init__(self, **kwargs):
+    super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f"{message} (see {self.prog} --help)")
+
+  def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments in any order. A value that starts with a minus and a digit is a value, not an option."""
+    joined: list[str] = []
+    for arg in argv:
+      if joined and re.match(r"-[\d.]", arg) and re.fullmatch(r"--[a-z][a-z-]*", joined[-1]):
+        joined[-1] += f"={arg}"
+      else:
+        joined.append(arg)
+    return self.parse_intermixed_args(joined)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs `sam3lt` with `argv` (default: the process's own) and returns the exit code."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    with warnings.catch_warnings():
+      warnings.showwarning = _show_warning
+      return _run(argv)
+  except SystemExit as e:  # --help
+    return int(e.code or 0)
+  except KeyboardInterrupt:
+    print(f"{PROGRAM}: stopped", file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # `sam3lt ... | head`: nobody reads on. Keeps Python from complaining at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except Exception as e:
+    if not is_users_mistake(e) or os.environ.get("SAM3LT_TRACEBACK"):
+      raise
+    print(error_line(e), file=sys.stderr)
+    return 2
+
+
+def _run(argv: list[str]) -> int:
+  if not argv:
+    print(_help(), file=sys.stderr)
+    return 2
+  verb, rest = argv[0], argv[1:]
+  if verb in ("-h", "--help", "help"):
+    print(_help())
+    return 0
+  if verb in ("-V", "--version"):
+    from sam3lt_jax import __version__
+
+    print(f"{PROGRAM} {__version__}")
+    return 0
+  if verb not in VERBS:
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(VERBS)}"
+    if os.path.exists(verb) and not near:
+      hint = f"to segment it: {PROGRAM} segment {verb} 'a phrase'"
+    raise UserError(f"no verb {verb!r}; {hint} (see {PROGRAM} --help)")
+  module_name, summary = VERBS[verb]
+  module = importlib.import_module(module_name)
+  parser = Parser(prog=f"{PROGRAM} {verb}", description=summary[0].upper() + summary[1:] + ".")
+  module.add_arguments(parser)
+  return module.run(parser.parse(rest)) or 0
+
+
+def _help() -> str:
+  width = max(map(len, VERBS))
+  verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, (_, summary) in VERBS.items())
+  return f"""usage: {PROGRAM} VERB ...
+
+SAM3-LiteText in JAX: name a thing, get its masks.
+
+verbs:
+{verbs}
+
+examples:
+  {PROGRAM} segment street.jpg "yellow school bus"
+  {PROGRAM} info s0
+
+{PROGRAM} VERB --help tells a verb's options and shows more examples."""
+
+
+def is_users_mistake(e: BaseException) -> bool:
+  """Whether `e` was raised on purpose, for the user to read: by our own code, or by the file system.
+
+  The same kinds of exceptions out of numpy or jax are bugs of ours, whose traceback is wanted.
+  """
+  if isinstance(e, (UserError, OSError)):
+    return True
+  if not isinstance(e, (ValueError, ImportError, MemoryError)):
+    return False
+  frame = e.__traceback__
+  while frame is not None and frame.tb_next is not None:
+    frame = frame.tb_next
+  raised_in = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
+  return f"{raised_in}.".startswith("sam3lt_jax.") or type(e).__module__.startswith("sam3lt_jax.")
+
+
+def error_line(e: BaseException) -> str:
+  message = str(e).strip() or type(e).__name__
+  if isinstance(e, OSError) and e.strerror and e.filename is not None:
+    message = f"{e.strerror}: {e.filename}"  # without [Errno 2]
+  return f"{PROGRAM}: error: {message}"
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+  print(f"{PROGRAM}: warning: {message}", file=sys.stderr)

@@ -1,0 +1,90 @@
+"""What is going on, on stderr, for anything that takes more than two seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+DELAY = 2.0  # seconds before anything is shown
+_LOG_PERIOD = 30.0  # seconds between lines where stderr is no terminal
+
+
+class Progress:
+  """A tqdm bar that appears after `DELAY` and whose clock runs while the work blocks; see `busy`."""
+
+  def __init__(self, description: str, total: int | None):
+    self._description, self._total = description, total
+    self._done, self._start = 0, time.time()
+    self._bar = None
+    self._lock = threading.RLock()
+    self._end = threading.Event()
+    self._clock = threading.Thread(target=self._tick, daemon=True)
+
+  def describe(self, description: str) -> None:
+    """What is being done now."""
+    with self._lock:
+      self._description = description
+      if self._bar is not None:
+        self._bar.set_description_str(description, refresh=False)
+
+  def advance(self) -> None:
+    """One more of `total` is done."""
+    with self._lock:
+      self._done += 1
+      if self._bar is not None:
+        self._bar.update()
+
+  def say(self, text: str, file=None) -> None:
+    """Prints a line (to stdout, or `file`) that the bar does not run into."""
+    with self._lock:
+      if self._bar is not None:
+        self._bar.clear()
+      print(text, file=file, flush=True)
+
+  def _show(self, terminal: bool) -> None:
+    from tqdm import tqdm
+
+    if self._bar is None:
+      counts = self._total is not None and self._total > 1
+      layout = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if counts else "{desc} [{elapsed}]"
+      self._bar = tqdm(
+        desc=self._description, total=self._total, initial=self._done, leave=False, bar_format=layout,
+        file=sys.stderr, mininterval=1.0 if terminal else _LOG_PERIOD, delay=1e-9,
+      )  # fmt: skip
+      self._bar.start_t = self._start
+    self._bar.refresh()
+    if not terminal:
+      print(file=sys.stderr, flush=True)
+
+  def _tick(self) -> None:
+    terminal, wait = sys.stderr.isatty(), DELAY
+    while not self._end.wait(wait):
+      with self._lock:
+        self._show(terminal)
+      wait = 1.0 if terminal else _LOG_PERIOD
+
+  def start(self) -> None:
+    self._clock.start()
+
+  def close(self) -> None:
+    self._end.set()
+    self._clock.join()
+    if self._bar is not None:
+      self._bar.close()
+
+
+@contextlib.contextmanager
+def busy(description: str, total: int | None = None) -> Iterator[Progress]:
+  """Shows on stderr what is being done and for how long; with `total` over 1, how many of them are done.
+
+  A terminal is redrawn every second, a log file gets a line every half minute.
+  """
+  progress = Progress(description, total)
+  progress.start()
+  try:
+    yield progress
+  finally:
+    progress.close()

@@ -1,0 +1,314 @@
+"""`sam3lt segment`: photos and phrases in; overlays, masks, COCO JSON and a table out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
+from sam3lt_jax.cli.progress import busy
+
+if TYPE_CHECKING:
+  from sam3lt_jax.processing.results import Results
+
+_IMAGE_SUFFIXES = set(
+  ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif .ppm .pgm .jp2 .tga .ico".split()
+)
+_ROWS = 20  # of the table, a photo
+RANDOM = "random:"
+RANDOM_WARNING = "RANDOM WEIGHTS: no trained model was loaded; the masks and scores below mean nothing"
+
+_EPILOG = """\
+examples:
+  every truck and every wheel in a photo:
+    sam3lt segment truck.jpg "truck" "wheel"
+  a folder of photos, weaker finds too, another folder for the output:
+    sam3lt segment photos/ "red apple" --threshold 0.3 --out apples
+  all that looks like an example (here 85,281 to 221,362), no phrase:
+    sam3lt segment truck.jpg --box 85,281,221,362
+  a phrase, one example of what it is (:1) and one of what it is not (:0):
+    sam3lt segment kitchen.jpg "handle" --box 40,183,318,204:1 --box 60,300,90,350:0
+  the scores, in a script:
+    sam3lt segment truck.jpg "truck" --json | jq '.annotations[].score'
+  no network at hand: see the program run (the results mean nothing):
+    sam3lt segment truck.jpg "truck" --model random:s0 --threshold 0
+
+written to the output folder for photo.jpg:
+  photo_overlay.jpg   the photo with outlines, names and scores
+  photo_masks.png     label map: 0 background, i + 1 instance i; smaller instances on top
+  photo.json          COCO data set: images, categories, annotations (RLE masks, boxes, scores)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.usage = '%(prog)s PHOTO... ["a phrase" ...] [options]'
+  parser.epilog = _EPILOG
+  add = parser.add_argument
+  add("inputs", nargs="*", metavar="PHOTO | PHRASE",
+      help="existing files, folders and names of image files are photos, all else phrases; quote a phrase of "
+      "several words")  # fmt: skip
+  add("--text", action="append", default=[], metavar="PHRASE", help="a phrase, also if a file has that name")
+  add("--box", action="append", default=[], type=_box, metavar="X1,Y1,X2,Y2[:0|1]",
+      help="an example in pixels of every photo, of what is sought (:1, default) or is not (:0); repeatable",
+  )  # fmt: skip
+  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
+      help="released variant, hub id, folder, or .pt file; random:s0 for random weights (default: s0)",
+  )  # fmt: skip
+  add("--profile", choices=("original", "transformers"),
+      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
+  add("--threshold", type=_fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
+  add("--mask-threshold", type=_fraction, default=0.5, metavar="T",
+      help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
+  add("--out", default="sam3lt_out", metavar="DIR", help="output folder (default: sam3lt_out)")
+  add("--separate-masks", action="store_true",
+      help="a black-and-white PNG for every mask, overlaps kept, instead of the label map")  # fmt: skip
+  add("--json", action="store_true", help="print the COCO JSON of all photos instead of the table")
+
+
+def _fraction(text: str) -> float:
+  try:
+    value = float(text)
+  except ValueError:
+    value = math.nan
+  if not 0 <= value <= 1:
+    raise argparse.ArgumentTypeError(f"must be a number within [0, 1], got {text!r}")
+  return value
+
+
+def _box(text: str) -> tuple[list[float], int]:
+  """`x1,y1,x2,y2[:label]` -> ([x1, y1, x2, y2], label)."""
+  corners, colon, label = text.partition(":")
+  try:
+    box = [float(v) for v in corners.split(",")]
+  except ValueError:
+    box = []
+  if len(box) != 4 or not all(map(math.isfinite, box)) or (colon and label not in ("0", "1")):
+    raise argparse.ArgumentTypeError(f"must be x1,y1,x2,y2 in pixels, then :0 or :1 or nothing, got {text!r}")
+  if box[0] >= box[2] or box[1] >= box[3]:
+    raise argparse.ArgumentTypeError(f"must have x1 < x2 and y1 < y2, got {text!r}")
+  return box, int(label or 1)
+
+
+def sort_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
+  """What was typed, as (photos, phrases), each in order; folders become their photos.
+
+  Raises:
+    UserError: a photo that does not exist, a folder without photos, an empty phrase, or no photo at all.
+  """
+  photos, phrases = [], []
+  for given in inputs:
+    suffix = os.path.splitext(given)[1].lower()
+    if os.path.isdir(given):
+      inside = sorted(n for n in os.listdir(given) if os.path.splitext(n)[1].lower() in _IMAGE_SUFFIXES)
+      if not inside:
+        raise UserError(f"no photos in the folder {given} (if it is a phrase: --text {given!r})")
+      photos += [os.path.join(given, name) for name in inside]
+    elif os.path.exists(given):
+      photos.append(given)
+    elif given.startswith(("http://", "https://")):
+      raise UserError(f"addresses are not fetched: download {given} and give the file")
+    elif suffix in _IMAGE_SUFFIXES:
+      folder, name = os.path.split(given)
+      siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+      near = difflib.get_close_matches(name, siblings, n=1)
+      hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+      raise UserError(f"no such photo: {given}{hint}")
+    elif not given.strip():
+      raise UserError("a phrase is empty")
+    else:
+      phrases.append(given)
+  if not photos:
+    taken = f" ({', '.join(map(repr, phrases))} taken as phrase)" if phrases else ""
+    raise UserError(f"no photo given{taken} (see {PROGRAM} segment --help)")
+  return photos, phrases
+
+
+def _check_photos(photos: Sequence[str], given: Sequence[str]) -> None:
+  """Reads the files' heads, before a model is loaded for nothing."""
+  from PIL import Image
+
+  for photo in photos:
+    try:
+      with Image.open(photo):
+        pass
+    except Image.UnidentifiedImageError:
+      hint = (
+        "" if os.path.splitext(photo)[1] or photo not in given else f" (if it is a phrase: --text {photo!r})"
+      )
+      raise UserError(f"not an image: {photo}{hint}") from None
+    except Image.DecompressionBombError:
+      pass  # load_image says it better
+
+
+def _check_out(folder: str) -> None:
+  try:
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as e:
+    raise UserError(f"--out: cannot write to {folder} ({e.strerror})") from e
+
+
+def run(args: argparse.Namespace) -> int:
+  photos, phrases = sort_inputs(args.inputs)
+  _check_photos(photos, args.inputs)
+  phrases = list(dict.fromkeys([*phrases, *args.text]))
+  if any(not phrase.strip() for phrase in phrases):
+    raise UserError("a phrase is empty")
+  if not phrases and not args.box:
+    raise UserError(f"nothing to look for: give a phrase or --box (see {PROGRAM} segment --help)")
+  _check_out(args.out)
+  random = args.model.startswith(RANDOM)
+  if random:
+    print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
+  from sam3lt_jax.predictor import Predictor
+
+  # Shows its own progress, of the download and of the loading.
+  predictor = Predictor.from_pretrained(args.model, profile=args.profile, dtype=args.dtype)
+  profile = predictor.model.config.profile
+  report = _Report(args, phrases, profile)
+  failed = 0
+  with busy("", total=len(photos)) as progress:
+    for i, (photo, name) in enumerate(zip(photos, _output_names(photos))):
+      progress.describe(f"{photo} (the first photo compiles the model, too)" if i == 0 else photo)
+      try:
+        start = time.perf_counter()
+        image, results = _segment(predictor, photo, phrases, args)
+        seconds = time.perf_counter() - start
+        paths = _write(args, report, name, photo, image, results)
+      except Exception as e:
+        if len(photos) == 1 or not is_users_mistake(e):
+          raise
+        progress.say(error_line(e), file=sys.stderr)
+        failed += 1
+        continue
+      progress.advance()
+      if not args.json:
+        progress.say(f"{table(photo, results, seconds, report.threshold)}\n  wrote {', '.join(paths)}")
+  if args.json:
+    print(json.dumps(report.everything()))
+  if random:
+    print(f"{PROGRAM}: {RANDOM_WARNING.replace('below', 'above')}", file=sys.stderr)
+  if failed:
+    print(f"{PROGRAM}: {failed} of {len(photos)} photos failed", file=sys.stderr)
+  return 2 if failed else 0
+
+
+def _segment(predictor, photo: str, phrases: list[str], args) -> tuple[Any, Results]:
+  from sam3lt_jax.processing.images import load_image
+
+  image = load_image(photo)  # upright, once for the model and the overlay
+  results = predictor(
+    image,
+    text=phrases or None,
+    boxes=[box for box, _ in args.box] or None,
+    box_labels=[label for _, label in args.box] or None,
+    threshold=args.threshold,
+    mask_threshold=args.mask_threshold,
+  )
+  return image, results.sort()
+
+
+def _output_names(photos: Sequence[str]) -> list[str]:
+  """A different name for every photo: a/x.jpg, b/x.jpg -> x, x_2. Compared without case, as some disks do."""
+  names, taken = [], set()
+  for photo in photos:
+    stem = os.path.splitext(os.path.basename(photo))[0]
+    name, count = stem, 1
+    while name.lower() in taken:
+      count += 1
+      name = f"{stem}_{count}"
+    taken.add(name.lower())
+    names.append(name)
+  return names
+
+
+@dataclasses.dataclass
+class _Report:
+  """The COCO data set, growing photo by photo."""
+
+  args: argparse.Namespace
+  phrases: list[str]
+  profile: Any
+  images: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+  @property
+  def threshold(self) -> float:
+    return self.profile.score_threshold if self.args.threshold is None else self.args.threshold
+
+  @property
+  def categories(self) -> list[dict[str, Any]]:
+    return [{"id": i, "name": name} for i, name in enumerate(self.phrases or ["visual"], 1)]
+
+  def add(self, photo: str, results: Results) -> dict[str, Any]:
+    """Takes in a photo's results and returns the data set of this photo alone."""
+    image = {
+      "id": len(self.images) + 1, "file_name": photo, "height": results.size[0], "width": results.size[1]
+    }  # fmt: skip
+    ids = {category["name"]: category["id"] for category in self.categories}
+    annotations = results.to_coco(image["id"], ids, first_id=len(self.annotations) + 1)
+    self.images.append(image)
+    self.annotations += annotations
+    return self._dataset([image], annotations)
+
+  def everything(self) -> dict[str, Any]:
+    return self._dataset(self.images, self.annotations)
+
+  def _dataset(self, images, annotations) -> dict[str, Any]:
+    from sam3lt_jax import __version__
+
+    info = {
+      "description": f"sam3lt_jax {__version__}",
+      "model": self.args.model,
+      "random_weights": self.args.model.startswith(RANDOM),
+      "profile": self.profile.name,
+      "threshold": self.threshold,
+      "mask_threshold": self.args.mask_threshold,
+      "boxes": [{"xyxy": box, "label": label} for box, label in self.args.box],
+    }
+    if info["random_weights"]:
+      info["warning"] = RANDOM_WARNING.split("; ")[0]
+    return {"info": info, "images": images, "categories": self.categories, "annotations": annotations}
+
+
+def _write(args, report: _Report, name: str, photo: str, image, results: Results) -> list[str]:
+  base = os.path.join(args.out, name)
+  overlay, data = f"{base}_overlay.jpg", f"{base}.json"
+  results.render(image, scale="auto").save(overlay, quality=92, subsampling=0)
+  masks = results.save_png(f"{base}_masks.png", separate=args.separate_masks)
+  with open(data, "w", encoding="utf-8") as f:
+    json.dump(report.add(photo, results), f)
+    f.write("\n")
+  if len(masks) > 1:
+    masks = [f"{masks[0]} to {os.path.basename(masks[-1])}"]
+  return [overlay, *masks, data]
+
+
+def table(photo: str, results: Results, seconds: float, threshold: float) -> str:
+  """What was found, best first: number, score, label, box in pixels and the mask's share of the photo."""
+  height, width = results.size
+  found = f"{len(results)} found" if len(results) else f"nothing found with a score above {threshold:g}"
+  lines = [f"{photo}  {width}x{height}  {seconds:.1f} s  {found}"]
+  if not len(results):
+    return f"{lines[0]} (a lower --threshold finds more)" if threshold > 0 else lines[0]
+  shown = [" ".join(label.split()) for label in results.labels[:_ROWS]]
+  room = max(5, *(len(label) for label in shown))
+  lines.append(f"  {'#':>3}  score  {'label':<{room}}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}  area %")
+  for i, (label, area) in enumerate(zip(shown, results.areas)):
+    box = " ".join(f"{v:7.1f}" for v in results.boxes[i])
+    share = 100 * area / (height * width)
+    lines.append(f"  {i:>3}  {results.scores[i]:5.3f}  {label:<{room}}  {box}  {share:6.2f}")
+  if len(results) > _ROWS:
+    lines.append(f"  ... {len(results) - _ROWS} more in the JSON file")
+  return "\n".join(lines)

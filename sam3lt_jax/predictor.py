@@ -1,0 +1,397 @@
+"""Predictor: images and prompts in, results out.
+
+An image is encoded once and prompted many times. Every array inside `jit` has one of a few declared shapes
+(images are resized to one size; phrases, boxes and prompts are padded to buckets and masked), so another
+phrase, another number of boxes or another photo size compiles nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam3lt_jax.model import PADDING_LABEL, Sam3LiteText, TextFeatures, Variables, VisionFeatures
+from sam3lt_jax.processing import images as image_ops
+from sam3lt_jax.processing import postprocess, prompts
+from sam3lt_jax.processing.processor import Sam3Processor
+from sam3lt_jax.processing.results import Results
+
+BOX_ONLY_PHRASE = "visual"
+TEXT_BATCH = 8  # phrases encoded at once
+TEXT_CACHE = 4096  # phrases kept, about 16 kB each
+MASK_TILE = 512  # pixels; full-size masks leave an accelerator in tiles of one compiled shape
+MASK_BATCH = 8  # masks a tile
+
+
+class Predictor:
+  """Finds, scores and segments what phrases and example boxes ask for.
+
+      predictor = Predictor.from_pretrained("s0")
+      results = predictor("street.jpg", text=["bus", "traffic light"])
+      results.render("street.jpg").save("overlay.png")
+
+      predictor.set_image("street.jpg")                       # encode once
+      predictor.predict(text="wheel")                         # prompt many times
+      predictor.predict(boxes=[[80, 200, 310, 400]], box_labels=[1])
+
+  Attributes:
+    model, variables: what runs. RepMixer blocks are folded (`Sam3LiteText.fuse`) unless `fuse=False`.
+    processor: the `Sam3Processor` in use; its profile's threshold and mask order are the defaults.
+  """
+
+  def __init__(
+    self,
+    model: Sam3LiteText,
+    variables: Variables,
+    processor: Sam3Processor | None = None,
+    *,
+    fuse: bool = True,
+    prompt_buckets: Sequence[int] | None = None,
+    box_buckets: Sequence[int] = (8, 32, 128),
+    masks_on_device: bool | None = None,
+  ):
+    """Args:
+    model, variables: from `from_pretrained`, or your own.
+    processor: default: one for the model's configuration. Its `image_size` is the size that runs.
+    fuse: fold RepMixer blocks into plain convolutions.
+    prompt_buckets: prompts that run together, ascending. Default: (1,) on a CPU, where batching gains
+      nothing, else (1, 4, 16).
+    box_buckets: boxes a prompt is padded to, ascending.
+    masks_on_device: enlarge masks with jax (True) or with numpy on the host (False). Default: True where
+      there is an accelerator.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    self.processor = processor or Sam3Processor(model.config)
+    if fuse:
+      model, variables = model.fuse(variables)
+    self.model, self.variables = model, variables
+    self._prompt_buckets = _buckets("prompt_buckets", prompt_buckets or ((1,) if on_cpu else (1, 4, 16)))
+    self._box_buckets = _buckets("box_buckets", box_buckets)
+    self._masks_on_device = not on_cpu if masks_on_device is None else masks_on_device
+    self._phrases: collections.OrderedDict[str, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
+    self._image: tuple[VisionFeatures, tuple[int, int]] | None = None
+
+    def encode_image(variables, pixels):
+      return model.apply(variables, pixels, method="get_vision_features")
+
+    def encode_text(variables, ids, mask):
+      return model.apply(variables, ids, mask, method="get_text_features").pooler_output
+
+    def detect(variables, vision, tokens, mask, boxes, labels):
+      text = TextFeatures(tokens, tokens, mask)
+      out = model.apply(
+        variables, vision_embeds=vision, text_embeds=text, input_boxes=boxes, input_boxes_labels=labels
+      )
+      return out.pred_logits, out.presence_logits, out.pred_boxes, out.pred_masks
+
+    self._encode_image = jax.jit(encode_image)
+    self._encode_text = jax.jit(encode_text)
+    self._detect = jax.jit(detect)
+    self._enlarge = jax.jit(_enlarge, static_argnames="mask_order")
+
+  @classmethod
+  def from_pretrained(
+    cls,
+    source: str | os.PathLike,
+    *,
+    config: Any = None,
+    profile: Any = None,
+    dtype: Any = "float32",
+    param_dtype: Any = None,
+    image_size: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+  ) -> Predictor:
+    """Loads a checkpoint and its processor.
+
+    Args:
+      source, config, profile, revision, token, cache_dir, local_files_only: see
+        `sam3lt_jax.from_pretrained`.
+      dtype: what layers compute in, "float32" or "bfloat16".
+      param_dtype: what parameters are stored in; default: `dtype`.
+      image_size: side of the model's input in pixels, a multiple of 14; default: the configuration's (1008).
+      options: of `Predictor`.
+
+    Raises:
+      ValueError, ImportError, OSError: see `sam3lt_jax.from_pretrained`.
+    """
+    from sam3lt_jax.checkpoints import from_pretrained, sources
+
+    hub_options = {
+      "revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only
+    }  # fmt: skip
+    found = sources.locate(source, **hub_options)
+    local = source if found.kind == "random" else found.path
+    model, variables = from_pretrained(
+      local, config, profile, dtype, dtype if param_dtype is None else param_dtype
+    )
+    patch = model.config.vision.patch_size
+    if image_size is not None and (image_size < 2 * patch or image_size % patch):
+      raise ValueError(f"image_size must be a multiple of {patch}, at least {2 * patch}, got {image_size}")
+    tokenizer = None
+    if os.path.isdir(local):
+      tokenizer = Sam3Processor.from_pretrained(local, model.config.profile).tokenizer
+    processor = Sam3Processor(model.config, image_size=image_size, tokenizer=tokenizer)
+    return cls(model, variables, processor, **options)
+
+  def __call__(
+    self,
+    images: Any,
+    text: Any = None,
+    boxes: Any = None,
+    box_labels: Any = None,
+    threshold: float | None = None,
+    mask_threshold: float = 0.5,
+  ) -> Results | list[Results]:
+    """Everything that matches, in one image or in each of several.
+
+    Args:
+      images: one image (path, PIL image, array [H, W, 3]) or a list of them (or an array [B, H, W, 3]).
+      text: a phrase or a list of phrases, asked of every image; for a list of images also one list of
+        phrases an image. None with boxes: find what looks like the boxes.
+      boxes: example boxes of the image, [[x1, y1, x2, y2], ...] in pixels; with a list of images one such
+        list (or None) an image. They join every phrase.
+      box_labels: 1 (like this) or 0 (not like this), one a box, nested as `boxes`. None: all 1.
+      threshold: detections with a score above it are kept. None: the profile's (0.5 or 0.3).
+      mask_threshold: probability above which a pixel belongs to its object.
+
+    Returns:
+      `Results` for one image, a list of them for several: instances phrase by phrase, in query order.
+
+    Raises:
+      ValueError: naming the argument, what came and what is accepted.
+      FileNotFoundError: an image path that does not exist.
+      MemoryError: the device has too little memory; the message says what to lower.
+    """
+    threshold, mask_threshold = self._thresholds(threshold, mask_threshold)
+    if not _is_several(images):
+      row = _Prompt.parse(text, boxes, box_labels)
+      vision, size = self._encode(images)
+      return self._run(vision, size, row, threshold, mask_threshold)
+    images = list(images)
+    rows = [
+      _Prompt.parse(t, b, lab)
+      for t, b, lab in zip(
+        _per_image("text", text, len(images), _is_phrases),
+        _per_image("boxes", boxes, len(images), lambda _: False),
+        _per_image("box_labels", box_labels, len(images), lambda _: False),
+      )
+    ]
+    results = []
+    for image, row in zip(images, rows):
+      vision, size = self._encode(image)
+      results.append(self._run(vision, size, row, threshold, mask_threshold))
+    return results
+
+  def set_image(self, image: Any) -> Predictor:
+    """Encodes an image (path, PIL image, array [H, W, 3]) for `predict`; returns the predictor."""
+    self._image = self._encode(image)
+    return self
+
+  def predict(
+    self,
+    text: Any = None,
+    boxes: Any = None,
+    box_labels: Any = None,
+    threshold: float | None = None,
+    mask_threshold: float = 0.5,
+  ) -> Results:
+    """Prompts the image of `set_image`; arguments as in `__call__` for one image.
+
+    Raises:
+      ValueError: no image was set, or as in `__call__`.
+    """
+    if self._image is None:
+      raise ValueError("no image is set: call set_image(image) before predict, or call the predictor itself")
+    threshold, mask_threshold = self._thresholds(threshold, mask_threshold)
+    return self._run(*self._image, _Prompt.parse(text, boxes, box_labels), threshold, mask_threshold)
+
+  def _thresholds(self, threshold, mask_threshold) -> tuple[float, float]:
+    if threshold is None:
+      threshold = self.processor.profile.score_threshold
+    return (
+      postprocess.check_threshold("threshold", threshold),
+      postprocess.check_threshold("mask_threshold", mask_threshold),
+    )
+
+  def _encode(self, image: Any) -> tuple[VisionFeatures, tuple[int, int]]:
+    pixels, size = image_ops.preprocess(image, self.processor.image_size)
+    with _explain_memory():
+      return jax.block_until_ready(self._encode_image(self.variables, pixels[None])), size
+
+  def _text_features(self, phrases: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Features [P, T, D] and mask [P, T] of phrases, each computed once."""
+    new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._phrases]
+    for start in range(0, len(new), TEXT_BATCH):
+      batch = new[start : start + TEXT_BATCH]
+      inputs = self.processor(text=batch)
+      ids, mask = (_pad_rows(inputs[k], TEXT_BATCH) for k in ("input_ids", "attention_mask"))
+      with _explain_memory():
+        features = np.asarray(self._encode_text(self.variables, ids, mask))
+      for i, phrase in enumerate(batch):
+        self._phrases[phrase] = features[i], mask[i].astype(bool)
+    rows = [self._phrases[phrase] for phrase in phrases]
+    for phrase in phrases:
+      self._phrases.move_to_end(phrase)
+    while len(self._phrases) > TEXT_CACHE:
+      self._phrases.popitem(last=False)
+    return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+
+  def _run(
+    self,
+    vision: VisionFeatures,
+    size: tuple[int, int],
+    prompt: _Prompt,
+    threshold: float,
+    mask_threshold: float,
+  ) -> Results:
+    """All phrases of one image, in batches of a bucket's size."""
+    boxes, labels = self._box_arrays(prompt, size)
+    tokens, mask = self._text_features(prompt.phrases)
+    parts = [Results.empty(size)]
+    start = 0
+    while start < len(prompt.phrases):
+      left = len(prompt.phrases) - start
+      bucket = next((b for b in self._prompt_buckets if b >= left), self._prompt_buckets[-1])
+      chunk = slice(start, start + min(bucket, left))
+      with _explain_memory():
+        out = self._detect(
+          self.variables,
+          vision,
+          _pad_rows(tokens[chunk], bucket),
+          _pad_rows(mask[chunk], bucket),
+          np.repeat(boxes, bucket, axis=0),
+          np.repeat(labels, bucket, axis=0),
+        )
+        parts.append(self._results(out, prompt.phrases[chunk], size, threshold, mask_threshold))
+      start = chunk.stop
+    return Results.concatenate(parts)
+
+  def _box_arrays(self, prompt: _Prompt, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes float32 [1, N, 4] normalised cxcywh and labels int32 [1, N], N one of the buckets."""
+    count = len(prompt.boxes)
+    most = self._box_buckets[-1]
+    bucket = next((b for b in self._box_buckets if b >= count), -(-count // most) * most)
+    boxes = np.zeros((1, bucket, 4), np.float32)
+    labels = np.full((1, bucket), PADDING_LABEL, np.int32)
+    if count:
+      rows = prompts.box_rows([prompt.boxes])
+      given = prompts.label_rows(None if prompt.labels is None else [prompt.labels], rows)
+      boxes[:, :count], labels[:, :count] = prompts.pad_boxes(rows, given, [size])
+    return boxes, labels
+
+  def _results(self, out, phrases, size, threshold: float, mask_threshold: float) -> Results:
+    """A batch of raw predictions (its first rows are `phrases`) to results."""
+    logits, presence, boxes, masks = out
+    n = len(phrases)
+    scores = postprocess.detection_scores(np.asarray(logits)[:n], np.asarray(presence)[:n])
+    row, query = np.nonzero(scores > threshold)
+    boxes = postprocess.scale_boxes(np.asarray(boxes)[:n], [size] * n)
+    order = self.processor.profile.mask_order
+    if self._masks_on_device:
+      full = self._enlarge_on_device(masks, row, query, size, mask_threshold, order)
+    else:
+      full = postprocess.binary_masks(np.asarray(masks)[row, query], size, mask_threshold, order)
+    labels = tuple(phrases[i] for i in row)
+    return Results(boxes[row, query], scores[row, query], full, labels, size)
+
+  def _enlarge_on_device(self, masks, row, query, size, mask_threshold, order) -> np.ndarray:
+    """Kept masks only, bool [N, H, W], computed tile by tile so that one program serves every size."""
+    H, W = size
+    h, w = masks.shape[-2:]
+    out = np.empty((len(row), H, W), bool)
+    rows = postprocess.interpolation_matrix(h, H, -(-H // MASK_TILE) * MASK_TILE)
+    columns = postprocess.interpolation_matrix(w, W, -(-W // MASK_TILE) * MASK_TILE)
+    for start in range(0, len(row), MASK_BATCH):
+      n = min(MASK_BATCH, len(row) - start)
+      at = [_pad_rows(index[start : start + n], MASK_BATCH) for index in (row, query)]
+      for y in range(0, H, MASK_TILE):
+        for x in range(0, W, MASK_TILE):
+          tile = self._enlarge(
+            masks, *at, rows[y : y + MASK_TILE], columns[x : x + MASK_TILE], mask_threshold, mask_order=order
+          )
+          part = out[start : start + n, y : y + MASK_TILE, x : x + MASK_TILE]
+          part[...] = np.asarray(tile)[:n, : part.shape[1], : part.shape[2]]
+    return out
+
+
+class _Prompt(collections.namedtuple("_Prompt", "phrases boxes labels")):
+  """What is asked of one image: phrases (list of str), boxes (list of [4]), labels (list or None)."""
+
+  @classmethod
+  def parse(cls, text: Any, boxes: Any, labels: Any) -> _Prompt:
+    boxes = [] if boxes is None else list(boxes)
+    if len(boxes) == 4 and all(np.ndim(v) == 0 for v in boxes):
+      boxes = [boxes]  # one box, not in a list
+      labels = [labels] if labels is not None and np.ndim(labels) == 0 else labels
+    if labels is not None and not boxes:
+      raise ValueError("box_labels were given without boxes")
+    if text is None and not boxes:
+      raise ValueError("nothing to look for: give text, boxes or both")
+    phrases = [BOX_ONLY_PHRASE] if text is None else [text] if isinstance(text, str) else list(text)
+    if not phrases or not all(isinstance(p, str) for p in phrases):
+      raise ValueError(f"text must be a phrase or a list of phrases, got {text!r}")
+    return cls(phrases, boxes, labels)
+
+
+def _is_several(images: Any) -> bool:
+  return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+
+
+def _is_phrases(value: Any) -> bool:
+  """A phrase or a flat list of phrases, as opposed to one list an image."""
+  return isinstance(value, str) or (len(value) > 0 and all(isinstance(v, str) for v in value))
+
+
+def _per_image(name: str, value: Any, images: int, is_shared) -> list[Any]:
+  """One value an image: None and shared values repeat, lists must have one entry an image."""
+  if value is None or is_shared(value):
+    return [value] * images
+  value = list(value)
+  if len(value) != images:
+    raise ValueError(f"{name} must have one entry an image: {images} expected, got {len(value)}")
+  return value
+
+
+def _buckets(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+  sizes = tuple(int(s) for s in sizes)
+  if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
+    raise ValueError(f"{name} must be ascending positive sizes, got {sizes}")
+  return sizes
+
+
+def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
+  """Repeats the first row up to `rows`; rows are independent, so the copies change nothing."""
+  return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])
+
+
+def _enlarge(masks, row, query, rows, columns, mask_threshold, mask_order):
+  """jitted: bool [K, tile, tile] of the masks [P, Q, h, w] at (row, query), each int32 [K]."""
+  chosen = masks[row, query]
+  return postprocess.upsample_and_binarise_masks(
+    chosen, rows, columns, jnp.asarray(mask_threshold, jnp.float32), mask_order
+  )
+
+
+@contextlib.contextmanager
+def _explain_memory() -> Iterator[None]:
+  """XLA's out-of-memory error, said in one sentence with what helps."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e) and "out of memory" not in str(e).lower():
+      raise
+    raise MemoryError(
+      f"{jax.devices()[0].device_kind} has too little memory for this call; use dtype='bfloat16', fewer "
+      f"prompts at once (prompt_buckets=(1,)) or a smaller image_size ({str(e).splitlines()[0][:200]})"
+    ) from e
