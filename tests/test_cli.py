@@ -153,8 +153,8 @@ def test_segment_json_is_all_of_stdout(fake, folder, capsys):
   assert cli.main(["segment", "photo.jpg", "other.png", "truck", "--json", "--model", "random:s0"]) == 0
   data = json.loads(capsys.readouterr().out)
   assert [i["file_name"] for i in data["images"]] == ["photo.jpg", "other.png"]
-  assert [a["id"] for a in data["annotations"]] == [1, 2]
-  assert [a["image_id"] for a in data["annotations"]] == [1, 2]
+  assert [a["id"] for a in data["annotations"]] == [1, 2, 3, 4]
+  assert [a["image_id"] for a in data["annotations"]] == [1, 1, 2, 2]
   assert data["info"]["random_weights"] is True and "RANDOM" in data["info"]["warning"]
   coco = COCO()
   coco.dataset = data
@@ -351,3 +351,29 @@ def test_segment_with_the_real_predictor(folder, capsys):
   assert all(a["segmentation"]["size"] == [HEIGHT, WIDTH] for a in data["annotations"])
   assert "RANDOM WEIGHTS" in err
   assert "unknown model 's00'" in mistake(capsys, "segment", "photo.jpg", "truck", "--model", "s00")
+
+
+def test_random_weights_show_the_best_three(fake, folder, capsys):
+  assert cli.main(["segment", "photo.jpg", "truck", "cup", "--model", "random:s0", "--json"]) == 0
+  assert fake.calls[0]["threshold"] == 0.0
+  assert len(json.loads(capsys.readouterr().out)["annotations"]) == 3
+  assert cli.main(["segment", "photo.jpg", "truck", "--model", "random:s0", "--threshold", "0.5"]) == 0
+  assert fake.calls[1]["threshold"] == 0.5  # what is asked for counts
+
+
+def test_random_if_offline_falls_back_and_says_so(fake, folder, capsys, monkeypatch):
+  load = FakePredictor.from_pretrained.__func__
+
+  def offline(cls, source, **kwargs):
+    if source == "s1":
+      raise ConnectionError("the hub cannot be reached")
+    return load(cls, source, **kwargs)
+
+  monkeypatch.setattr(FakePredictor, "from_pretrained", classmethod(offline))
+  assert cli.main(["segment", "photo.jpg", "truck", "--model", "s1"]) == 2
+  assert fake.loaded == []
+  assert cli.main(["segment", "photo.jpg", "truck", "--model", "s1", "--random-if-offline", "--json"]) == 0
+  out, err = capsys.readouterr()
+  assert [loaded[0] for loaded in fake.loaded] == ["random:s1"]
+  assert "cannot be reached" in err and "RANDOM WEIGHTS" in err
+  assert json.loads(out)["info"]["random_weights"] is True

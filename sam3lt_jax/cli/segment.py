@@ -18,6 +18,7 @@ from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
 from sam3lt_jax.cli.progress import busy
 
 if TYPE_CHECKING:
+  from sam3lt_jax.predictor import Predictor
   from sam3lt_jax.processing.results import Results
 
 _IMAGE_SUFFIXES = set(
@@ -26,6 +27,7 @@ _IMAGE_SUFFIXES = set(
 _ROWS = 20  # of the table, a photo
 RANDOM = "random:"
 RANDOM_WARNING = "RANDOM WEIGHTS: no trained model was loaded; the masks and scores below mean nothing"
+_RANDOM_SHOWN = 3  # of each photo's finds, where random weights leave a threshold without meaning
 
 _EPILOG = """\
 examples:
@@ -40,7 +42,7 @@ examples:
   the scores, in a script:
     sam3lt segment truck.jpg "truck" --json | jq '.annotations[].score'
   no network at hand: see the program run (the results mean nothing):
-    sam3lt segment truck.jpg "truck" --model random:s0 --threshold 0
+    sam3lt segment truck.jpg "truck" --model random:s0
 
 written to the output folder for photo.jpg:
   photo_overlay.jpg   the photo with outlines, names and scores
@@ -63,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
       help="released variant, hub id, folder, or .pt file; random:s0 for random weights (default: s0)",
   )  # fmt: skip
+  add("--random-if-offline", action="store_true",
+      help="where the hub cannot be reached, run with random weights, to see the program work")  # fmt: skip
   add("--profile", choices=("original", "transformers"),
       help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
@@ -168,13 +172,8 @@ def run(args: argparse.Namespace) -> int:
   if not phrases and not args.box:
     raise UserError(f"nothing to look for: give a phrase or --box (see {PROGRAM} segment --help)")
   _check_out(args.out)
+  predictor = _load(args)
   random = args.model.startswith(RANDOM)
-  if random:
-    print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
-  from sam3lt_jax.predictor import Predictor
-
-  # Shows its own progress, of the download and of the loading.
-  predictor = Predictor.from_pretrained(args.model, profile=args.profile, dtype=args.dtype)
   profile = predictor.model.config.profile
   report = _Report(args, phrases, profile)
   failed = 0
@@ -204,19 +203,37 @@ def run(args: argparse.Namespace) -> int:
   return 2 if failed else 0
 
 
+def _load(args: argparse.Namespace) -> Predictor:
+  """The predictor of `args.model`; under --random-if-offline that may become random weights of its size."""
+  if args.model.startswith(RANDOM):
+    print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
+  with busy(f"loading {args.model}"):
+    from sam3lt_jax.predictor import Predictor
+
+    try:
+      return Predictor.from_pretrained(args.model, profile=args.profile, dtype=args.dtype)
+    except ConnectionError as e:
+      if not args.random_if_offline or args.model not in ("s0", "s1", "l"):
+        raise
+      print(f"{error_line(e)}\n{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
+    args.model = f"{RANDOM}{args.model}"
+    return Predictor.from_pretrained(args.model, profile=args.profile, dtype=args.dtype)
+
+
 def _segment(predictor, photo: str, phrases: list[str], args) -> tuple[Any, Results]:
   from sam3lt_jax.processing.images import load_image
 
   image = load_image(photo)  # upright, once for the model and the overlay
+  few = args.model.startswith(RANDOM) and args.threshold is None
   results = predictor(
     image,
     text=phrases or None,
     boxes=[box for box, _ in args.box] or None,
     box_labels=[label for _, label in args.box] or None,
-    threshold=args.threshold,
+    threshold=0.0 if few else args.threshold,
     mask_threshold=args.mask_threshold,
   )
-  return image, results.sort()
+  return image, results.top_k(_RANDOM_SHOWN) if few else results.sort()
 
 
 def _output_names(photos: Sequence[str]) -> list[str]:
