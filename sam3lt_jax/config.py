@@ -15,6 +15,9 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+PADDING_LABEL = -10  # of a box slot that holds no box; real boxes have 1 or 0
+BOX_ONLY_PHRASE = "visual"  # what both references read where there are boxes and no phrase
+
 GeometryCls = Literal["always", "with_boxes", "with_any_boxes"]
 
 

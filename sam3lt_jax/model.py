@@ -19,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.config import Sam3LiteTextConfig
+from sam3lt_jax.config import PADDING_LABEL, Sam3LiteTextConfig
 from sam3lt_jax.nn.detr_decoder import DetrDecoder
 from sam3lt_jax.nn.fusion_encoder import FusionEncoder
 from sam3lt_jax.nn.geometry_encoder import GeometryEncoder
@@ -32,7 +32,6 @@ from sam3lt_jax.ops import boxes as box_ops
 from sam3lt_jax.ops import positions
 
 Variables = dict[str, Any]
-PADDING_LABEL = -10
 
 
 @flax.struct.dataclass

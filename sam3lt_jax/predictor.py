@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax.model import PADDING_LABEL, Sam3LiteText, TextFeatures, Variables, VisionFeatures
+from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+from sam3lt_jax.model import Sam3LiteText, TextFeatures, Variables, VisionFeatures
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.results import Results
 
-BOX_ONLY_PHRASE = "visual"
 TEXT_BATCH = 8  # phrases encoded at once
 TEXT_CACHE = 4096  # phrases kept, about 16 kB each
 MASK_TILE = 512  # pixels; full-size masks leave an accelerator in tiles of one compiled shape
@@ -285,9 +285,10 @@ class Predictor:
     boxes = np.zeros((1, bucket, 4), np.float32)
     labels = np.full((1, bucket), PADDING_LABEL, np.int32)
     if count:
-      rows = prompts.box_rows([prompt.boxes])
-      given = prompts.label_rows(None if prompt.labels is None else [prompt.labels], rows)
-      boxes[:, :count], labels[:, :count] = prompts.pad_boxes(rows, given, [size])
+      rows = prompts.box_rows([prompt.boxes], "boxes")
+      given = None if prompt.labels is None else [prompt.labels]
+      given = prompts.label_rows(given, rows, "box_labels", "boxes")
+      boxes[:, :count], labels[:, :count] = prompts.pad_boxes(rows, given, [size], "boxes")
     return boxes, labels
 
   def _results(self, out, phrases, size, threshold: float, mask_threshold: float) -> Results:

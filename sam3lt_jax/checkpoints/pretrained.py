@@ -117,7 +117,7 @@ def abstract_leaves(model: Sam3LiteText) -> dict[str, Any]:
   return dict(_abstract_leaves(model.config, jnp.dtype(model.param_dtype)))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=32)
 def _abstract_leaves(config: Sam3LiteTextConfig, param_dtype: Any) -> dict[str, Any]:
   from sam3lt_jax.model import Sam3LiteText
 

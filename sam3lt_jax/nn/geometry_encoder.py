@@ -10,40 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.nn.layers import Attention, Conv, Dense, Dtype, LayerNorm, Mlp, embedding_init
+from sam3lt_jax.nn.layers import Conv, Dense, Dtype, LayerNorm, PreNormLayer, embedding_init
 from sam3lt_jax.ops import boxes as box_ops
 from sam3lt_jax.ops import positions, roi_align
-
-
-class GeometryLayer(nn.Module):
-  """Pre-norm: prompt tokens attend to each other, then to the image, then an MLP."""
-
-  num_heads: int
-  mlp_hidden: int
-  dropout: float = 0.0
-  attention_dropout: float = 0.0
-  mlp_dropout: float = 0.0
-  dtype: Dtype = jnp.float32
-  param_dtype: Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, tokens, mask, image, image_with_pos, deterministic: bool = True) -> jax.Array:
-    """tokens: [P, L, D]; mask: bool [P, 1, 1, L]; image, image_with_pos: [P, S, D]. Returns [P, L, D]."""
-    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-    def drop(x):
-      return nn.Dropout(self.dropout)(x, deterministic=deterministic)
-
-    attention = {"num_heads": self.num_heads, "dropout": self.attention_dropout, **kw}
-    h = LayerNorm(name="layer_norm1", **kw)(tokens)
-    h = Attention(name="self_attn", **attention)(h, h, h, mask, deterministic=deterministic)
-    tokens = tokens + drop(h)
-    h = LayerNorm(name="layer_norm2", **kw)(tokens)
-    h = Attention(name="cross_attn", **attention)(h, image_with_pos, image, deterministic=deterministic)
-    tokens = tokens + drop(h)
-    h = LayerNorm(name="layer_norm3", **kw)(tokens)
-    h = Mlp(self.mlp_hidden, tokens.shape[-1], nn.relu, self.mlp_dropout, name="mlp", **kw)(h, deterministic)
-    return tokens + drop(h)
 
 
 class GeometryEncoder(nn.Module):
@@ -96,7 +65,7 @@ class GeometryEncoder(nn.Module):
     flat = image.reshape(P, H * W, D)
     with_pos = flat + image_positions.reshape(H * W, D).astype(flat.dtype)
     for i in range(self.num_layers):
-      tokens = GeometryLayer(
+      tokens = PreNormLayer(
         self.num_heads,
         self.mlp_hidden,
         self.dropout,
@@ -104,7 +73,7 @@ class GeometryEncoder(nn.Module):
         self.mlp_dropout,
         name=f"layers_{i}",
         **kw,
-      )(tokens, mask[:, None, None, :], flat, with_pos, deterministic)
+      )(tokens, with_pos, flat, self_mask=mask[:, None, None, :], deterministic=deterministic)
     return LayerNorm(name="output_layer_norm", **kw)(tokens), mask
 
   def _embed_boxes(self, boxes: jax.Array, labels: jax.Array, image: jax.Array) -> jax.Array:

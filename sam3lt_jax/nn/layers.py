@@ -241,3 +241,52 @@ class Attention(nn.Module):
     )  # fmt: skip
     out = out.reshape(*query.shape[:-1], D)
     return Dense(D, name=self.out_name, dtype=self.dtype, param_dtype=self.param_dtype)(out)
+
+
+class PreNormLayer(nn.Module):
+  """Pre-norm transformer layer: attend to each other, attend to a context, MLP.
+
+  The fusion encoder's layers (image tokens, prompt as context) and the geometry encoder's (box tokens, image
+  as context) are this one. Source: SAM 3's TransformerEncoderLayer.
+  """
+
+  num_heads: int
+  mlp_hidden: int
+  dropout: float = 0.0  # after each attention and after the MLP
+  attention_dropout: float = 0.0
+  mlp_dropout: float = 0.0
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    self_mask: jax.Array | None = None,
+    cross_mask: jax.Array | None = None,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """x: [B, T, D]; keys, values: [B, S, D] of the context; positions: [T, D], joins the queries and keys of
+    the self-attention only; self_mask: bool [B, 1, 1, T]; cross_mask: bool [B, 1, 1, S]. Returns [B, T, D].
+    """
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def drop(x):
+      return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+
+    def attend(name, *args):
+      layer = Attention(self.num_heads, dropout=self.attention_dropout, name=name, **kw)
+      return drop(layer(*args, deterministic=deterministic))
+
+    h = LayerNorm(name="layer_norm1", **kw)(x)
+    q = h if positions is None else h + positions.astype(h.dtype)
+    x = x + attend("self_attn", q, q, h, self_mask)
+    h = LayerNorm(name="layer_norm2", **kw)(x)
+    x = x + attend("cross_attn", h, keys, values, cross_mask)
+    h = LayerNorm(name="layer_norm3", **kw)(x)
+    h = Mlp(self.mlp_hidden, x.shape[-1], nn.relu, self.mlp_dropout, name="mlp", **kw)(h, deterministic)
+    return x + drop(h)

@@ -12,69 +12,72 @@ from typing import Any
 
 import numpy as np
 
-PAD_LABEL = -10  # label and coordinates of a padding box
-BOX_ONLY_TEXT = "visual"  # the phrase that stands for "what the boxes show"
+from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+
 _BOXES_FORMAT = "[prompt][box][x1, y1, x2, y2] in pixels (or an array [P, N, 4])"
 
 Sizes = Sequence[tuple[int, int]]
 
 
-def box_rows(input_boxes: Any) -> list[np.ndarray]:
-  """`input_boxes` to one float64 [N, 4] a prompt, N = 0 where a prompt has none."""
+def box_rows(input_boxes: Any, name: str = "input_boxes") -> list[np.ndarray]:
+  """`input_boxes` to one float64 [N, 4] a prompt, N = 0 where a prompt has none.
+
+  `name`, here and below, is what the caller's user knows the argument by.
+  """
   if hasattr(input_boxes, "__array__"):
     input_boxes = np.asarray(input_boxes)
     if input_boxes.ndim != 3 or input_boxes.shape[-1] != 4:
-      raise ValueError(f"input_boxes must be {_BOXES_FORMAT}, got an array of shape {input_boxes.shape}")
+      raise ValueError(f"{name} must be {_BOXES_FORMAT}, got an array of shape {input_boxes.shape}")
   elif not isinstance(input_boxes, (list, tuple)) or not input_boxes:
-    raise ValueError(f"input_boxes must be {_BOXES_FORMAT}, got {input_boxes!r}")
-  return [_box_row(row, i) for i, row in enumerate(input_boxes)]
+    raise ValueError(f"{name} must be {_BOXES_FORMAT}, got {input_boxes!r}")
+  return [_box_row(row, i, name) for i, row in enumerate(input_boxes)]
 
 
-def _box_row(row: Any, i: int) -> np.ndarray:
+def _box_row(row: Any, i: int, name: str) -> np.ndarray:
   if row is None or (isinstance(row, (list, tuple)) and not row):
     return np.zeros((0, 4))
   if isinstance(row, (str, bytes)) or np.ndim(row[0] if isinstance(row, (list, tuple)) else row) == 0:
-    raise ValueError(
-      f"input_boxes must be {_BOXES_FORMAT}; entry {i} is {row!r}, one level of nesting is missing"
-    )
+    raise ValueError(f"{name} must be {_BOXES_FORMAT}; entry {i} is {row!r}, one level of nesting is missing")
   for k, box in enumerate(row):
     # One box at a time, so that the message can say which one.
     try:
       values = np.asarray(box, np.float64)
     except (TypeError, ValueError) as e:
-      raise ValueError(f"input_boxes: box {k} of prompt {i} must be four numbers, got {box!r}") from e
+      raise ValueError(f"{name}: box {k} of prompt {i} must be four numbers, got {box!r}") from e
     if values.shape != (4,):
       raise ValueError(
-        f"input_boxes: box {k} of prompt {i} must be four numbers (x1, y1, x2, y2), got {box!r}; "
+        f"{name}: box {k} of prompt {i} must be four numbers (x1, y1, x2, y2), got {box!r}; "
         f"the nesting is {_BOXES_FORMAT}"
       )
   return np.asarray(row, np.float64).reshape(-1, 4)
 
 
-def label_rows(labels: Any, boxes: list[np.ndarray]) -> list[np.ndarray]:
+def label_rows(
+  labels: Any, boxes: list[np.ndarray], name: str = "input_boxes_labels", boxes_name: str = "input_boxes"
+) -> list[np.ndarray]:
   """`input_boxes_labels` to one int32 [N] a prompt, counts checked against the boxes; None: all 1."""
   if labels is None:
     return [np.ones(len(row), np.int32) for row in boxes]
   if hasattr(labels, "__array__"):
     labels = np.asarray(labels)
     if labels.ndim != 2:
-      raise ValueError(f"input_boxes_labels must be [prompt][box], got an array of shape {labels.shape}")
+      raise ValueError(f"{name} must be [prompt][box], got an array of shape {labels.shape}")
     labels = labels.tolist()
   if not isinstance(labels, (list, tuple)) or not all(
     isinstance(r, (list, tuple, np.ndarray, type(None))) for r in labels
   ):
-    raise ValueError(f"input_boxes_labels must be [prompt][box], got {labels!r}")
+    raise ValueError(f"{name} must be [prompt][box], got {labels!r}")
   if len(labels) != len(boxes):
-    raise ValueError(f"input_boxes_labels are for {len(labels)} prompts, input_boxes for {len(boxes)}")
+    raise ValueError(f"{name} are for {len(labels)} prompts, {boxes_name} for {len(boxes)}")
   rows = []
   for i, (row, row_boxes) in enumerate(zip(labels, boxes)):
     row = [] if row is None else list(row)
     if len(row) != len(row_boxes):
-      raise ValueError(f"input_boxes_labels: prompt {i} has {len(row)} labels for {len(row_boxes)} boxes")
+      raise ValueError(f"{name}: prompt {i} has {len(row)} labels for {len(row_boxes)} boxes")
     for k, label in enumerate(row):
-      if not isinstance(label, (numbers.Integral, np.bool_)) or int(label) not in (0, 1, PAD_LABEL):
+      if not isinstance(label, (numbers.Integral, np.bool_)) or int(label) not in (0, 1, PADDING_LABEL):
         raise ValueError(
-          f"input_boxes_labels must be 1 (like this), 0 (not like this) or {PAD_LABEL} (ignore); "
+          f"{name} must be 1 (like this), 0 (not like this) or {PADDING_LABEL} (ignore); "
           f"box {k} of prompt {i} has {label!r}"
         )
     rows.append(np.asarray(row, np.int32))
@@ -87,7 +90,7 @@ def phrase_rows(text: Any, boxes: list[np.ndarray] | None, sizes: Sizes | None) 
     return None
   if text is None or isinstance(text, str):
     rows = len(boxes) if boxes is not None else len(sizes) if sizes is not None else 1
-    return [BOX_ONLY_TEXT if text is None else text] * rows
+    return [BOX_ONLY_PHRASE if text is None else text] * rows
   if not isinstance(text, (list, tuple)):
     raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
   if not text:
@@ -99,7 +102,7 @@ def phrase_rows(text: Any, boxes: list[np.ndarray] | None, sizes: Sizes | None) 
   phrases = []
   for i, phrase in enumerate(text):
     if phrase is None and boxes is not None and len(boxes[i]):
-      phrase = BOX_ONLY_TEXT
+      phrase = BOX_ONLY_PHRASE
     if not isinstance(phrase, str):
       hint = "; None is for prompts with boxes" if phrase is None else ""
       raise ValueError(f"text must hold strings, prompt {i} is {phrase!r}{hint}")
@@ -121,7 +124,7 @@ def sizes_for(boxes: list[np.ndarray], sizes: Sizes | None) -> Sizes:
 
 
 def pad_boxes(
-  boxes: list[np.ndarray], labels: list[np.ndarray], sizes: Sizes
+  boxes: list[np.ndarray], labels: list[np.ndarray], sizes: Sizes, name: str = "input_boxes"
 ) -> tuple[np.ndarray, np.ndarray]:
   """Boxes in pixels to the model's arrays.
 
@@ -137,12 +140,12 @@ def pad_boxes(
     ValueError: a box that is not finite, or inverted.
   """
   most = max(map(len, boxes))
-  out_boxes = np.full((len(boxes), most, 4), (PAD_LABEL, PAD_LABEL, 0, 0), np.float32)
-  out_labels = np.full((len(boxes), most), PAD_LABEL, np.int32)
+  out_boxes = np.full((len(boxes), most, 4), (PADDING_LABEL, PADDING_LABEL, 0, 0), np.float32)
+  out_labels = np.full((len(boxes), most), PADDING_LABEL, np.int32)
   for i, (row, row_labels, size) in enumerate(zip(boxes, labels, sizes)):
-    active = row_labels != PAD_LABEL
+    active = row_labels != PADDING_LABEL
     for k in np.flatnonzero(active):
-      _check_box(row[k], size, f"input_boxes: box {k} of prompt {i}")
+      _check_box(row[k], size, f"{name}: box {k} of prompt {i}")
     corners = row.astype(np.float32) / np.asarray([size[1], size[0]] * 2, np.float32)
     low, high = corners[:, :2], corners[:, 2:]
     normalised = np.concatenate([(low + high) / 2, high - low], axis=-1)
