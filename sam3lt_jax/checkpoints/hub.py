@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 
 from sam3lt_jax.checkpoints.errors import CheckpointError
 
+VARIABLES = "variables"  # the folder that orbax_io writes; not imported, as that would load jax
+
 # The released models, for suggestions.
 KNOWN_REPOSITORIES = (
   "Simon7108528/sam3-litetext-s0",
@@ -33,8 +35,8 @@ KNOWN_REPOSITORIES = (
   "vil-uob/sam3-litetext-l",
   "facebook/sam3",
 )
-# Configuration, processor and tokenizer files, and weights as safetensors with their index.
-_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer*")
+# Configuration, processor and tokenizer files, weights as safetensors with their index, or our Orbax variables.
+_PATTERNS = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer*", f"{VARIABLES}/*")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _PART = re.compile(r"[\w.-]+")  # a user's or a repository's name
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -167,7 +169,8 @@ def _from_hub(call: _Call, **kwargs: Any) -> str:
   if call.source.file is not None:
     return huggingface_hub.hf_hub_download(filename=call.source.file, **kwargs)
   path = huggingface_hub.snapshot_download(allow_patterns=list(_PATTERNS), **kwargs)
-  if not os.path.isdir(path) or not any(name.endswith(".safetensors") for name in os.listdir(path)):
+  weights = os.listdir(path) if os.path.isdir(path) else ()
+  if not any(name.endswith(".safetensors") or name == VARIABLES for name in weights):
     raise UnknownRepositoryError(
       f"{call.source.repo} holds no *.safetensors weights at the top; to load another file of it, "
       f"name the file: '{call.source.repo}:path/to/file.pt'"

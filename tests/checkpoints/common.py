@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sam3lt_jax.checkpoints import engine
 from sam3lt_jax.config import (
   DetrDecoderConfig,
   DetrEncoderConfig,
@@ -155,3 +156,14 @@ def expected_tree(model: Any) -> dict[str, np.ndarray]:
     if getattr(module, "bias", None) is not None:
       put(path, "bias", module.bias)
   return tree
+
+
+def flat(variables):
+  return {k: np.asarray(v) for k, v in engine.flatten(variables).items()}
+
+
+def assert_equal(found, expected):
+  assert found.keys() == expected.keys()
+  for key, value in expected.items():
+    assert found[key].dtype == value.dtype, key
+    np.testing.assert_array_equal(found[key], value, err_msg=key)

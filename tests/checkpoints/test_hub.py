@@ -55,6 +55,10 @@ def server():
       {_NEW: dict(_FILES), _OLD: _FILES | {"model.safetensors": b"old" * 100}}, {"main": _NEW, "v1": _OLD}
     ),
     "owner/gated": Repository({_NEW: dict(_FILES)}, {"main": _NEW}, gated=True),
+    "owner/orbax": Repository(
+      {_NEW: {"config.json": b"{}", "variables/manifest.ocdbt": b"m", "variables/d/ab12": _WEIGHTS}},
+      {"main": _NEW},
+    ),
     "owner/pickles": Repository({_NEW: {"deep/er/model.pt": _WEIGHTS, "readme": b""}}, {"main": _NEW}),
   }
   with HubServer(repositories) as hub_server:
@@ -111,6 +115,12 @@ def test_revision_pins_the_files(download):
     assert path.endswith(_OLD)
     assert Path(path, "model.safetensors").read_bytes() == b"old" * 100
   assert download()["path"].endswith(_NEW)
+
+
+def test_a_repository_in_our_own_format(download):
+  path = Path(download("owner/orbax")["path"])
+  assert (path / "variables/d/ab12").read_bytes() == _WEIGHTS
+  assert (path / "variables/manifest.ocdbt").read_bytes() == b"m"
 
 
 def test_single_file_of_a_repository(server, download):

@@ -228,6 +228,7 @@ class _Exploit:
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("plain_pickle", [False, True])
 def test_code_in_a_pickle_never_runs(tmp_path, torch, plain_pickle):
   file, mark = tmp_path / "m.pt", tmp_path / "ran"
