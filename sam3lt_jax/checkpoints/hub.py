@@ -35,7 +35,7 @@ KNOWN_REPOSITORIES = (
   "vil-uob/sam3-litetext-l",
   "facebook/sam3",
 )
-# Configuration, processor and tokenizer files, weights as safetensors with their index, or our Orbax variables.
+# Configuration, processor, tokenizer; weights as safetensors with their index, or our Orbax variables.
 _PATTERNS = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer*", f"{VARIABLES}/*")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _PART = re.compile(r"[\w.-]+")  # a user's or a repository's name

@@ -1,0 +1,184 @@
+"""The released size (S0, 1008 px) against transformers on a real photo, from the weights' file to results.
+
+  python -m tests.parity.full_size            # prints the table: about 4 minutes on 2 cores, 10 GB
+  python -m tests.parity.full_size --write    # and puts it into docs/parity.md
+
+Weights are random (every parameter active), drawn once from a seed, written by transformers and read by
+`from_pretrained`. Both sides get the same pixels and ids; transformers post-processes its own outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import torch_reference
+from sam3lt_jax import Predictor, Sam3LiteTextConfig, Sam3Processor, from_pretrained
+
+PHOTO = pathlib.Path(__file__).parents[2] / "examples" / "coffee.jpg"
+SEED = 0
+PROMPTS = {
+  "text": {"text": ["coffee cup"]},
+  "text and boxes": {
+    "text": ["coffee cup"],
+    "boxes": [[150.0, 80.0, 420.0, 300.0], [430.0, 40.0, 560.0, 110.0]],
+    "box_labels": [1, 0],
+  },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+  """All queries of one prompt: scores [Q], boxes [Q, 4] pixels, masks bool [Q, H, W]."""
+
+  scores: np.ndarray
+  boxes: np.ndarray
+  masks: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One prompt in one dtype against the reference. Pixels are those of the photo."""
+
+  prompt: str
+  dtype: str
+  threshold: float
+  kept_reference: int
+  kept_differently: int
+  score_difference: float
+  box_difference: float
+  mask_difference: float  # share of pixels that differ, over all kept masks
+  mask_iou: float  # mean over kept masks
+
+
+def run_reference(directory: str) -> dict[str, Detections]:
+  """Writes the random checkpoint to `directory` and runs transformers on it."""
+  ref = torch_reference.import_reference()
+  data = Sam3LiteTextConfig.s0("transformers").to_json()
+  config = ref.Sam3LiteTextConfig(**{k: v for k, v in data.items() if k != "sam3lt_jax"})
+  model = torch_reference.randomise_(torch_reference.build_model(config), SEED)
+  model.save_pretrained(directory)
+  processor = Sam3Processor("transformers")
+  post = ref.transformers.Sam3ImageProcessor()
+  results = {}
+  with ref.torch.no_grad():
+    vision = None
+    for name, prompt in PROMPTS.items():
+      inputs = processor(
+        images=str(PHOTO),
+        text=prompt["text"],
+        input_boxes=[prompt["boxes"]] if "boxes" in prompt else None,
+        input_boxes_labels=[prompt["box_labels"]] if "boxes" in prompt else None,
+      )
+      tensors = {k: ref.torch.from_numpy(v) for k, v in inputs.model_inputs.items()}
+      pixels = tensors.pop("pixel_values").permute(0, 3, 1, 2).contiguous()
+      vision = model.get_vision_features(pixels) if vision is None else vision
+      ints = {k: v.long() for k, v in tensors.items() if not v.is_floating_point()}
+      out = model(vision_embeds=vision, **(tensors | ints))
+      found = post.post_process_instance_segmentation(
+        out, threshold=0.0, target_sizes=inputs.original_sizes.tolist()
+      )[0]
+      results[name] = Detections(
+        found["scores"].numpy(), found["boxes"].numpy(), found["masks"].numpy().astype(bool)
+      )
+  return results
+
+
+def run_here(directory: str, dtype: Any) -> dict[str, Detections]:
+  """The same checkpoint, photo and prompts through `Predictor`."""
+  model, variables = from_pretrained(directory, dtype=dtype, param_dtype=dtype)
+  predictor = Predictor(model, variables)
+  predictor.set_image(PHOTO)
+  results = {}
+  for name, prompt in PROMPTS.items():
+    found = predictor.predict(**prompt, threshold=0.0)
+    results[name] = Detections(found.scores, found.boxes, found.masks)
+  return results
+
+
+def compare(prompt: str, dtype: str, want: Detections, got: Detections) -> Row:
+  """Keeps what scores above the middle of the widest gap, so that rounding cannot decide what is kept."""
+  ranked = np.sort(want.scores)
+  inner = ranked[len(ranked) // 4 : -len(ranked) // 4]
+  at = int(np.argmax(np.diff(inner)))
+  threshold = float((inner[at] + inner[at + 1]) / 2)
+  kept, kept_here = want.scores > threshold, got.scores > threshold
+  both = kept & kept_here
+  differing = want.masks[both] != got.masks[both]
+  union = (want.masks[both] | got.masks[both]).sum(axis=(1, 2))
+  overlap = (want.masks[both] & got.masks[both]).sum(axis=(1, 2))
+  return Row(
+    prompt,
+    dtype,
+    threshold,
+    int(kept.sum()),
+    int((kept != kept_here).sum()),
+    float(np.abs(want.scores - got.scores).max()),
+    float(np.abs(want.boxes[both] - got.boxes[both]).max()),
+    float(differing.mean()),
+    float(np.where(union > 0, overlap / np.maximum(union, 1), 1.0).mean()),
+  )
+
+
+def measure(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Row]:
+  """The whole comparison; one model in memory at a time."""
+  with tempfile.TemporaryDirectory() as directory, _optimised():
+    want = run_reference(directory)
+    gc.collect()
+    rows = []
+    for dtype in dtypes:
+      got = run_here(directory, jnp.dtype(dtype))
+      rows += [compare(name, dtype, want[name], got[name]) for name in PROMPTS]
+      gc.collect()
+  return rows
+
+
+@contextlib.contextmanager
+def _optimised():
+  """Compiled as users compile it; the test suite turns most of XLA's optimisations off."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def format_rows(rows: list[Row]) -> str:
+  """A markdown table."""
+  lines = [
+    "| prompt | dtype | kept by the reference | kept differently | max score difference"
+    " | max box difference, pixels | mask pixels that differ | mean mask IoU |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for r in rows:
+    lines.append(
+      f"| {r.prompt} | {r.dtype} | {r.kept_reference} of 200 | {r.kept_differently}"
+      f" | {r.score_difference:.1e} | {r.box_difference:.4f} | {100 * r.mask_difference:.4f}% | {r.mask_iou:.4f} |"
+    )
+  return "\n".join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--write", action="store_true", help="update docs/parity.md")
+  args = parser.parse_args()
+  table = format_rows(measure())
+  print(table)
+  if args.write:
+    from tests.parity.table import write_section
+
+    write_section("full size", table, "python -m tests.parity.full_size --write")
+
+
+if __name__ == "__main__":
+  main()
