@@ -163,7 +163,8 @@ def format_rows(rows: list[Row]) -> str:
   for r in rows:
     lines.append(
       f"| {r.prompt} | {r.dtype} | {r.kept_reference} of 200 | {r.kept_differently}"
-      f" | {r.score_difference:.1e} | {r.box_difference:.4f} | {100 * r.mask_difference:.4f}% | {r.mask_iou:.4f} |"
+      f" | {r.score_difference:.1e} | {r.box_difference:.4f}"
+      f" | {100 * r.mask_difference:.4f}% | {r.mask_iou:.4f} |"
     )
   return "\n".join(lines)
 

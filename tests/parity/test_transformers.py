@@ -84,6 +84,28 @@ def test_every_stage(pairs, variant, size, tokens, boxes):
   tolerances.assert_close(rows, f"{variant} at {size} px, boxes {boxes}")
 
 
+def test_presence_beyond_ten_is_clamped(pairs):
+  """The only output that random weights leave untested: presence logits rarely pass 10."""
+  import torch
+
+  reference, apply = pairs("s1", 140)
+  inputs = _inputs(140, 16, "one")
+  leaf = ("params", "detr_decoder", "presence_head", "layer3", "bias")
+  variables = jax.tree.map(lambda x: x, apply.args[0])
+  node = variables
+  for key in leaf[:-1]:
+    node = node[key]
+  before = reference.detr_decoder.presence_head.layer3.bias.detach().clone()
+  node[leaf[-1]] = node[leaf[-1]] + 30.0
+  with torch.no_grad():
+    reference.detr_decoder.presence_head.layer3.bias += 30.0
+    expected = run_stages(reference, inputs)
+    reference.detr_decoder.presence_head.layer3.bias.copy_(before)
+  got = tolerances.flat(apply.func(variables, **inputs))
+  assert (expected["presence_logits"] == 10.0).all()
+  tolerances.assert_close(tolerances.compare({"presence_logits": expected["presence_logits"]}, got))
+
+
 def test_mixed_batch_rows_equal_the_reference_run_alone(pairs):
   """A text-only row beside a row with boxes: transformers changes it, we do not (difference 10)."""
   reference, apply = pairs("s0", 168)
