@@ -240,14 +240,16 @@ class Sam3LiteTextConfig:
       ("detr_decoder", self.detr_decoder.hidden_size, self.detr_decoder.num_attention_heads),
       ("mask_decoder", self.mask_decoder.hidden_size, self.mask_decoder.num_attention_heads),
     ):
-      if width % heads:
+      if heads < 1 or width < 1 or width % heads:
         raise ValueError(
           f"{name}: num_attention_heads must divide hidden_size, got {heads} heads for width {width}"
         )
-    if v.image_size % v.patch_size:
+    if v.patch_size < 1 or v.image_size % v.patch_size or v.image_size < 2 * v.patch_size:
       raise ValueError(
-        f"vision.image_size must be a multiple of the patch size {v.patch_size}, got {v.image_size}"
+        f"vision.image_size must be a multiple of the patch size {v.patch_size}, at least twice it,"
+        f" got {v.image_size}"
       )
+    _check_choice("text.kind", t.kind, ("mobileclip", "clip"))
 
   @classmethod
   def s0(cls, profile: str | Profile = "original") -> Sam3LiteTextConfig:

@@ -88,7 +88,13 @@ def to_schema(config: Sam3LiteTextConfig) -> dict[str, Any]:
 
 
 def from_schema(data: Mapping[str, Any], profile: str | Profile | None) -> Sam3LiteTextConfig:
-  data = data.get("detector_config") or data  # a video checkpoint nests the image model
+  if isinstance(data, Mapping):
+    data = data.get("detector_config") or data  # a video checkpoint nests the image model
+  if not isinstance(data, Mapping):
+    raise ValueError(f"config must be a JSON object, got {type(data).__name__}")
+  for name, part in data.items():
+    if (name.endswith("_config") or name == "sam3lt_jax") and not isinstance(part, (Mapping, type(None))):
+      raise ValueError(f"config: {name} must be an object, got {part!r}")
   model_type = data.get("model_type")
   if model_type not in _MODEL_TYPES:
     raise ValueError(
@@ -96,7 +102,7 @@ def from_schema(data: Mapping[str, Any], profile: str | Profile | None) -> Sam3L
     )
   ours = data.get("sam3lt_jax") or {}
   if profile is None:
-    profile = Profile(**ours["profile"]) if "profile" in ours else Profile.transformers()
+    profile = _profile(ours["profile"]) if "profile" in ours else Profile.transformers()
   profile = Profile.named(profile)
 
   vision = data.get("vision_config") or {}
@@ -137,8 +143,28 @@ def _pick(cls, data: Mapping[str, Any] | None, where: str):
       if len(set(value)) != 1:
         raise ValueError(f"{where}.{field.name}: only square sizes are supported, got {value}")
       value = value[0]
-    try:
-      values[field.name] = tuple(value) if isinstance(default, tuple) else type(default)(value)
-    except (TypeError, ValueError) as e:
-      raise ValueError(f"{where}.{field.name}: expected {type(default).__name__}, got {value!r}") from e
+    values[field.name] = _typed(f"{where}.{field.name}", value, type(default))
   return cls(**values)
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+  """`value` as `kind` where that loses nothing: 512.0 is an int, 512.7 and "512" are not."""
+  if kind is tuple and isinstance(value, (list, tuple)):
+    return tuple(value)
+  numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if kind is float and numeric:
+    return float(value)
+  if kind is int and numeric and value == int(value):
+    return int(value)
+  if kind in (bool, str) and isinstance(value, kind):
+    return value
+  raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}")
+
+
+def _profile(data: Any) -> Profile:
+  """The profile that `to_schema` wrote, every field of it."""
+  fields = {field.name for field in dataclasses.fields(Profile)}
+  if not isinstance(data, Mapping) or set(data) != fields:
+    got = sorted(data) if isinstance(data, Mapping) else data
+    raise ValueError(f"sam3lt_jax.profile must hold exactly {sorted(fields)}, got {got}")
+  return Profile(**data)

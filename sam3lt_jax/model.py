@@ -190,8 +190,8 @@ class Sam3LiteText(nn.Module):
       input_ids: int32 [P, T]. attention_mask: bool or int [P, T], 1 = token; None: all are tokens.
       input_boxes: float32 [P, N, 4], normalised cxcywh. N may be 0.
       input_boxes_labels: int32 [P, N], 1 positive, 0 negative, -10 padding; None: all positive.
-      image_index: int32 [P], which image each prompt is for. None: prompt p is for image p; a single image
-        serves all prompts and a single prompt all images.
+      image_index: int32 [P], which image each prompt is for; a number beyond the images gives NaN.
+        None: prompt p is for image p, a single image serves all prompts, a single prompt all images.
       vision_embeds: in place of pixel_values, from `get_vision_features`.
       text_embeds: in place of input_ids: `TextFeatures`, or its `pooler_output` [P, T, D] and attention_mask.
       deterministic: False applies dropout (rng "dropout"); where it acts follows the profile.
@@ -202,6 +202,8 @@ class Sam3LiteText(nn.Module):
       ValueError: arguments that contradict each other, or shapes that are not as above.
     """
     taps: Taps = {} if output_intermediates else None
+    if vision_embeds is not None and not isinstance(vision_embeds, VisionFeatures):
+      raise ValueError(f"vision_embeds must be VisionFeatures, got {type(vision_embeds).__name__}")
     if (pixel_values is None) == (vision_embeds is None):
       raise ValueError("pass exactly one of pixel_values and vision_embeds")
     if (input_ids is None) == (text_embeds is None):
@@ -210,9 +212,8 @@ class Sam3LiteText(nn.Module):
       vision_embeds = self._vision(pixel_values, deterministic, taps)
     if text_embeds is None:
       text_embeds = self._text(input_ids, attention_mask, update_batch_stats, taps)
-    elif not isinstance(text_embeds, TextFeatures):
-      mask = _token_mask(attention_mask, text_embeds.shape[:2])
-      text_embeds = TextFeatures(text_embeds, text_embeds, mask)
+    else:
+      text_embeds = self._given_text(text_embeds, attention_mask)
     tap(taps, "text_features", text_embeds.pooler_output)
     return self._detect(
       vision_embeds, text_embeds, input_boxes, input_boxes_labels, image_index, deterministic, taps
@@ -255,7 +256,12 @@ class Sam3LiteText(nn.Module):
 
   def _vision(self, pixel_values: jax.Array, deterministic: bool, taps: Taps) -> VisionFeatures:
     v = self.config.vision
+    pixel_values = jnp.asarray(pixel_values)
     shape = pixel_values.shape
+    if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+      raise ValueError(
+        f"pixel_values must be floating point in [-1, 1] (see Sam3Processor), got {pixel_values.dtype}"
+      )
     if len(shape) != 4 or shape[-1] != v.num_channels:
       hint = "; this looks channels-first" if len(shape) == 4 and shape[1] == v.num_channels else ""
       raise ValueError(f"pixel_values must be [B, S, S, {v.num_channels}], got {tuple(shape)}{hint}")
@@ -267,11 +273,27 @@ class Sam3LiteText(nn.Module):
     return VisionFeatures(self.vision_encoder(pixel_values, deterministic, taps))
 
   def _text(self, input_ids, attention_mask, update_batch_stats: bool, taps: Taps) -> TextFeatures:
+    input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
       raise ValueError(f"input_ids must be int [P, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
     mask = _token_mask(attention_mask, input_ids.shape)
     hidden = self.text_encoder(input_ids, mask, update_batch_stats, taps)
     return TextFeatures(hidden, self.text_projection(hidden), mask)
+
+  def _given_text(self, text_embeds: TextFeatures | jax.Array, attention_mask) -> TextFeatures:
+    """`text_embeds` as `TextFeatures`, checked."""
+    if isinstance(text_embeds, TextFeatures):
+      if attention_mask is not None:
+        raise ValueError("attention_mask beside TextFeatures, which carry their own; pass one of the two")
+    else:
+      shape = jnp.shape(text_embeds)
+      if len(shape) != 3:
+        raise ValueError(f"text_embeds must be TextFeatures or an array [P, T, D], got shape {shape}")
+      text_embeds = TextFeatures(text_embeds, text_embeds, _token_mask(attention_mask, shape[:2]))
+    width, shape = self.config.detr_encoder.hidden_size, text_embeds.pooler_output.shape
+    if len(shape) != 3 or shape[-1] != width:
+      raise ValueError(f"text_embeds must be [P, T, {width}] (projected tokens), got {tuple(shape)}")
+    return text_embeds
 
   def _detect(
     self,
@@ -332,6 +354,7 @@ class Sam3LiteText(nn.Module):
 def _token_mask(attention_mask, shape) -> jax.Array:
   if attention_mask is None:
     return jnp.ones(shape, bool)
+  attention_mask = jnp.asarray(attention_mask)
   if tuple(attention_mask.shape) != tuple(shape):
     raise ValueError(
       f"attention_mask must be {tuple(shape)} like the tokens, got {tuple(attention_mask.shape)}"
@@ -345,12 +368,14 @@ def _check_boxes(boxes, labels, prompts: int) -> tuple[jax.Array, jax.Array]:
     if labels is not None:
       raise ValueError("input_boxes_labels without input_boxes")
     boxes = jnp.zeros((prompts, 0, 4), jnp.float32)
+  boxes = jnp.asarray(boxes)
   if boxes.ndim != 3 or boxes.shape[-1] != 4 or boxes.shape[0] != prompts:
     raise ValueError(
       f"input_boxes must be [P, N, 4] with P = {prompts} (the prompts of this call), got {tuple(boxes.shape)}"
     )
   if labels is None:
     labels = jnp.ones(boxes.shape[:2], jnp.int32)
+  labels = jnp.asarray(labels)
   if tuple(labels.shape) != tuple(boxes.shape[:2]):
     raise ValueError(f"input_boxes_labels must be {tuple(boxes.shape[:2])}, got {tuple(labels.shape)}")
   return boxes.astype(jnp.float32), labels
@@ -363,6 +388,7 @@ def _image_of_each_prompt(
   maps = vision.fpn_hidden_states
   images, prompts = maps[0].shape[0], text.pooler_output.shape[0]
   if image_index is not None:
+    image_index = jnp.asarray(image_index)
     if image_index.ndim != 1 or prompts not in (1, image_index.shape[0]):
       raise ValueError(f"image_index must be [P] with P = {prompts} prompts, got {tuple(image_index.shape)}")
     return tuple(jnp.take(m, image_index, axis=0) for m in maps)

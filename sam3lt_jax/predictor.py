@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+from sam3lt_jax.config import PADDING_LABEL
 from sam3lt_jax.model import Sam3LiteText, TextFeatures, Variables, VisionFeatures
+from sam3lt_jax.ops.interpolation import interpolation_matrix
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.processor import Sam3Processor
@@ -68,11 +69,16 @@ class Predictor:
       there is an accelerator.
     """
     on_cpu = jax.default_backend() == "cpu"
+    if prompt_buckets is None:
+      prompt_buckets = (1,) if on_cpu else (1, 4, 16)
     self.processor = processor or Sam3Processor(model.config)
+    patch, side = model.config.vision.patch_size, self.processor.image_size
+    if side < 2 * patch or side % patch:
+      raise ValueError(f"image_size must be a multiple of {patch}, at least {2 * patch}, got {side}")
     if fuse:
       model, variables = model.fuse(variables)
     self.model, self.variables = model, variables
-    self._prompt_buckets = _buckets("prompt_buckets", prompt_buckets or ((1,) if on_cpu else (1, 4, 16)))
+    self._prompt_buckets = _buckets("prompt_buckets", prompt_buckets)
     self._box_buckets = _buckets("box_buckets", box_buckets)
     self._masks_on_device = not on_cpu if masks_on_device is None else masks_on_device
     self._phrases: collections.OrderedDict[str, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
@@ -135,13 +141,14 @@ class Predictor:
     model, variables = from_pretrained(
       local, config, profile, dtype, dtype if param_dtype is None else param_dtype
     )
-    patch = model.config.vision.patch_size
-    if image_size is not None and (image_size < 2 * patch or image_size % patch):
-      raise ValueError(f"image_size must be a multiple of {patch}, at least {2 * patch}, got {image_size}")
-    tokenizer = None
-    if os.path.isdir(local):
-      tokenizer = Sam3Processor.from_pretrained(local, model.config.profile).tokenizer
-    processor = Sam3Processor(model.config, image_size=image_size, tokenizer=tokenizer)
+    saved = Sam3Processor(model.config)
+    if os.path.isdir(local):  # what lies beside the weights: a tokenizer, an image size
+      saved = Sam3Processor.from_pretrained(local, model.config.profile)
+    processor = Sam3Processor(
+      model.config,
+      image_size=saved.image_size if image_size is None else image_size,
+      tokenizer=saved.tokenizer,
+    )
     return cls(model, variables, processor, **options)
 
   def __call__(
@@ -174,17 +181,17 @@ class Predictor:
       MemoryError: the device has too little memory; the message says what to lower.
     """
     threshold, mask_threshold = self._thresholds(threshold, mask_threshold)
-    if not _is_several(images):
-      row = _Prompt.parse(text, boxes, box_labels)
+    if not prompts.is_several(images):
+      row = prompts.Prompt.parse(text, boxes, box_labels)
       vision, size = self._encode(images)
       return self._run(vision, size, row, threshold, mask_threshold)
     images = list(images)
     rows = [
-      _Prompt.parse(t, b, lab)
+      prompts.Prompt.parse(t, b, lab)
       for t, b, lab in zip(
-        _per_image("text", text, len(images), _is_phrases),
-        _per_image("boxes", boxes, len(images), lambda _: False),
-        _per_image("box_labels", box_labels, len(images), lambda _: False),
+        prompts.texts_per_image(text, len(images)),
+        prompts.per_image("boxes", boxes, len(images), 2),
+        prompts.per_image("box_labels", box_labels, len(images), 1),
       )
     ]
     results = []
@@ -214,7 +221,7 @@ class Predictor:
     if self._image is None:
       raise ValueError("no image is set: call set_image(image) before predict, or call the predictor itself")
     threshold, mask_threshold = self._thresholds(threshold, mask_threshold)
-    return self._run(*self._image, _Prompt.parse(text, boxes, box_labels), threshold, mask_threshold)
+    return self._run(*self._image, prompts.Prompt.parse(text, boxes, box_labels), threshold, mask_threshold)
 
   def _thresholds(self, threshold, mask_threshold) -> tuple[float, float]:
     if threshold is None:
@@ -251,7 +258,7 @@ class Predictor:
     self,
     vision: VisionFeatures,
     size: tuple[int, int],
-    prompt: _Prompt,
+    prompt: prompts.Prompt,
     threshold: float,
     mask_threshold: float,
   ) -> Results:
@@ -277,11 +284,13 @@ class Predictor:
       start = chunk.stop
     return Results.concatenate(parts)
 
-  def _box_arrays(self, prompt: _Prompt, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+  def _box_arrays(self, prompt: prompts.Prompt, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Boxes float32 [1, N, 4] normalised cxcywh and labels int32 [1, N], N one of the buckets."""
     count = len(prompt.boxes)
     most = self._box_buckets[-1]
     bucket = next((b for b in self._box_buckets if b >= count), -(-count // most) * most)
+    if not count and self.processor.profile.geometry_cls == "with_any_boxes":
+      bucket = 0  # under this policy even empty slots bring in the CLS token
     boxes = np.zeros((1, bucket, 4), np.float32)
     labels = np.full((1, bucket), PADDING_LABEL, np.int32)
     if count:
@@ -311,8 +320,8 @@ class Predictor:
     H, W = size
     h, w = masks.shape[-2:]
     out = np.empty((len(row), H, W), bool)
-    rows = postprocess.interpolation_matrix(h, H, -(-H // MASK_TILE) * MASK_TILE)
-    columns = postprocess.interpolation_matrix(w, W, -(-W // MASK_TILE) * MASK_TILE)
+    rows = interpolation_matrix(h, H, -(-H // MASK_TILE) * MASK_TILE)
+    columns = interpolation_matrix(w, W, -(-W // MASK_TILE) * MASK_TILE)
     for start in range(0, len(row), MASK_BATCH):
       n = min(MASK_BATCH, len(row) - start)
       at = [_pad_rows(index[start : start + n], MASK_BATCH) for index in (row, query)]
@@ -324,44 +333,6 @@ class Predictor:
           part = out[start : start + n, y : y + MASK_TILE, x : x + MASK_TILE]
           part[...] = np.asarray(tile)[:n, : part.shape[1], : part.shape[2]]
     return out
-
-
-class _Prompt(collections.namedtuple("_Prompt", "phrases boxes labels")):
-  """What is asked of one image: phrases (list of str), boxes (list of [4]), labels (list or None)."""
-
-  @classmethod
-  def parse(cls, text: Any, boxes: Any, labels: Any) -> _Prompt:
-    boxes = [] if boxes is None else list(boxes)
-    if len(boxes) == 4 and all(np.ndim(v) == 0 for v in boxes):
-      boxes = [boxes]  # one box, not in a list
-      labels = [labels] if labels is not None and np.ndim(labels) == 0 else labels
-    if labels is not None and not boxes:
-      raise ValueError("box_labels were given without boxes")
-    if text is None and not boxes:
-      raise ValueError("nothing to look for: give text, boxes or both")
-    phrases = [BOX_ONLY_PHRASE] if text is None else [text] if isinstance(text, str) else list(text)
-    if not phrases or not all(isinstance(p, str) for p in phrases):
-      raise ValueError(f"text must be a phrase or a list of phrases, got {text!r}")
-    return cls(phrases, boxes, labels)
-
-
-def _is_several(images: Any) -> bool:
-  return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-
-
-def _is_phrases(value: Any) -> bool:
-  """A phrase or a flat list of phrases, as opposed to one list an image."""
-  return isinstance(value, str) or (len(value) > 0 and all(isinstance(v, str) for v in value))
-
-
-def _per_image(name: str, value: Any, images: int, is_shared) -> list[Any]:
-  """One value an image: None and shared values repeat, lists must have one entry an image."""
-  if value is None or is_shared(value):
-    return [value] * images
-  value = list(value)
-  if len(value) != images:
-    raise ValueError(f"{name} must have one entry an image: {images} expected, got {len(value)}")
-  return value
 
 
 def _buckets(name: str, sizes: Sequence[int]) -> tuple[int, ...]:

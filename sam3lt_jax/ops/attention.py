@@ -42,13 +42,15 @@ def attend(
     [B, T, N, H] in the dtype of `v`.
 
   Raises:
-    ValueError: mask is not boolean or has not four axes.
+    ValueError: mask is not boolean [B, 1, T, S]; `blocked=True` with dropout, which has no blocked form.
   """
-  if mask is not None and (mask.dtype != jnp.bool_ or mask.ndim != 4):
+  if mask is not None and (mask.dtype != jnp.bool_ or mask.ndim != 4 or mask.shape[1] != 1):
     raise ValueError(f"mask must be boolean [B, 1, T, S], got {mask.dtype} with shape {mask.shape}")
   B, T, N, H = q.shape
   S = k.shape[1]
   dropping = dropout_rate > 0.0 and dropout_key is not None
+  if blocked and dropping:
+    raise ValueError("blocked=True cannot drop attention weights; use blocked=False or None")
   if blocked is None:
     large = 4 * B * N * T * S > BLOCK_ABOVE_BYTES
     blocked = large and not dropping and jax.default_backend() == "cpu"

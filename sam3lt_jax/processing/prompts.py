@@ -1,10 +1,11 @@
-"""Phrases and boxes as a user writes them, checked and lined up: the prompt half of `Sam3Processor`.
+"""Phrases and boxes as a user writes them, checked and lined up, for `Sam3Processor` and `Predictor`.
 
 Axes: P prompts, N boxes of a prompt. Source of the conventions: transformers 5.23.0 `processing_sam3.py`.
 """
 
 from __future__ import annotations
 
+import collections
 import numbers
 import warnings
 from collections.abc import Sequence
@@ -169,3 +170,63 @@ def _check_box(box: np.ndarray, size: tuple[int, int], name: str) -> None:
     warnings.warn(
       f"{name} {box.tolist()} is within one pixel; pixels are expected, not fractions", stacklevel=4
     )
+
+
+class Prompt(collections.namedtuple("Prompt", "phrases boxes labels")):
+  """What is asked of one image: phrases (list of str), boxes (list of [4]), labels (list or None)."""
+
+  @classmethod
+  def parse(cls, text: Any, boxes: Any, labels: Any) -> Prompt:
+    boxes = [] if boxes is None else _listed("boxes", boxes, "[[x1, y1, x2, y2], ...] in pixels")
+    if len(boxes) == 4 and all(map(_is_scalar, boxes)):
+      boxes = [boxes]  # one box, not in a list
+      labels = [labels] if labels is not None and _is_scalar(labels) else labels
+    if labels is not None and not boxes:
+      raise ValueError("box_labels were given without boxes")
+    if text is None and not boxes:
+      raise ValueError("nothing to look for: give text, boxes or both")
+    phrases = [BOX_ONLY_PHRASE] if text is None else [text] if isinstance(text, str) else text
+    if not isinstance(phrases, (list, tuple)) or not phrases or not all(isinstance(p, str) for p in phrases):
+      raise ValueError(f"text must be a phrase or a list of phrases, got {text!r}")
+    phrases = list(phrases)
+    return cls(phrases, boxes, labels)
+
+
+def is_several(images: Any) -> bool:
+  return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+
+
+def _is_scalar(value: Any) -> bool:
+  """Not a sequence; numpy's own test fails on lists of uneven length."""
+  return not hasattr(value, "__len__") or isinstance(value, (str, bytes)) or getattr(value, "ndim", 1) == 0
+
+
+def _listed(name: str, value: Any, accepted: str) -> list[Any]:
+  if _is_scalar(value):
+    raise ValueError(f"{name} must be {accepted}, got {value!r}")
+  return list(value)
+
+
+def texts_per_image(text: Any, images: int) -> list[Any]:
+  """Phrases of each image: a phrase or a flat list of phrases is asked of all of them."""
+  if isinstance(text, (list, tuple)) and not all(isinstance(phrase, str) for phrase in text):
+    return per_image("text", text, images, 0)
+  return [text] * images
+
+
+def per_image(name: str, value: Any, images: int, nesting: int) -> list[Any]:
+  """One entry an image, each None or a list nested `nesting` deep; None alone repeats."""
+  if value is None:
+    return [None] * images
+  value = _listed(name, value, "a list with one entry (or None) an image")
+  if len(value) != images:
+    raise ValueError(f"{name} must have one entry an image: {images} expected, got {len(value)}")
+  for i, entry in enumerate(value):
+    inside = entry
+    for _ in range(nesting):
+      if inside is not None and _is_scalar(inside):
+        raise ValueError(f"{name} must be nested one list an image; entry {i} is {entry!r}")
+      if inside is None or not len(inside):
+        break  # no boxes for this image
+      inside = inside[0]
+  return value

@@ -10,14 +10,13 @@ Weights are random (every parameter active), drawn once from a seed, written by 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
+import json
 import pathlib
 import tempfile
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -131,7 +130,7 @@ def compare(prompt: str, dtype: str, want: Detections, got: Detections) -> Row:
 
 def measure(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Row]:
   """The whole comparison; one model in memory at a time."""
-  with tempfile.TemporaryDirectory() as directory, _optimised():
+  with tempfile.TemporaryDirectory() as directory:
     want = run_reference(directory)
     gc.collect()
     rows = []
@@ -140,17 +139,6 @@ def measure(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Row]:
       rows += [compare(name, dtype, want[name], got[name]) for name in PROMPTS]
       gc.collect()
   return rows
-
-
-@contextlib.contextmanager
-def _optimised():
-  """Compiled as users compile it; the test suite turns most of XLA's optimisations off."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", False)
-  try:
-    yield
-  finally:
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def format_rows(rows: list[Row]) -> str:
@@ -172,9 +160,13 @@ def format_rows(rows: list[Row]) -> str:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--write", action="store_true", help="update docs/parity.md")
+  parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
   args = parser.parse_args()
-  table = format_rows(measure())
+  rows = measure()
+  table = format_rows(rows)
   print(table)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
   if args.write:
     from tests.parity.table import write_section
 

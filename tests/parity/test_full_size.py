@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from tests.parity import full_size
@@ -11,11 +16,14 @@ pytestmark = [pytest.mark.full, pytest.mark.torch]
 
 
 @pytest.fixture(scope="module")
-def rows():
+def rows(tmp_path_factory):
+  """The rows of the command, run as users run it: without what conftest.py sets to compile faster."""
   import_torch_reference()
-  rows = full_size.measure()
-  print("\n" + full_size.format_rows(rows))
-  return rows
+  path = tmp_path_factory.mktemp("full") / "rows.json"
+  hurry = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")
+  env = {k: v for k, v in os.environ.items() if k not in hurry}
+  subprocess.run([sys.executable, "-m", "tests.parity.full_size", "--json", path], check=True, env=env)
+  return [full_size.Row(**row) for row in json.loads(path.read_text())]
 
 
 def test_float32_results_are_the_references(rows):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sam3lt_jax.ops.interpolation import interpolation_matrix
 from sam3lt_jax.processing import postprocess as pp
 
 _ORDERS = ("upsample_then_sigmoid", "sigmoid_then_upsample")
@@ -47,18 +48,18 @@ def test_scale_boxes(xp):
 
 
 def test_interpolation_matrix_by_hand():
-  np.testing.assert_array_equal(pp.interpolation_matrix(3, 3), np.eye(3))
-  np.testing.assert_array_equal(pp.interpolation_matrix(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
-  np.testing.assert_array_equal(pp.interpolation_matrix(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
-  np.testing.assert_array_equal(pp.interpolation_matrix(1, 3), np.ones((3, 1)))
-  padded = pp.interpolation_matrix(2, 4, 6)
+  np.testing.assert_array_equal(interpolation_matrix(3, 3), np.eye(3))
+  np.testing.assert_array_equal(interpolation_matrix(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+  np.testing.assert_array_equal(interpolation_matrix(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
+  np.testing.assert_array_equal(interpolation_matrix(1, 3), np.ones((3, 1)))
+  padded = interpolation_matrix(2, 4, 6)
   assert padded.shape == (6, 2) and padded.dtype == np.float32 and not padded[4:].any()
   for size in (7, 1200, 1801):
-    matrix = pp.interpolation_matrix(288, size)
+    matrix = interpolation_matrix(288, size)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
     assert matrix.min() >= 0
   with pytest.raises(ValueError, match="padded_size at least out_size"):
-    pp.interpolation_matrix(4, 8, 6)
+    interpolation_matrix(4, 8, 6)
   with pytest.raises(ValueError):  # cached, so it must not be written to
     padded[0, 0] = 1
 
@@ -68,14 +69,14 @@ def test_numpy_and_jax_resample_alike(size):
   masks = _blobs(3, 48, 48)
   expected = np.einsum(
     "Hh,nhw,Ww->nHW",
-    pp.interpolation_matrix(48, size[0]).astype(np.float64),
+    interpolation_matrix(48, size[0]).astype(np.float64),
     masks,
-    pp.interpolation_matrix(48, size[1]).astype(np.float64),
+    interpolation_matrix(48, size[1]).astype(np.float64),
   )
   resized = pp.resize_masks(masks, size)
   assert resized.dtype == np.float32 and resized.shape == (3, *size)
   np.testing.assert_allclose(resized, expected, atol=1e-5)
-  rows, columns = pp.interpolation_matrix(48, size[0], 640), pp.interpolation_matrix(48, size[1], 352)
+  rows, columns = interpolation_matrix(48, size[0], 640), interpolation_matrix(48, size[1], 352)
   padded = jax.jit(pp.upsample_masks)(masks, rows, columns)
   assert padded.shape == (3, 640, 352) and padded.dtype == jnp.float32
   np.testing.assert_allclose(padded[:, : size[0], : size[1]], expected, atol=1e-5)
@@ -92,7 +93,7 @@ def test_one_compilation_serves_every_size_in_a_bucket():
   compiled = jax.jit(binarise)
   masks = _blobs(2, 36, 36)
   for size, threshold in (((50, 60), 0.5), ((64, 64), 0.3), ((20, 7), 0.7)):
-    rows, columns = pp.interpolation_matrix(36, size[0], 64), pp.interpolation_matrix(36, size[1], 64)
+    rows, columns = interpolation_matrix(36, size[0], 64), interpolation_matrix(36, size[1], 64)
     out = compiled(masks, rows, columns, np.float32(threshold))
     expected = pp.binary_masks(masks, size, threshold, "upsample_then_sigmoid")
     assert (np.asarray(out[:, : size[0], : size[1]]) != expected).mean() < 1e-3
@@ -105,7 +106,7 @@ def test_binary_masks(order):
   out = pp.binary_masks(masks, (90, 120), 0.5, order)
   assert out.dtype == bool and out.shape == (4, 90, 120)
   assert 0.02 < out.mean() < 0.9
-  matrices = pp.interpolation_matrix(36, 90), pp.interpolation_matrix(36, 120)
+  matrices = interpolation_matrix(36, 90), interpolation_matrix(36, 120)
   from_jax = pp.upsample_and_binarise_masks(jnp.asarray(masks), *matrices, 0.5, order)
   assert from_jax.dtype == bool
   assert (np.asarray(from_jax) != out).mean() < 1e-4
@@ -160,7 +161,7 @@ def test_against_torch(size):
   masks = _blobs(3, 48, 48, seed=1)
   expected = interpolate(masks).numpy()
   np.testing.assert_allclose(pp.resize_masks(masks, size), expected, atol=5e-6)
-  matrices = pp.interpolation_matrix(48, size[0]), pp.interpolation_matrix(48, size[1])
+  matrices = interpolation_matrix(48, size[0]), interpolation_matrix(48, size[1])
   np.testing.assert_allclose(pp.upsample_masks(jnp.asarray(masks), *matrices), expected, atol=1e-5)
   for threshold in (0.3, 0.5):
     original = interpolate(masks).sigmoid() > threshold
@@ -176,4 +177,4 @@ def test_weights_are_torchs(sizes):
   torch = pytest.importorskip("torch")
   identity = torch.eye(sizes[0])[None]
   expected = torch.nn.functional.interpolate(identity, size=sizes[1], mode="linear", align_corners=False)[0]
-  np.testing.assert_allclose(pp.interpolation_matrix(*sizes), expected.numpy().T, atol=1e-7)
+  np.testing.assert_allclose(interpolation_matrix(*sizes), expected.numpy().T, atol=1e-7)

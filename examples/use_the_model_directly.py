@@ -1,0 +1,43 @@
+"""The model as a JAX function: processor, jit, raw outputs, intermediates, post-processing.
+
+python examples/use_the_model_directly.py [MODEL [PHOTO]]
+"""
+
+import sys
+
+import jax
+import scene
+from PIL import Image
+
+from sam3lt_jax import Sam3Processor, from_pretrained
+
+MODEL = "s0"
+
+
+def main(model: str = MODEL, photo: str | None = None) -> None:
+  image = scene.draw() if photo is None else Image.open(photo).convert("RGB")
+  network, variables = from_pretrained(model)
+  network, variables = network.fuse(variables)  # the same function, a little faster
+  processor = Sam3Processor.from_pretrained(network)
+
+  inputs = processor(images=image, text="red circle", input_boxes=[[scene.RED_CIRCLES[0]]])
+  for name, value in inputs.items():
+    print(f"{name}: {value.dtype} {value.shape}")
+
+  @jax.jit
+  def forward(variables, inputs):
+    return network.apply(variables, **inputs, output_intermediates=True)
+
+  output = forward(variables, inputs.model_inputs)
+  print(f"pred_masks: {output.pred_masks.shape}, pred_boxes: {output.pred_boxes.shape}")
+  print(f"prompt tokens: {output.intermediates['prompt_tokens'].shape}")
+
+  threshold = 0.1 if model.startswith("random:") else None
+  (found,) = processor.post_process_instance_segmentation(
+    output, threshold, target_sizes=inputs.original_sizes
+  )
+  print(f"{len(found['scores'])} found, masks {found['masks'].shape}")
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

@@ -1,0 +1,54 @@
+"""Every example runs, on a tiny model, as a user would run it."""
+
+import pathlib
+import runpy
+import sys
+
+import pytest
+from PIL import Image
+
+from sam3lt_jax import from_pretrained
+from tests import tiny
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def beside_the_scripts(monkeypatch):
+  """Python puts a script's folder on the path."""
+  monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+EXPECTED = {
+  "segment_photo.py": ("Results(20 instances, size=260x320)", "wrote segment_photo.png"),
+  "many_prompts_one_image.py": ("red circle: ", "like the box: ", "not the second: ", "all at once: ["),
+  "use_the_model_directly.py": (
+    "pixel_values: float32 (1, 168, 168, 3)", "pred_masks: (1, 20, 48, 48)", "prompt tokens: (1, 18, 32)",
+    "260, 320)",
+  ),
+}  # fmt: skip
+
+
+def test_every_script_is_tested():
+  scripts = [f.name for f in EXAMPLES.glob("*.py") if "__main__" in f.read_text(encoding="utf-8")]
+  assert sorted(EXPECTED) == sorted(scripts)
+
+
+@pytest.mark.parametrize("script", EXPECTED)
+def test_example_on_its_own_picture(script, tmp_path, monkeypatch, capsys):
+  """`python examples/script random:tiny`, in this process, where compiling can be hurried."""
+  from_pretrained("random:tiny", progress=False)  # traces the shapes, which are kept, outside of `hurry`
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "argv", [script, "random:tiny"])
+  with tiny.hurry():
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+  printed = capsys.readouterr().out
+  for text in EXPECTED[script]:
+    assert text in printed
+  if script == "segment_photo.py":
+    assert Image.open(tmp_path / "segment_photo.png").size == (320, 260)
+
+
+@pytest.mark.parametrize("script", EXPECTED)
+def test_example_uses_a_released_model_by_default(script):
+  assert runpy.run_path(str(EXAMPLES / script), run_name="example")["MODEL"] == "s0"
