@@ -141,14 +141,12 @@ class Predictor:
     model, variables = from_pretrained(
       local, config, profile, dtype, dtype if param_dtype is None else param_dtype
     )
-    saved = Sam3Processor(model.config)
-    if os.path.isdir(local):  # what lies beside the weights: a tokenizer, an image size
+    tokenizer = None
+    if os.path.isdir(local):  # beside the weights may lie a tokenizer and an image size
       saved = Sam3Processor.from_pretrained(local, model.config.profile)
-    processor = Sam3Processor(
-      model.config,
-      image_size=saved.image_size if image_size is None else image_size,
-      tokenizer=saved.tokenizer,
-    )
+      tokenizer = saved.tokenizer
+      image_size = saved.image_size if image_size is None else image_size
+    processor = Sam3Processor(model.config, image_size=image_size, tokenizer=tokenizer)
     return cls(model, variables, processor, **options)
 
   def __call__(

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from sam3lt_jax.checkpoints.errors import CheckpointError
 
-VARIABLES = "variables"  # the folder that orbax_io writes; not imported, as that would load jax
+VARIABLES = "variables"  # the folder that orbax_io writes into; said here, where importing it loads no jax
 
 # The released models, for suggestions.
 KNOWN_REPOSITORIES = (

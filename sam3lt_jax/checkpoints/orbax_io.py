@@ -11,8 +11,7 @@ import jax
 
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
 from sam3lt_jax.checkpoints.errors import CheckpointError, CheckpointMismatchError, Problems
-
-VARIABLES = "variables"
+from sam3lt_jax.checkpoints.hub import VARIABLES
 
 
 def is_saved(directory: str) -> bool:

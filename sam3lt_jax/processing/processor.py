@@ -22,8 +22,6 @@ from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
 
-_RELEASED = {name: f"Simon7108528/sam3-litetext-{name}" for name in ("s0", "s1", "l")}
-
 
 class ProcessorOutput(dict):
   """A dictionary whose entries are attributes as well, as transformers' BatchFeature."""
@@ -345,9 +343,9 @@ def _to_jax(out: ProcessorOutput) -> ProcessorOutput:
 
 
 def _download(source: str) -> str:
-  from sam3lt_jax.checkpoints import hub
+  from sam3lt_jax.checkpoints import hub, sources
 
-  source = _RELEASED.get(source, source)
+  source = sources.ALIASES.get(source.lower(), source)
   if hub.parse_source(source) is None:
     raise FileNotFoundError(f"source: there is no file, directory or hub id {source!r}")
   return hub.download(source)
