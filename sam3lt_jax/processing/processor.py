@@ -210,11 +210,21 @@ class Sam3Processor:
         warnings.warn(f"text {phrase!r} is empty: it names nothing to look for", stacklevel=3)
     ids, mask = self.tokenizer(phrases, truncation=truncation)
     if self._vocab_size is not None and ids.max() >= self._vocab_size:
-      raise ValueError(
-        f"the tokenizer gives id {ids.max()}, but the model's vocabulary has {self._vocab_size}; "
-        "give the tokenizer that belongs to the model: Sam3Processor(config, tokenizer=...)"
-      )
+      raise ValueError(self._beyond_the_vocabulary(phrases, ids))
     return ids, mask
+
+  def _beyond_the_vocabulary(self, phrases: list[str], ids: np.ndarray) -> str:
+    if self.tokenizer.pruned:
+      row = int(np.argmax((ids >= self._vocab_size).any(axis=1)))
+      words = [w for w in phrases[row].split() if max(self.tokenizer.encode(w)) >= self._vocab_size]
+      return (
+        f"text {phrases[row]!r}: the model's vocabulary was pruned to {self._vocab_size} tokens, and"
+        f" {', '.join(map(repr, words)) or 'a part of this'} is not among them"
+      )
+    return (
+      f"the tokenizer gives id {ids.max()}, but the model's vocabulary has {self._vocab_size}; "
+      "give the tokenizer that belongs to the model: Sam3Processor(config, tokenizer=...)"
+    )
 
   def post_process_object_detection(
     self, outputs: Any, threshold: float | None = None, target_sizes: Any = None

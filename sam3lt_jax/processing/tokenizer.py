@@ -100,6 +100,9 @@ def clean_original(text: str) -> str:
   return " ".join(text.split()).lower()
 
 
+UNKNOWN = "<|unknown|>"  # what a pruned vocabulary has for all that it cannot spell
+
+
 class ClipTokenizer:
   """CLIP's tokenizer with the cleaning, padding and context length of a profile.
 
@@ -144,6 +147,11 @@ class ClipTokenizer:
       self._specials = dict(zip(_ORIGINAL_SPECIALS, (self.sot_token_id, self.eot_token_id)))
     self._backend = backend
 
+  @property
+  def pruned(self) -> bool:
+    """Whether the vocabulary is one of `sam3lt_jax.pruning`, which cannot spell every word."""
+    return self._saved.token_to_id(UNKNOWN) is not None
+
   @staticmethod
   def _special_id(backend: Tokenizer, *names: str) -> int:
     for name in names:
@@ -178,6 +186,10 @@ class ClipTokenizer:
     """Writes `tokenizer.json` as transformers reads it; a directory gets the file's usual name."""
     path = os.fspath(path)
     self._saved.save(os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path)
+
+  def to_json(self) -> str:
+    """What `save` writes."""
+    return self._saved.to_str()
 
   def encode(self, text: str) -> list[int]:
     """One phrase to its ids, from the start to the end token, neither cut nor padded."""
