@@ -1,0 +1,127 @@
+"""`sam3lt eval`: how good a model is on annotated images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+
+from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
+
+_EPILOG = """\
+examples:
+  COCO, every category asked of every image, the first 500 images:
+    sam3lt eval --annotations instances_val2017.json --images val2017 --metrics cgf1 ap --limit 500
+  SA-Co/Gold with its three annotators (of a pair the most favourable one counts):
+    sam3lt eval --annotations gold_a.json gold_b.json gold_c.json --images metaclip --out gold
+  boxes alone, of a fine-tuned model:
+    sam3lt eval --model my_model --annotations boxes.json --images photos --iou bbox
+  one number, in a script:
+    sam3lt eval --annotations a.json --images photos --json | jq .cgf1.segm.cgF1
+
+written to the output folder, where one is given:
+  predictions.jsonl   one line an image-phrase pair, as they come: phrase, ids, results in COCO's format
+  report.json         everything that is measured, and what was left out
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.usage = "%(prog)s --annotations FILE... --images DIR [options]"
+  parser.epilog = _EPILOG
+  add = parser.add_argument
+  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
+      help="released variant, hub id, folder, or .pt file (default: s0)")  # fmt: skip
+  add("--annotations", nargs="+", required=True, metavar="FILE",
+      help="COCO or SA-Co JSON; several files: further annotators of the same SA-Co pairs")  # fmt: skip
+  add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
+  add("--metrics", nargs="+", choices=("cgf1", "ap"), default=["cgf1"], help="(default: cgf1)")
+  add("--iou", nargs="+", choices=("segm", "bbox"), default=["segm", "bbox"],
+      help="compare masks, boxes or both (default)")  # fmt: skip
+  add("--only-present", action="store_true",
+      help="COCO: do not ask for categories that an image has none of (AP is then not the published figure)",
+  )  # fmt: skip
+  add("--limit", type=_count, metavar="N", help="only the first N images")
+  add(
+    "--threshold", type=float, default=0.5, metavar="T", help="of cgF1: results scored at least T count (0.5)"
+  )
+  add("--profile", choices=("original", "transformers"),
+      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
+  add("--out", metavar="DIR", help="folder for predictions.jsonl and report.json")
+  add("--json", action="store_true", help="print the report as JSON instead of the table")
+
+
+def _count(text: str) -> int:
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+  return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+  if not 0 <= args.threshold <= 1:
+    raise UserError(f"--threshold: must lie within 0 and 1, got {args.threshold}")
+  records, *annotators = _load(args)
+  if args.out is not None:
+    _check_out(args.out)
+  if args.model.startswith(RANDOM):
+    print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
+  with busy(f"loading {args.model}"):
+    from sam3lt_jax.predictor import Predictor
+
+    predictor = Predictor.from_pretrained(args.model, profile=args.profile, dtype=args.dtype)
+  from sam3lt_jax.evaluation.run import evaluate, table
+
+  total = min(len(records), args.limit or len(records))
+  with busy("", total=total) as progress:
+    done = 0
+
+    def on_image(name: str) -> None:
+      nonlocal done
+      progress.describe(name if done else f"{name} (the first image compiles the model, too)")
+      if done:
+        progress.advance()
+      done += 1
+
+    report = evaluate(
+      predictor,
+      records,
+      metrics=args.metrics,
+      iou_types=args.iou,
+      annotators=annotators,
+      limit=args.limit,
+      score_threshold=args.threshold,
+      out=args.out,
+      on_image=on_image,
+    )
+  print(json.dumps(report) if args.json else table(report))
+  if args.out is not None and not args.json:
+    print(f"  wrote {os.path.join(args.out, 'predictions.jsonl')}, {os.path.join(args.out, 'report.json')}")
+  return 0
+
+
+def _load(args: argparse.Namespace) -> list:
+  from sam3lt_jax.training.data.load import load_records
+  from sam3lt_jax.training.data.saco import SaCoRecords
+
+  with busy("reading the annotations"):
+    loaded = [load_records(path, args.images, negatives=not args.only_present) for path in args.annotations]
+  if len(loaded) > 1:
+    for path, records in zip(args.annotations, loaded):
+      if not isinstance(records, SaCoRecords):
+        raise UserError(
+          f"--annotations: several files must all be SA-Co annotations of the same pairs; {path} is not"
+        )
+  return loaded
+
+
+def _check_out(folder: str) -> None:
+  try:
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as e:
+    raise UserError(f"--out: cannot write to {folder} ({e.strerror})") from e

@@ -1,0 +1,97 @@
+"""`sam3lt prompts`: what a set of prompts asks of a text encoder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.cli.segment import RANDOM
+
+_EPILOG = """\
+examples:
+  lengths, context and vocabulary of a file of phrases, a phrase a line:
+    sam3lt prompts phrases.txt
+  several at once: {"text_annotations": [...]}, COCO or LVIS categories, SA-Co annotations, a folder:
+    sam3lt prompts noun_phrases.json lvis_v1_val.json --synonyms gold/ --out prompt_report
+  with a model, how many dimensions its features of these phrases fill:
+    sam3lt prompts phrases.txt --model s0
+  one number, in a script:
+    sam3lt prompts phrases.txt --json | jq .vocabulary.used
+
+written to the output folder:
+  report.json   everything measured
+  report.png    the plots (needs matplotlib: pip install 'sam3lt_jax[train]')
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.epilog = _EPILOG
+  add = parser.add_argument
+  add("files", nargs="+", metavar="FILE",
+      help="text, JSON or JSON lines, told by content; folders, too")  # fmt: skip
+  add("--synonyms", action="store_true", help="take the synonyms of LVIS categories, too")
+  add(
+    "--context", type=_tokens, metavar="T", help="context length in tokens to judge (default: the profile's)"
+  )
+  add("--model", metavar="s0|s1|l|ID|DIR|FILE",
+      help="measure the dimension of this model's text features as well (default: no model)")  # fmt: skip
+  add("--profile", choices=("original", "transformers"),
+      help="whose cleaning and context (default: the model's own, original without one)")  # fmt: skip
+  add("--out", default="sam3lt_prompts", metavar="DIR", help="output folder (default: sam3lt_prompts)")
+  add("--json", action="store_true", help="print JSON instead of the table")
+
+
+def _tokens(text: str) -> int:
+  if not text.isdecimal() or int(text) < 2:
+    raise argparse.ArgumentTypeError(f"must be a number of tokens, at least 2, got {text!r}")
+  return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+  from sam3lt_jax.training.prompt_plots import save_plots
+  from sam3lt_jax.training.prompt_report import prompt_report
+  from sam3lt_jax.training.prompts import read_prompts
+
+  try:
+    os.makedirs(args.out, exist_ok=True)
+  except OSError as e:
+    raise UserError(f"--out: cannot write to {args.out} ({e.strerror})") from e
+  tokenizer, model, variables = _load(args)
+  with busy("reading the prompts") as progress:
+    prompts = read_prompts(args.files, tokenizer.profile, synonyms=args.synonyms)
+    progress.describe(f"measuring {len(prompts.phrases):,} phrases")
+    report = prompt_report(
+      prompts, tokenizer, args.context, model=model, variables=variables, model_name=args.model or "model"
+    )
+    progress.describe("writing the report")
+    paths = [os.path.join(args.out, "report.json"), os.path.join(args.out, "report.png")]
+    with open(paths[0], "w", encoding="utf-8") as f:
+      f.write(report.to_json(indent=1) + "\n")
+    try:
+      save_plots(report, paths[1])
+    except ImportError as e:
+      print(f"{PROGRAM}: warning: {e}", file=sys.stderr)
+      del paths[1]
+  if args.json:
+    print(report.to_json())
+  else:
+    print(f"{report.table()}\n\nwrote {', '.join(paths)}")
+  return 0
+
+
+def _load(args: argparse.Namespace):
+  """(tokenizer, model, variables); the last two None without --model, which then imports no jax."""
+  from sam3lt_jax.processing.tokenizer import ClipTokenizer
+
+  if args.model is None:
+    return ClipTokenizer(profile=args.profile or "original"), None, None
+  if args.model.startswith(RANDOM):
+    print(f"{PROGRAM}: RANDOM WEIGHTS: the dimensions below are of no trained model", file=sys.stderr)
+  with busy(f"loading {args.model}"):
+    from sam3lt_jax.predictor import Predictor
+
+    predictor = Predictor.from_pretrained(args.model, profile=args.profile)
+  return predictor.processor.tokenizer, predictor.model, predictor.variables

@@ -1,0 +1,6 @@
+"""Data for training and evaluating the detector.
+
+`records` says what a record is; `coco` and `saco` read annotation files into records (`load` either of them);
+`rle` reads and checks masks; `augment` changes an image together with its masks and boxes; `batches` makes
+the detector's batches of records.
+"""

@@ -1,0 +1,39 @@
+"""Either kind of annotation file to records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from sam3lt_jax.training.data import records as record_ops
+from sam3lt_jax.training.data.coco import CocoRecords
+from sam3lt_jax.training.data.saco import SaCoRecords
+
+
+def load_records(
+  annotations: str | os.PathLike,
+  images: str | os.PathLike,
+  *,
+  negatives: bool = True,
+  phrases: Mapping[str, str] | None = None,
+) -> CocoRecords | SaCoRecords:
+  """Reads a file of COCO's or SA-Co's format; that its images have a `text_input` makes it SA-Co's.
+
+  Args:
+    annotations: the JSON file.
+    images: the folder that `file_name` is relative to.
+    negatives, phrases: of `coco.load_coco`; SA-Co files say both themselves.
+
+  Returns:
+    A sequence of `Record`s.
+
+  Raises:
+    FileNotFoundError: no such file or folder.
+    ValueError: neither format, the message names the file and the entry; or `phrases` for an SA-Co file.
+  """
+  data, name = record_ops.read_dataset(annotations, images)
+  if "text_input" not in data["images"][0]:
+    return CocoRecords(data, images, name, negatives=negatives, phrases=phrases)
+  if phrases:
+    raise ValueError(f"phrases are for categories; {name} is an SA-Co file, which brings its own")
+  return SaCoRecords(data, images, name)
