@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.config import PADDING_LABEL, Sam3LiteTextConfig
+from sam3lt_jax.model_inputs import check_boxes, image_of_each_prompt, token_mask
 from sam3lt_jax.nn.detr_decoder import DetrDecoder
 from sam3lt_jax.nn.fusion_encoder import FusionEncoder
 from sam3lt_jax.nn.geometry_encoder import GeometryEncoder
@@ -74,7 +75,8 @@ class Sam3LiteTextOutput:
       neck_{i} [B, h, w, D], text_embeddings and text_block_{i} [P, T, width], text_features [P, T, D],
       prompt_tokens [P, L, D], prompt_mask [P, L], encoder_output [P, h * w, D], decoder_hidden_states
       [layers, P, Q, D], decoder_boxes [layers, P, Q, 4] cxcywh, decoder_logits [layers, P, Q],
-      decoder_presence_logits [layers, P, 1], pixel_embed [P, h, w, D].
+      decoder_presence_logits [layers, P, 1], pixel_embed [P, h, w, D]; with `one_to_many` also
+      one_to_many_boxes [layers, P, Q, 4] and one_to_many_logits [layers, P, Q].
   """
 
   pred_masks: jax.Array
@@ -93,12 +95,16 @@ class Sam3LiteText(nn.Module):
       output = model.apply(variables, pixel_values, input_ids, attention_mask)
 
   `dtype` is what layers compute in, `param_dtype` what parameters are stored in; norms, softmax, RoPE, box
-  arithmetic and outputs are float32 either way.
+  arithmetic and outputs are float32 either way. `one_to_many` is for training, see `nn.detr_decoder`; so
+  is `remat`: less memory for the backward pass, which computes the trunk's, the fusion encoder's and the
+  decoder's layers a second time (see `nn.repeat`).
   """
 
   config: Sam3LiteTextConfig
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
+  one_to_many: bool = False
+  remat: bool = False
 
   def setup(self):
     c, kw = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -122,6 +128,7 @@ class Sam3LiteText(nn.Module):
         "rope_theta": v.rope_theta,
         "epsilon": c.profile.vit_layer_norm_eps,
         "drop_path": v.drop_path_rate if original_dropout else 0.0,
+        "remat": self.remat,
       },
       pyramid={"features": v.fpn_hidden_size, "scales": v.scale_factors},
       **kw,
@@ -151,11 +158,12 @@ class Sam3LiteText(nn.Module):
       **dropout(g.dropout), **kw,
     )  # fmt: skip
     self.detr_encoder = FusionEncoder(
-      e.num_layers, e.num_attention_heads, e.intermediate_size, **dropout(e.dropout), **kw
+      e.num_layers, e.num_attention_heads, e.intermediate_size, **dropout(e.dropout), remat=self.remat, **kw
     )
     self.detr_decoder = DetrDecoder(
       d.hidden_size, d.num_layers, d.num_queries, d.num_attention_heads, d.intermediate_size,
-      c.profile.presence_logit_clamp, **dropout(d.dropout), **kw,
+      c.profile.presence_logit_clamp, **dropout(d.dropout), one_to_many=self.one_to_many,
+      remat=self.remat, **kw,
     )  # fmt: skip
     self.dot_product_scoring = DotProductScoring(
       d.hidden_size,
@@ -276,7 +284,7 @@ class Sam3LiteText(nn.Module):
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
       raise ValueError(f"input_ids must be int [P, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
-    mask = _token_mask(attention_mask, input_ids.shape)
+    mask = token_mask(attention_mask, input_ids.shape)
     hidden = self.text_encoder(input_ids, mask, update_batch_stats, taps)
     return TextFeatures(hidden, self.text_projection(hidden), mask)
 
@@ -289,7 +297,7 @@ class Sam3LiteText(nn.Module):
       shape = jnp.shape(text_embeds)
       if len(shape) != 3:
         raise ValueError(f"text_embeds must be TextFeatures or an array [P, T, D], got shape {shape}")
-      text_embeds = TextFeatures(text_embeds, text_embeds, _token_mask(attention_mask, shape[:2]))
+      text_embeds = TextFeatures(text_embeds, text_embeds, token_mask(attention_mask, shape[:2]))
     width, shape = self.config.detr_encoder.hidden_size, text_embeds.pooler_output.shape
     if len(shape) != 3 or shape[-1] != width:
       raise ValueError(f"text_embeds must be [P, T, {width}] (projected tokens), got {tuple(shape)}")
@@ -306,13 +314,13 @@ class Sam3LiteText(nn.Module):
     taps: Taps,
   ) -> Sam3LiteTextOutput:
     """Everything after the two encoders."""
-    *finer, image = _image_of_each_prompt(vision, text, image_index)
+    *finer, image = image_of_each_prompt(vision.fpn_hidden_states, text.pooler_output.shape[0], image_index)
     prompts = image.shape[0]
     tokens, mask = (
       jnp.broadcast_to(a, (prompts, *a.shape[1:])) for a in (text.pooler_output, text.attention_mask)
     )
     place = positions.map_positions(*image.shape[1:])
-    boxes, labels = _check_boxes(boxes, labels, prompts)
+    boxes, labels = check_boxes(boxes, labels, prompts)
     geometry = self._geometry_tokens(boxes, labels, image, place, deterministic)
     if geometry is not None:
       tokens = jnp.concatenate([tokens, geometry[0]], axis=1)
@@ -327,14 +335,19 @@ class Sam3LiteText(nn.Module):
     encoded = encoded.reshape(P, h, w, D)
     decoded = self.detr_decoder(encoded, place, tokens, mask, deterministic)
     logits = self.dot_product_scoring(decoded.hidden_states, tokens, mask, deterministic)
-    tap(taps, "decoder_hidden_states", decoded.hidden_states)
-    tap(taps, "decoder_boxes", decoded.boxes)
+    Q = self.config.detr_decoder.num_queries
+    if self.one_to_many:
+      tap(taps, "one_to_many_boxes", decoded.boxes[:, :, Q:])
+      tap(taps, "one_to_many_logits", logits[:, :, Q:])
+    hidden, boxes, logits = decoded.hidden_states[:, :, :Q], decoded.boxes[:, :, :Q], logits[:, :, :Q]
+    tap(taps, "decoder_hidden_states", hidden)
+    tap(taps, "decoder_boxes", boxes)
     tap(taps, "decoder_logits", logits)
     tap(taps, "decoder_presence_logits", decoded.presence_logits)
-    masks, semantic = self.mask_decoder(decoded.hidden_states[-1], tuple(finer), encoded, tokens, mask, taps)
+    masks, semantic = self.mask_decoder(hidden[-1], tuple(finer), encoded, tokens, mask, taps)
     return Sam3LiteTextOutput(
       pred_masks=masks,
-      pred_boxes=box_ops.cxcywh_to_xyxy(decoded.boxes[-1]),
+      pred_boxes=box_ops.cxcywh_to_xyxy(boxes[-1]),
       pred_logits=logits[-1],
       presence_logits=decoded.presence_logits[-1],
       semantic_seg=semantic,
@@ -349,51 +362,3 @@ class Sam3LiteText(nn.Module):
     box_mask = labels != PADDING_LABEL
     cls_mask = box_mask.any(axis=1) if policy == "with_boxes" else jnp.ones(len(boxes), bool)
     return self.geometry_encoder(boxes, labels, box_mask, cls_mask, image, place, deterministic)
-
-
-def _token_mask(attention_mask, shape) -> jax.Array:
-  if attention_mask is None:
-    return jnp.ones(shape, bool)
-  attention_mask = jnp.asarray(attention_mask)
-  if tuple(attention_mask.shape) != tuple(shape):
-    raise ValueError(
-      f"attention_mask must be {tuple(shape)} like the tokens, got {tuple(attention_mask.shape)}"
-    )
-  return attention_mask.astype(bool)
-
-
-def _check_boxes(boxes, labels, prompts: int) -> tuple[jax.Array, jax.Array]:
-  """Boxes float32 [P, N, 4] and labels int32 [P, N]; none given becomes N = 0."""
-  if boxes is None:
-    if labels is not None:
-      raise ValueError("input_boxes_labels without input_boxes")
-    boxes = jnp.zeros((prompts, 0, 4), jnp.float32)
-  boxes = jnp.asarray(boxes)
-  if boxes.ndim != 3 or boxes.shape[-1] != 4 or boxes.shape[0] != prompts:
-    raise ValueError(
-      f"input_boxes must be [P, N, 4] with P = {prompts} (the prompts of this call), got {tuple(boxes.shape)}"
-    )
-  if labels is None:
-    labels = jnp.ones(boxes.shape[:2], jnp.int32)
-  labels = jnp.asarray(labels)
-  if tuple(labels.shape) != tuple(boxes.shape[:2]):
-    raise ValueError(f"input_boxes_labels must be {tuple(boxes.shape[:2])}, got {tuple(labels.shape)}")
-  return boxes.astype(jnp.float32), labels
-
-
-def _image_of_each_prompt(
-  vision: VisionFeatures, text: TextFeatures, image_index: jax.Array | None
-) -> tuple[jax.Array, ...]:
-  """The maps [B, h, w, D] rearranged to one row a prompt, [P, h, w, D]."""
-  maps = vision.fpn_hidden_states
-  images, prompts = maps[0].shape[0], text.pooler_output.shape[0]
-  if image_index is not None:
-    image_index = jnp.asarray(image_index)
-    if image_index.ndim != 1 or prompts not in (1, image_index.shape[0]):
-      raise ValueError(f"image_index must be [P] with P = {prompts} prompts, got {tuple(image_index.shape)}")
-    return tuple(jnp.take(m, image_index, axis=0) for m in maps)
-  if images == prompts or prompts == 1:
-    return maps
-  if images == 1:
-    return tuple(jnp.broadcast_to(m, (prompts, *m.shape[1:])) for m in maps)
-  raise ValueError(f"{prompts} prompts for {images} images: pass image_index, one image number a prompt")

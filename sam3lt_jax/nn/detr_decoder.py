@@ -10,7 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.nn.layers import Attention, Dtype, LayerNorm, Mlp, ReluMlp, embedding_init
+from sam3lt_jax.nn import repeat
+from sam3lt_jax.nn.layers import Attention, Dtype, LayerNorm, Mlp, ReluMlp
 from sam3lt_jax.ops import boxes as box_ops
 from sam3lt_jax.ops import positions
 
@@ -20,8 +21,8 @@ class DecoderOutput:
   """Every layer's view; the leading axis is the layer.
 
   Attributes:
-    hidden_states: [layers, P, Q, D] after the shared output norm.
-    boxes: float32 [layers, P, Q, 4] normalised cxcywh, after that layer's refinement.
+    hidden_states: [layers, P, Q, D] after the shared output norm; with one_to_many [layers, P, 2Q, D].
+    boxes: float32 [layers, P, Q, 4] normalised cxcywh, after that layer's refinement; 2Q with one_to_many.
     presence_logits: float32 [layers, P, 1].
   """
 
@@ -31,13 +32,17 @@ class DecoderOutput:
 
 
 class DecoderLayer(nn.Module):
-  """Post-norm: self-attention, prompt cross-attention, image cross-attention with a bias, MLP."""
+  """Post-norm: self-attention, prompt cross-attention, image cross-attention with a bias, MLP.
+
+  `talking`: how many leading rows attend to each other (None: all); the rest pass by, see `DetrDecoder`.
+  """
 
   num_heads: int
   mlp_hidden: int
   dropout: float = 0.0
   attention_dropout: float = 0.0
   mlp_dropout: float = 0.0
+  talking: int | None = None
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
@@ -61,8 +66,9 @@ class DecoderLayer(nn.Module):
     def add(x, update, norm):
       return LayerNorm(name=norm, **kw)(x + nn.Dropout(self.dropout)(update, deterministic=deterministic))
 
-    q = x + query_pos
-    h = Attention(name="self_attn", **attention)(q, q, x, deterministic=deterministic)
+    q, v = (a[:, : self.talking] for a in (x + query_pos, x))
+    h = Attention(name="self_attn", **attention)(q, q, v, deterministic=deterministic)
+    h = jnp.pad(h, ((0, 0), (0, x.shape[1] - h.shape[1]), (0, 0)))
     x = add(x, h, "self_attn_layer_norm")
     mask = prompt_mask[:, None, None, :]
     h = Attention(name="text_cross_attn", **attention)(
@@ -80,7 +86,13 @@ class DecoderLayer(nn.Module):
 class DetrDecoder(nn.Module):
   """The stack with its shared heads: box refinement, position of queries, relative-position bias, presence.
 
+  `one_to_many` (training): every query runs a second time, in rows that leave out self-attention and so
+  cannot learn who else has found the object. Several of them may be matched to one object, which gives the
+  shared weights many more positive examples. Source: SAM 3's training, after DAC-DETR (arXiv 2310.07685).
+
   `presence_clamp`: presence logits are clamped to +-this, None never (see `Profile.presence_logit_clamp`).
+  `remat`: the layers run as a scan that the backward pass repeats, see `nn.repeat`. Same parameters and
+  results (with dropout: other random bits).
   """
 
   features: int
@@ -92,12 +104,15 @@ class DetrDecoder(nn.Module):
   dropout: float = 0.0
   attention_dropout: float = 0.0
   mlp_dropout: float = 0.0
+  one_to_many: bool = False
+  remat: bool = False
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
   def setup(self):
     D, kw = self.features, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    table = {"embedding_init": embedding_init, **kw}
+    # Where training starts from: queries and reference points spread, as torch's nn.Embedding draws them.
+    table = {"embedding_init": nn.initializers.normal(1.0), **kw}
     self.query_embed = nn.Embed(self.num_queries, D, **table)
     self.reference_points = nn.Embed(self.num_queries, 4, **(table | {"dtype": jnp.float32}))
     self.presence_token = nn.Embed(1, D, **table)
@@ -108,6 +123,7 @@ class DetrDecoder(nn.Module):
         self.dropout,
         self.attention_dropout,
         self.mlp_dropout,
+        1 + self.num_queries if self.one_to_many else None,
         **kw,
       )
       for _ in range(self.num_layers)
@@ -132,27 +148,54 @@ class DetrDecoder(nn.Module):
     P, H, W, D = image.shape
     flat = image.reshape(P, H * W, D)
     with_pos = flat + image_positions.reshape(H * W, D).astype(flat.dtype)
-    x = jnp.concatenate([self.presence_token.embedding, self.query_embed.embedding]).astype(self.dtype)
+    runs = 2 if self.one_to_many else 1
+    queries = jnp.tile(self.query_embed.embedding, (runs, 1))
+    x = jnp.concatenate([self.presence_token.embedding, queries]).astype(self.dtype)
     x = jnp.broadcast_to(x, (P, *x.shape))
     reference = jax.nn.sigmoid(self.reference_points.embedding.astype(jnp.float32))
+    reference = jnp.tile(reference, (runs, 1))
     boxes = jnp.broadcast_to(reference, (P, *reference.shape))
-    outputs = []
-    steering = boxes
-    for layer in self.layers:
-      query_pos = self.ref_point_head(positions.box_code(steering, D // 2).astype(self.dtype))
-      query_pos = jnp.pad(query_pos, ((0, 0), (1, 0), (0, 0)))  # nothing for the presence token
-      bias = self._position_bias(steering, H, W)
-      x = layer(x, query_pos, flat, with_pos, bias, prompt, prompt_mask, deterministic)
-      hidden = self.output_layer_norm(x[:, 1:])
-      delta = self.box_head(hidden).astype(jnp.float32)
-      # Equal values, different gradients: a prediction reaches back one layer ("look forward twice"), the
-      # boxes that steer the next layer carry no gradient.
-      predicted = jax.nn.sigmoid(box_ops.inverse_sigmoid(boxes) + delta)
-      boxes = jax.nn.sigmoid(box_ops.inverse_sigmoid(steering) + delta)
-      steering = jax.lax.stop_gradient(boxes)
-      outputs.append((hidden, predicted, self._presence(x)))
-    hidden, boxes, presence = (jnp.stack(values) for values in zip(*outputs))
-    return DecoderOutput(hidden_states=hidden, boxes=boxes, presence_logits=presence)
+    context = (flat, with_pos, prompt, prompt_mask)
+    if self.remat and not self.is_initializing():
+      return DecoderOutput(*self._scanned((x, boxes, boxes), context, (H, W), deterministic))
+    state, outputs = (x, boxes, boxes), []
+    for i in range(self.num_layers):
+      state, output = self._refine(i, state, context, (H, W), deterministic)
+      outputs.append(output)
+    return DecoderOutput(*(jnp.stack(values) for values in zip(*outputs)))
+
+  def _refine(self, i: int, state, context, size: tuple[int, int], deterministic: bool):
+    """Layer i: (tokens, boxes, steering boxes) -> the same refined, and (hidden, boxes, presence logits)."""
+    x, boxes, steering = state
+    flat, with_pos, prompt, prompt_mask = context
+    query_pos = self.ref_point_head(positions.box_code(steering, self.features // 2).astype(self.dtype))
+    query_pos = jnp.pad(query_pos, ((0, 0), (1, 0), (0, 0)))  # nothing for the presence token
+    bias = self._position_bias(steering, *size)
+    x = self.layers[i](x, query_pos, flat, with_pos, bias, prompt, prompt_mask, deterministic)
+    hidden = self.output_layer_norm(x[:, 1:])
+    delta = self.box_head(hidden).astype(jnp.float32)
+    # Equal values, different gradients: a prediction reaches back one layer ("look forward twice"), the
+    # boxes that steer the next layer carry no gradient.
+    predicted = jax.nn.sigmoid(box_ops.inverse_sigmoid(boxes) + delta)
+    boxes = jax.nn.sigmoid(box_ops.inverse_sigmoid(steering) + delta)
+    return (x, boxes, jax.lax.stop_gradient(boxes)), (hidden, predicted, self._presence(x))
+
+  def _scanned(self, state, context, size: tuple[int, int], deterministic: bool):
+    """`_refine` of every layer as one scan, through a decoder of one layer."""
+    one = self.clone(num_layers=1, remat=False, parent=None)
+    params = self.variables["params"]
+    layers = repeat.layer_params(params, self.num_layers)
+    shared = {name: value for name, value in params.items() if not name.startswith("layers_")}
+    xs = {"params": repeat.stack(layers, self.dtype)}
+    if not deterministic and self.has_rng("dropout"):
+      xs["rngs"] = {"dropout": jax.random.split(self.make_rng("dropout"), self.num_layers)}
+
+    def step(state, layer):
+      variables = {"params": shared | {"layers_0": layer["params"]}}
+      call = (0, state, context, size, deterministic)
+      return one.apply(variables, *call, rngs=layer.get("rngs"), method="_refine")
+
+    return repeat.scan(step, state, xs)[1]
 
   def _presence(self, x: jax.Array) -> jax.Array:
     """[P, 1 + Q, D] -> float32 [P, 1]."""

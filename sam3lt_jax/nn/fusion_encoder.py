@@ -9,11 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sam3lt_jax.nn import repeat
 from sam3lt_jax.nn.layers import Dtype, PreNormLayer
 
 
 class FusionEncoder(nn.Module):
-  """A stack of pre-norm layers; no norm at the end."""
+  """A stack of pre-norm layers; no norm at the end.
+
+  `remat`: the layers run as a scan that the backward pass repeats, see `nn.repeat`. Same parameters and
+  results (with dropout: other random bits).
+  """
 
   num_layers: int
   num_heads: int
@@ -21,12 +26,15 @@ class FusionEncoder(nn.Module):
   dropout: float = 0.0
   attention_dropout: float = 0.0
   mlp_dropout: float = 0.0
+  remat: bool = False
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, image, positions, prompt, prompt_mask, deterministic: bool = True) -> jax.Array:
     """image: [P, S, D]; positions: [S, D]; prompt: [P, L, D]; prompt_mask: bool [P, L]. Returns [P, S, D]."""
+    if self.remat and not self.is_initializing():
+      return self._scanned(image, positions, prompt, prompt_mask, deterministic)
     for i in range(self.num_layers):
       image = PreNormLayer(
         self.num_heads,
@@ -46,3 +54,18 @@ class FusionEncoder(nn.Module):
         deterministic=deterministic,
       )
     return image
+
+  def _scanned(self, image, positions, prompt, prompt_mask, deterministic: bool) -> jax.Array:
+    one = self.clone(num_layers=1, remat=False, parent=None)
+    layers = repeat.layer_params(self.variables["params"], self.num_layers)
+    xs = {"params": repeat.stack(layers, self.dtype)}
+    if not deterministic and self.has_rng("dropout"):
+      xs["rngs"] = {"dropout": jax.random.split(self.make_rng("dropout"), self.num_layers)}
+
+    def step(image, layer):
+      params = {"params": {"layers_0": layer["params"]}}
+      return one.apply(
+        params, image, positions, prompt, prompt_mask, deterministic, rngs=layer.get("rngs")
+      ), None
+
+    return repeat.scan(step, image, xs)[0]

@@ -5,6 +5,7 @@ Source: SAM 3 `vitdet` trunk. Axes: B batch, H, W rows and columns of tokens, D 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sam3lt_jax.nn import repeat
 from sam3lt_jax.nn.layers import (
   Dense,
   Dtype,
@@ -67,8 +69,10 @@ class VitBlock(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-    """x: [B, H, W, D], H == W. Returns the same shape in dtype."""
+  def __call__(
+    self, x: jax.Array, deterministic: bool = True, drop_path: jax.Array | None = None
+  ) -> jax.Array:
+    """x: [B, H, W, D], H == W; drop_path: float32 [] in place of the field. Returns x's shape in dtype."""
     B, H, W, D = x.shape
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     grid = self.window or W
@@ -80,13 +84,16 @@ class VitBlock(nn.Module):
       h = windows.merge(attend(windows.partition(h, self.window), cos, sin), self.window, H, W)
     else:
       h = attend(h.reshape(B, H * W, D), cos, sin).reshape(B, H, W, D)
-    x = x + self._drop_path(h, deterministic)
+    x = x + self._drop_path(h, deterministic, drop_path)
     h = LayerNorm(self.epsilon, name="layer_norm2", **kw)(x)
     h = Mlp(self.mlp_hidden, D, gelu, name="mlp", **kw)(h)
-    return x + self._drop_path(h, deterministic)
+    return x + self._drop_path(h, deterministic, drop_path)
 
-  def _drop_path(self, branch: jax.Array, deterministic: bool) -> jax.Array:
+  def _drop_path(self, branch: jax.Array, deterministic: bool, rate: jax.Array | None) -> jax.Array:
     """Drops the whole residual branch of a sample (stochastic depth), in training only."""
+    if rate is not None and not deterministic:
+      keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (len(branch), 1, 1, 1))
+      return jnp.where(keep, branch / (1 - rate).astype(branch.dtype), 0)
     # broadcast_dims: one decision a sample, shared by its tokens and channels.
     return nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3))(branch, deterministic=deterministic)
 
@@ -128,7 +135,11 @@ class Embeddings(nn.Module):
 
 
 class VitTrunk(nn.Module):
-  """The trunk: embeddings, LayerNorm, blocks; no norm after the last one."""
+  """The trunk: embeddings, LayerNorm, blocks; no norm after the last one.
+
+  `remat`: the blocks run as scans that the backward pass repeats, see `nn.repeat`. Same parameters and
+  results (with drop path: other random bits); without effect where taps are asked for.
+  """
 
   features: int
   num_layers: int
@@ -141,6 +152,7 @@ class VitTrunk(nn.Module):
   rope_theta: float
   epsilon: float
   drop_path: float = 0.0
+  remat: bool = False
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
@@ -150,20 +162,60 @@ class VitTrunk(nn.Module):
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = Embeddings(self.features, self.patch, self.pretrain_grid, name="embeddings", **kw)(pixels)
     x = LayerNorm(self.epsilon, name="layer_norm", **kw)(x)
+    if self.remat and taps is None and not self.is_initializing():
+      return self._scanned(x, deterministic)
     for i in range(self.num_layers):
-      x = VitBlock(
-        num_heads=self.num_heads,
-        mlp_hidden=self.mlp_hidden,
-        window=0 if i in self.global_layers else self.window,
-        rope_window=self.window,
-        rope_theta=self.rope_theta,
-        epsilon=self.epsilon,
-        drop_path=self.drop_path * i / max(self.num_layers - 1, 1),
-        name=f"layers_{i}",
-        **kw,
-      )(x, deterministic)
+      block = self._block(i, drop_path=self._rate(i), name=f"layers_{i}")
+      x = block(x, deterministic)
       tap(taps, f"vit_block_{i}", x)
     return x
+
+  def _block(self, i: int, **fields: Any) -> VitBlock:
+    return VitBlock(
+      num_heads=self.num_heads,
+      mlp_hidden=self.mlp_hidden,
+      window=0 if i in self.global_layers else self.window,
+      rope_window=self.window,
+      rope_theta=self.rope_theta,
+      epsilon=self.epsilon,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      **fields,
+    )
+
+  def _rate(self, i: int) -> float:
+    """Drop path of layer i: from 0 in the first to the full rate in the last."""
+    return self.drop_path * i / max(self.num_layers - 1, 1)
+
+  def _scanned(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    """All blocks: a scan over repeated groups (7 windowed and 1 global layer), in it a scan over each run."""
+    n = self.num_layers
+    is_global = [i in self.global_layers for i in range(n)]
+    size = next(p for p in range(1, n + 1) if n % p == 0 and is_global == is_global[:p] * (n // p))
+    starts = [i for i in range(size) if i == 0 or is_global[i] != is_global[i - 1]]
+    runs = list(zip(starts, [*starts[1:], size]))
+    layers = [{"params": p} for p in repeat.layer_params(self.variables["params"], n)]
+    dropping = self.drop_path > 0 and not deterministic
+    if dropping:
+      for i, key in enumerate(jax.random.split(self.make_rng("dropout"), n)):
+        layers[i] |= {"rate": jnp.float32(self._rate(i)), "key": key}
+
+    def run(block, x, layer):
+      rngs = {"dropout": layer["key"]} if dropping else None
+      return block.apply({"params": layer["params"]}, x, not dropping, layer.get("rate"), rngs=rngs), None
+
+    def group(x, runs_of_layers):
+      for (start, _), run_of_layers in zip(runs, runs_of_layers):
+        step = functools.partial(run, self._block(start, parent=None))
+        x, _ = repeat.scan(step, x, run_of_layers)
+      return x, None
+
+    # [groups, layers of the run, ...], one stack a run: the inner scans read them without a copy.
+    stacks = [
+      repeat.stack([repeat.stack(layers[g + a : g + b], self.dtype) for g in range(0, n, size)], self.dtype)
+      for a, b in runs
+    ]
+    return jax.lax.scan(group, x, stacks)[0]
 
 
 class VisionEncoder(nn.Module):

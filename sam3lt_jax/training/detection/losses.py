@@ -1,0 +1,318 @@
+"""The losses of set prediction, as SAM 3 trains its detector.
+
+Every function is pure and takes a match (`matcher`). The defaults are the figures of SAM 3's published
+training configuration, those of its mask losses included (it keeps them for training with segmentation).
+Axes: L layers, P prompts, Q queries, M object slots, h, w rows and columns of a mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sam3lt_jax.model import Sam3LiteText, Sam3LiteTextOutput, VisionFeatures
+from sam3lt_jax.ops import boxes as box_ops
+from sam3lt_jax.training.detection.matcher import (
+  MatcherConfig,
+  match_one_to_many,
+  match_one_to_one,
+  pairwise_iou,
+)
+from sam3lt_jax.training.detection.targets import DetectionTargets
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionLossConfig:
+  """Weights and shapes of the losses.
+
+  Attributes:
+    class_weight, presence_weight, l1_weight, giou_weight, mask_weight, dice_weight, semantic_weight,
+      semantic_dice_weight: factors of the parts; 0 leaves a part out.
+    many_weight: factor of everything that the one-to-many rows add (models with `one_to_many` only).
+    positive_weight: factor of matched queries in the classification loss.
+    score_alpha: the target of a matched query is probability ** alpha * IoU ** (1 - alpha), at least 0.01.
+    score_gamma: unmatched queries count with probability ** gamma.
+    mask_alpha, mask_gamma, semantic_alpha, semantic_gamma: of the focal losses.
+    mask_points: this many random points a mask instead of every pixel; None, every pixel.
+    queries_scale: the classification loss is divided by this many queries a prompt, whatever the model has;
+      None, by those of the model.
+    matcher: costs of the matching.
+  """
+
+  class_weight: float = 20.0
+  presence_weight: float = 20.0
+  l1_weight: float = 5.0
+  giou_weight: float = 2.0
+  mask_weight: float = 200.0
+  dice_weight: float = 10.0
+  semantic_weight: float = 20.0
+  semantic_dice_weight: float = 30.0
+  many_weight: float = 2.0
+  positive_weight: float = 10.0
+  score_alpha: float = 0.25
+  score_gamma: float = 2.0
+  mask_alpha: float = 0.25
+  mask_gamma: float = 2.0
+  semantic_alpha: float = 0.6
+  semantic_gamma: float = 2.0
+  mask_points: int | None = None
+  queries_scale: int | None = 200
+  matcher: MatcherConfig = MatcherConfig()
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Elementwise, for targets in [0, 1]; float32."""
+  return jax.nn.softplus(logits) - logits * targets
+
+
+def focal_loss(logits: jax.Array, targets: jax.Array, alpha: float, gamma: float) -> jax.Array:
+  """Sigmoid focal loss, elementwise (arXiv 1708.02002); alpha weighs ones, 1 - alpha zeros."""
+  p = jax.nn.sigmoid(logits)
+  wrong = p * (1.0 - targets) + (1.0 - p) * targets
+  weight = alpha * targets + (1.0 - alpha) * (1.0 - targets)
+  return weight * wrong**gamma * binary_cross_entropy(logits, targets)
+
+
+def dice_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """[..., N] -> [...]: 1 - (2 |A B| + 1) / (|A| + |B| + 1) over the last axis, A = sigmoid(logits)."""
+  p = jax.nn.sigmoid(logits)
+  return 1.0 - (2.0 * (p * targets).sum(-1) + 1.0) / (p.sum(-1) + targets.sum(-1) + 1.0)
+
+
+def score_loss(
+  logits: jax.Array,
+  boxes: jax.Array,
+  match: jax.Array,
+  targets: DetectionTargets,
+  config: DetectionLossConfig,
+) -> jax.Array:
+  """Classification of queries, with the box's quality in the target (IoU-aware); [L, P, Q] -> [L].
+
+  Prompts without objects are left out: there, presence alone learns. Summed over queries, divided by
+  `queries_scale` and the number of real prompts.
+  """
+  p = jax.lax.stop_gradient(jax.nn.sigmoid(logits))
+  matched = jnp.minimum(match.sum(-1), 1.0)
+  iou = pairwise_iou(box_ops.cxcywh_to_xyxy(boxes), box_ops.cxcywh_to_xyxy(targets.boxes))[0]
+  iou = jax.lax.stop_gradient((iou * match).max(-1))
+  goal = jnp.maximum(p**config.score_alpha * iou ** (1.0 - config.score_alpha), 0.01)
+  positive = binary_cross_entropy(logits, goal) * matched * config.positive_weight
+  negative = binary_cross_entropy(logits, jnp.zeros_like(logits)) * (1.0 - matched)
+  negative = negative * jax.nn.sigmoid(logits) ** config.score_gamma * targets.exhaustive[:, None]
+  has_objects = targets.valid.any(-1)[:, None]
+  total = jnp.where(has_objects, positive + negative, 0.0).sum((1, 2))
+  return total / ((config.queries_scale or logits.shape[-1]) * _count(targets.prompt_valid))
+
+
+def presence_loss(logits: jax.Array, targets: DetectionTargets) -> jax.Array:
+  """[L, P, 1] -> [L]: half the cross entropy of "the image holds such an object", averaged over real prompts.
+
+  Half, because the reference takes a focal loss with alpha 0.5 and gamma 0.
+  """
+  present = targets.valid.any(-1).astype(jnp.float32)
+  loss = 0.5 * binary_cross_entropy(logits[..., 0], present) * targets.prompt_valid
+  return loss.sum(-1) / _count(targets.prompt_valid)
+
+
+def box_losses(
+  boxes: jax.Array, match: jax.Array, targets: DetectionTargets, objects: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """L1 of normalised cxcywh and 1 - GIoU of matched pairs: [L, P, Q, 4] -> two [L], divided by `objects`."""
+  l1 = jnp.abs(boxes[..., :, None, :] - targets.boxes[..., None, :, :]).sum(-1)
+  giou = pairwise_iou(box_ops.cxcywh_to_xyxy(boxes), box_ops.cxcywh_to_xyxy(targets.boxes))[1]
+  return (l1 * match).sum((1, 2, 3)) / objects, ((1.0 - giou) * match).sum((1, 2, 3)) / objects
+
+
+def mask_losses(
+  masks: jax.Array,
+  match: jax.Array,
+  targets: DetectionTargets,
+  objects: jax.Array,
+  config: DetectionLossConfig,
+  key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Focal and dice loss of each object's own query.
+
+  Args:
+    masks: float32 [P, Q, h, w] logits. match: [P, Q, M], at most one query an object.
+    objects: [], what the sums are divided by. key: for `mask_points`.
+
+  Returns:
+    Two float32 []. The focal loss is averaged over pixels (or points) first.
+  """
+  query = jnp.argmax(match, axis=1)  # [P, M]
+  mine = jnp.take_along_axis(masks, query[:, :, None, None], axis=1)
+  known = targets.has_mask & (match.sum(1) > 0)
+  if config.mask_points is not None:
+    if key is None:
+      raise ValueError("mask_points needs a key")
+    mine, true = _at_points(mine, targets.masks, config.mask_points, key)
+  else:
+    true = targets.masks.astype(jnp.float32)
+    mine = _resize(mine, true.shape[-2:])
+    mine, true = (a.reshape(*a.shape[:2], -1) for a in (mine, true))
+  focal = focal_loss(mine, true, config.mask_alpha, config.mask_gamma).mean(-1)
+  dice = dice_loss(mine, true)
+  return (focal * known).sum() / objects, (dice * known).sum() / objects
+
+
+def semantic_losses(
+  logits: jax.Array, targets: DetectionTargets, config: DetectionLossConfig
+) -> tuple[jax.Array, jax.Array]:
+  """Focal and dice loss of the union of all objects, [P, 1, h, w]; over prompts whose masks are all known."""
+  true = (targets.masks.astype(jnp.float32) * targets.has_mask[:, :, None, None]).max(1)
+  logits = _resize(logits, true.shape[-2:])[:, 0]
+  logits, true = (a.reshape(a.shape[0], -1) for a in (logits, true))
+  use = targets.valid.any(-1) & (targets.has_mask == targets.valid).all(-1) & targets.exhaustive
+  focal = focal_loss(logits, true, config.semantic_alpha, config.semantic_gamma).mean(-1)
+  dice = dice_loss(logits, true)
+  return (focal * use).sum() / _count(use), (dice * use).sum() / _count(use)
+
+
+def detection_loss(
+  output: Sam3LiteTextOutput,
+  targets: DetectionTargets,
+  config: DetectionLossConfig = DetectionLossConfig(),
+  key: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+  """All of it, from a forward with `output_intermediates=True`.
+
+  Classification, presence and boxes are summed over the decoder's layers, each with its own match; masks and
+  the semantic map have one output. Divided by the number of objects (boxes, masks) or prompts (the rest).
+
+  Returns:
+    (loss float32 [], metrics of float32 []: the parts before weighting, of the last layer where there are
+    several, and presence_accuracy, matched_iou).
+
+  Raises:
+    ValueError: the output carries no intermediates.
+  """
+  taps = output.intermediates
+  if taps is None:
+    raise ValueError(
+      "detection_loss needs the decoder's layers: call the model with output_intermediates=True"
+    )
+  logits, boxes = taps["decoder_logits"], taps["decoder_boxes"]
+  objects = _count(targets.valid)
+  match = _per_layer(match_one_to_one, logits, boxes, targets, config)
+  score = score_loss(logits, boxes, match, targets, config)
+  presence = presence_loss(taps["decoder_presence_logits"], targets)
+  l1, giou = box_losses(boxes, match, targets, objects)
+  mask, dice = mask_losses(output.pred_masks, match[-1], targets, objects, config, key)
+  semantic, semantic_dice = semantic_losses(output.semantic_seg, targets, config)
+  loss = (
+    (config.class_weight * score + config.presence_weight * presence).sum()
+    + (config.l1_weight * l1 + config.giou_weight * giou).sum()
+    + config.mask_weight * mask + config.dice_weight * dice
+    + config.semantic_weight * semantic + config.semantic_dice_weight * semantic_dice
+  )  # fmt: skip
+  metrics = {
+    "score": score[-1], "presence": presence[-1], "l1": l1[-1], "giou": giou[-1], "mask": mask, "dice": dice,
+    "semantic": semantic, "semantic_dice": semantic_dice,
+  }  # fmt: skip
+  if "one_to_many_logits" in taps:
+    logits_m, boxes_m = taps["one_to_many_logits"], taps["one_to_many_boxes"]
+    # Layers before the last are matched one to one, as in the reference.
+    inner = _per_layer(match_one_to_one, logits_m[:-1], boxes_m[:-1], targets, config)
+    last = _per_layer(match_one_to_many, logits_m[-1:], boxes_m[-1:], targets, config)
+    match_m = jnp.concatenate([inner, last])
+    l1, giou = box_losses(boxes_m, match_m, targets, objects)
+    score = score_loss(logits_m, boxes_m, match_m, targets, config)
+    many = (config.class_weight * score + config.l1_weight * l1 + config.giou_weight * giou).sum()
+    loss = loss + config.many_weight * many
+    metrics["one_to_many"] = many
+  present = targets.valid.any(-1)
+  right = ((taps["decoder_presence_logits"][-1, :, 0] > 0) == present) & targets.prompt_valid
+  iou = pairwise_iou(box_ops.cxcywh_to_xyxy(boxes[-1]), box_ops.cxcywh_to_xyxy(targets.boxes))[0]
+  metrics["presence_accuracy"] = right.sum() / _count(targets.prompt_valid)
+  metrics["matched_iou"] = (iou * match[-1]).sum() / objects
+  return loss, metrics
+
+
+def make_detection_loss_fn(
+  model: Sam3LiteText,
+  config: DetectionLossConfig = DetectionLossConfig(),
+  *,
+  merge: Callable[[Any, Any], Any] = lambda params, frozen: params,
+  update_batch_stats: bool = False,
+  deterministic: bool = False,
+) -> Callable:
+  """`loss_fn(params, frozen, batch_stats, batch, key)` for `training.step.make_train_step`.
+
+  Args:
+    merge: (trainable parameters, `frozen`) -> the model's whole parameter tree (frozen parts, LoRA).
+    update_batch_stats: RepMixer blocks normalise by the batch and update their statistics.
+    deterministic: True trains without dropout.
+
+  Each image is encoded once and its maps are repeated for its K prompts. Batches: `training.data.batches`.
+  """
+
+  def loss_fn(params, frozen, batch_stats, batch, key):
+    drop, points = jax.random.split(key)
+    variables = {"params": merge(params, frozen), **({"batch_stats": batch_stats} if batch_stats else {})}
+    mutable = ["batch_stats"] if update_batch_stats else False
+
+    def call(model: Sam3LiteText):
+      K = batch["input_ids"].shape[1]
+      maps = model.get_vision_features(batch["pixel_values"], deterministic).fpn_hidden_states
+      flat = {k: batch[k].reshape(-1, *batch[k].shape[2:]) for k in _PROMPT_KEYS}
+      return model(
+        vision_embeds=VisionFeatures(tuple(jnp.repeat(m, K, axis=0) for m in maps)),
+        deterministic=deterministic,
+        update_batch_stats=update_batch_stats,
+        output_intermediates=True,
+        **flat,
+      )
+
+    result = model.apply(variables, rngs={"dropout": drop}, mutable=mutable, method=call)
+    output, new_stats = result if update_batch_stats else (result, {"batch_stats": batch_stats})
+    loss, metrics = detection_loss(output, DetectionTargets.from_batch(batch), config, points)
+    return loss, (metrics, new_stats["batch_stats"])
+
+  return loss_fn
+
+
+_PROMPT_KEYS = ("input_ids", "attention_mask", "input_boxes", "input_boxes_labels")
+
+
+def _count(flags: jax.Array) -> jax.Array:
+  return jnp.maximum(flags.sum().astype(jnp.float32), 1.0)
+
+
+def _per_layer(matcher, logits, boxes, targets: DetectionTargets, config: DetectionLossConfig) -> jax.Array:
+  """[L, P, Q, M]"""
+  lead = logits.shape[:2]
+  true = jnp.broadcast_to(targets.boxes, (*lead, *targets.boxes.shape[1:]))
+  valid = jnp.broadcast_to(targets.valid, (*lead, targets.valid.shape[-1]))
+  return matcher(logits, boxes, true, valid, config.matcher)
+
+
+def _resize(masks: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Bilinear, [..., h, w] -> [..., *size]; nothing to do where the size is right."""
+  if masks.shape[-2:] == tuple(size):
+    return masks
+  return jax.image.resize(masks, (*masks.shape[:-2], *size), "bilinear", antialias=False)
+
+
+def _at_points(
+  logits: jax.Array, true: jax.Array, points: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Both masks [P, M, h, w] bilinearly at the same random points: two [P, M, points]."""
+  xy = jax.random.uniform(key, (*logits.shape[:2], points, 2))
+
+  def sample(masks):
+    h, w = masks.shape[-2:]
+
+    def one(mask, xy):
+      at = [xy[:, 1] * h - 0.5, xy[:, 0] * w - 0.5]
+      return jax.scipy.ndimage.map_coordinates(mask, at, order=1, mode="nearest")
+
+    return jax.vmap(jax.vmap(one))(masks.astype(jnp.float32), xy)
+
+  return sample(logits), sample(true)
