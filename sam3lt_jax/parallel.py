@@ -1,0 +1,346 @@
+"""Many devices and many hosts: meshes, where arrays lie on them, and compiled train steps.
+
+    mesh = make_mesh()                                  # every device on the axis "data"
+    step = data_parallel(make_train_step(loss_fn, tx), mesh)
+    state = step.place_state(state)
+    frozen = step.place_frozen(frozen)
+    state, metrics = step(state, frozen, step.place_batch(batch))
+
+`training.loop.fit` does that. A batch is split over the axis "data"; parameters are copied to every device,
+or split as `fsdp_sharding` says. `data_parallel` is `jax.jit` over a mesh and works across hosts; `pmap_step`
+is the same with `jax.pmap`, on the devices of one host.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Batch = Mapping[str, np.ndarray]
+
+
+# -------------------------------------------------------------------- meshes and shardings
+
+
+def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with the axes "data", over which batches are split, and "model", over which parameters may be.
+
+  Args:
+    data, model: devices along each axis; data None: all there are, divided by `model`.
+    devices: None: every device of every process.
+
+  Raises:
+    ValueError: the axes do not take up all devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  for name, size in (("data", data), ("model", model)):
+    if size is not None and size < 1:
+      raise ValueError(f"{name}={size!r}; accepted: 1 or more devices")
+  if data is None:
+    if len(devices) % model:
+      raise ValueError(f"model={model} does not divide the {len(devices)} devices")
+    data = len(devices) // model
+  if data * model != len(devices):
+    raise ValueError(f"data={data} x model={model} = {data * model} devices, but there are {len(devices)}")
+  # Not Explicit axes, the default: window partition's reshape is not typed for them.
+  return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis split over "data"."""
+  return NamedSharding(mesh, P("data"))
+
+
+def fsdp_sharding(mesh: Mesh, tree: Any, axis: str | None = None) -> Any:
+  """A tree of shardings that split every array along its largest dimension that the axis divides.
+
+  Args:
+    mesh: of `make_mesh`.
+    tree: arrays or shapes: parameters, a `TrainState`, a teacher.
+    axis: None: "model" if it has more than one device, else "data".
+
+  Returns:
+    The same tree of `NamedSharding`. Arrays that nothing divides, scalars and PRNG keys are replicated.
+  """
+  if axis is None:
+    axis = "model" if mesh.shape["model"] > 1 else "data"
+  if axis not in mesh.shape:
+    raise ValueError(f"axis={axis!r}; accepted: {', '.join(mesh.shape)}")
+  size = mesh.shape[axis]
+
+  def sharding(x):
+    shape = () if is_key(x) else np.shape(x)
+    fitting = [i for i, n in enumerate(shape) if n and n % size == 0]
+    if size == 1 or not fitting:
+      return replicated(mesh)
+    largest = max(fitting, key=lambda i: shape[i])
+    return NamedSharding(mesh, P(*[axis if i == largest else None for i in range(len(shape))]))
+
+  return jax.tree.map(sharding, tree)
+
+
+def check_divides(batch_size: int, devices: int) -> None:
+  """Raises ValueError unless `devices` divides `batch_size`."""
+  if devices < 1 or batch_size % devices:
+    near = max(batch_size // max(devices, 1), 1) * devices
+    raise ValueError(
+      f"a batch of {batch_size} rows cannot be split evenly over {devices} devices; take {near} rows, or"
+      f" {math.gcd(batch_size, devices)} devices"
+    )
+
+
+def to_global(mesh: Mesh, batch: Batch) -> dict[str, jax.Array]:
+  """Puts this process's rows of a batch on its devices, as part of the whole batch of all processes.
+
+  Args:
+    mesh: of `make_mesh`.
+    batch: name -> [rows of this process, ...]. Every process brings as many.
+
+  Raises:
+    ValueError: the rows cannot be split evenly over this process's devices, or differ between arrays.
+  """
+  sharding = batch_sharding(mesh)
+  rows = batch_rows(batch)
+  local = {row: None for device, row in _data_rows(mesh) if device.process_index == jax.process_index()}
+  check_divides(rows, len(local))
+  return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+
+
+def batch_rows(batch: Batch) -> int:
+  """The length of the leading axis, which all arrays of a batch share. ValueError if they do not."""
+  rows = {name: np.shape(x)[0] if np.ndim(x) else 0 for name, x in batch.items()}
+  if len(set(rows.values())) != 1 or not all(rows.values()):
+    raise ValueError(f"the arrays of a batch have one number of rows; here: {rows}")
+  return next(iter(rows.values()))
+
+
+def _data_rows(mesh: Mesh) -> list[tuple[jax.Device, int]]:
+  return [(device, row) for row, line in enumerate(mesh.devices) for device in line]
+
+
+# -------------------------------------------------------------------- compiled steps
+
+
+class JitStep:
+  """A train step compiled with `jax.jit` over a mesh; made by `data_parallel`.
+
+  step(state, frozen, batch) -> (state, metrics) takes what `place_*` return, and donates the state.
+  """
+
+  def __init__(self, step: Callable, mesh: Mesh, state_sharding: Any, donate: bool):
+    self.mesh, self._state_sharding = mesh, state_sharding
+    self._compiled = jax.jit(
+      step,
+      in_shardings=(state_sharding, None, batch_sharding(mesh)),
+      out_shardings=(state_sharding, replicated(mesh)),
+      donate_argnums=(0,) if donate else (),
+    )
+
+  def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+    return self._compiled(state, frozen, batch)
+
+  def place_state(self, state: Any) -> Any:
+    """A copy of `state` on the mesh: donating it leaves the caller's arrays alone."""
+    return _copy_to(state, self._shardings(state))
+
+  def abstract_state(self, state: Any) -> Any:
+    """Shapes, dtypes and shardings of `place_state(state)`, to restore a checkpoint into."""
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=s), state, self._shardings(state)
+    )
+
+  def adopt_state(self, state: Any) -> Any:
+    """As `place_state`, of a state that was restored into `abstract_state` and is nobody else's."""
+    return state
+
+  def saved_state(self, state: Any) -> Any:
+    """What a checkpoint of a placed state holds."""
+    return state
+
+  def place_frozen(self, frozen: Any) -> Any:
+    """Weights that stay, on every device; those that lie on the mesh already (`fsdp_sharding`) stay there."""
+    on_mesh = lambda x: isinstance(x, jax.Array) and getattr(x.sharding, "mesh", None) == self.mesh  # noqa: E731
+    shardings = jax.tree.map(lambda x: x.sharding if on_mesh(x) else replicated(self.mesh), frozen)
+    return jax.tree.map(lambda x, s: x if on_mesh(x) else jax.device_put(_to_host(x), s), frozen, shardings)
+
+  def place_batch(self, batch: Batch) -> dict[str, jax.Array]:
+    return to_global(self.mesh, batch)
+
+  def _shardings(self, state: Any) -> Any:
+    if isinstance(self._state_sharding, jax.sharding.Sharding):
+      return jax.tree.map(lambda _: self._state_sharding, state)
+    return self._state_sharding
+
+
+def data_parallel(step: Callable, mesh: Mesh, *, state_sharding: Any = None, donate: bool = True) -> JitStep:
+  """Compiles a train step for a mesh: the batch is split over "data", sums over rows become collectives.
+
+  Args:
+    step: (state, frozen, batch) -> (state, metrics), of `make_train_step` without `axis_name`.
+    mesh: of `make_mesh`.
+    state_sharding: None: the state on every device; or `fsdp_sharding(mesh, state)`.
+    donate: the new state takes the place of the old one, which cannot be used after the call.
+  """
+  return JitStep(step, mesh, replicated(mesh) if state_sharding is None else state_sharding, donate)
+
+
+class PmapStep:
+  """The same with `jax.pmap`: state and frozen weights are stacked, a copy a device; made by `pmap_step`."""
+
+  def __init__(self, step: Callable, axis_name: str, devices: Sequence[jax.Device], donate: bool):
+    self.devices = list(devices)
+    self._compiled = jax.pmap(
+      step, axis_name=axis_name, devices=self.devices, donate_argnums=(0,) if donate else ()
+    )
+    self._sharding = NamedSharding(Mesh(np.array(self.devices), ("device",)), P("device"))
+
+  def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+    state, metrics = self._compiled(state, frozen, batch)
+    return state, _first(metrics)
+
+  def place_state(self, state: Any) -> Any:
+    """[devices, ...]: a copy of every array on each device."""
+    stacked = jax.tree.map(lambda _: self._sharding, state)
+    return _copy_to(state, stacked, lambda x: jnp.broadcast_to(x, (len(self.devices), *x.shape)))
+
+  def abstract_state(self, state: Any) -> Any:
+    one = jax.sharding.SingleDeviceSharding(self.devices[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=one), state)
+
+  def adopt_state(self, state: Any) -> Any:
+    return self.place_state(state)
+
+  def saved_state(self, state: Any) -> Any:
+    """The first device's copy, without the leading axis."""
+    return _first(state)
+
+  def place_frozen(self, frozen: Any) -> Any:
+    return self.place_state(frozen)
+
+  def place_batch(self, batch: Batch) -> dict[str, jax.Array]:
+    """[devices, rows a device, ...]."""
+    n = len(self.devices)
+    check_divides(batch_rows(batch), n)
+    return {
+      name: jax.device_put(np.reshape(x, (n, len(x) // n, *np.shape(x)[1:])), self._sharding)
+      for name, x in batch.items()
+    }
+
+
+def pmap_step(
+  step: Callable, *, axis_name: str = "data", devices: Sequence[jax.Device] | None = None, donate: bool = True
+) -> PmapStep:
+  """Compiles a train step with `jax.pmap`. `fit` takes the result as it takes a plain step.
+
+  Args:
+    step: (state, frozen, batch) -> (state, metrics), of `make_train_step(..., axis_name=axis_name)`.
+    axis_name: the name that step averages over.
+    devices: None: all of this process.
+    donate: the new state takes the place of the old one, which cannot be used after the call.
+
+  Raises:
+    ValueError: several processes; use `data_parallel`.
+  """
+  if jax.process_count() > 1:
+    raise ValueError("pmap_step runs on the devices of one process; across processes use data_parallel")
+  return PmapStep(step, axis_name, jax.local_devices() if devices is None else devices, donate)
+
+
+def is_key(x: Any) -> bool:
+  """Whether `x`, an array or a shape, is a typed PRNG key."""
+  return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _to_host(x: Any) -> Any:
+  """numpy of what this process can read, which can be put anywhere."""
+  return np.asarray(x) if not isinstance(x, jax.Array) or x.is_fully_addressable else x
+
+
+def _copy_to(tree: Any, shardings: Any, change: Callable = jnp.copy) -> Any:
+  """Fresh arrays. `jax.device_put` may return the caller's own buffers, which a donated step then deletes."""
+  leaves, structure = jax.tree.flatten(tree)
+  keys = [jax.random.key_impl(x) if is_key(x) else None for x in leaves]
+  host = [_to_host(x if impl is None else jax.random.key_data(x)) for x, impl in zip(leaves, keys)]
+
+  def copy(arrays):
+    as_given = [x if i is None else jax.random.wrap_key_data(x, impl=i) for x, i in zip(arrays, keys)]
+    return jax.tree.map(change, jax.tree.unflatten(structure, as_given))
+
+  return jax.jit(copy, out_shardings=shardings)(host)
+
+
+def _first(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+
+
+# -------------------------------------------------------------------- several hosts
+
+
+def start_distributed(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  auto: bool = False,
+  timeout_s: int = 300,
+) -> None:
+  """Joins this process with the others, before any other use of JAX. One process alone: nothing to do.
+
+  Args:
+    coordinator_address: "host:port" of process 0, the same in every process.
+    num_processes, process_id: how many there are, and which this is (from 0).
+    auto: let JAX find the three out, on TPU pods, Slurm, Open MPI and Kubernetes.
+    timeout_s: how long to wait for the others.
+
+  With no argument, the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are read.
+
+  Raises:
+    ValueError: some of the three without the others, numbers out of range, JAX already in use, or the others
+      did not come.
+  """
+  if not auto and coordinator_address is num_processes is process_id is None:
+    coordinator_address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    num_processes = _integer("JAX_NUM_PROCESSES")
+    process_id = _integer("JAX_PROCESS_ID")
+  given = {
+    "coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id,
+  }  # fmt: skip
+  missing = [name for name, value in given.items() if value is None]
+  if num_processes == 1 or (len(missing) == 3 and not auto):
+    return
+  if missing and not auto:
+    raise ValueError(f"several processes need {', '.join(given)}; {' and '.join(missing)} not given")
+  if num_processes is not None and (num_processes < 1 or not 0 <= (process_id or 0) < num_processes):
+    raise ValueError(f"process_id={process_id} of num_processes={num_processes}; accepted: 0 to one less")
+  if coordinator_address is not None and ":" not in coordinator_address:
+    raise ValueError(f"coordinator_address={coordinator_address!r}; accepted: host:port")
+  try:
+    jax.distributed.initialize(**given, initialization_timeout=timeout_s)
+  except (RuntimeError, ValueError) as e:
+    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+    raise ValueError(
+      f"process {process_id} could not join the others at {coordinator_address}: {reason}"
+    ) from e
+
+
+def _integer(variable: str) -> int | None:
+  text = os.environ.get(variable)
+  if text is None:
+    return None
+  try:
+    return int(text)
+  except ValueError:
+    raise ValueError(f"{variable}={text!r}; accepted: an integer") from None

@@ -1,0 +1,330 @@
+"""fit: batches in, steps done, metrics and checkpoints out; goes on where it was stopped, to the digit."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from sam3lt_jax import parallel
+from sam3lt_jax.training.checkpoints import TrainCheckpoints
+from sam3lt_jax.training.errors import Interrupted, NonFiniteLoss
+from sam3lt_jax.training.prefetch import Prefetch
+from sam3lt_jax.training.run_files import MetricsLog, check_fingerprint
+from sam3lt_jax.training.state import TrainState
+from sam3lt_jax.training.step import TrainStep
+
+_IN_FLIGHT = 2  # steps handed to the device before the first of them is looked at
+
+Report = Callable[[str], Any]
+
+
+def fit(
+  state: TrainState,
+  step_fn: TrainStep | parallel.JitStep | parallel.PmapStep,
+  data: Any,
+  *,
+  total_steps: int,
+  directory: str | os.PathLike[str],
+  frozen: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+  log_every: int = 50,
+  evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
+  evaluate_every: int | None = None,
+  checkpoint_every: int | None = None,
+  best: tuple[str, str] | None = None,
+  keep: int = 2,
+  fingerprint: Mapping[str, Any] | None = None,
+  resume: bool = True,
+  report: Report | None = None,
+) -> TrainState:
+  """Trains up to `total_steps` calls of the step, from the newest checkpoint in `directory` if there is one.
+
+  A run that was killed at any moment and started again with the same arguments gives the same losses, to the
+  digit, as one that was not.
+
+  Args:
+    state: before the first step; left as it is.
+    step_fn: of `make_train_step`, compiled here; or what `parallel.data_parallel` or `pmap_step` return.
+    data: data[step] -> {name: numpy [B, ...]}, the batch of that step, for steps from 0: the same every time
+      it is asked. With several processes, the rows of this one. The array "id" (int64 [B], optional) names
+      the records and is not sent to the device. An attribute `skipped` ({reason: count}) is shown when it
+      grows.
+    total_steps: calls of the step; with gradient accumulation, an optimiser update takes several.
+    directory: gets metrics.jsonl, config.json and checkpoints/.
+    frozen: any tree handed to every step: frozen weights, a teacher.
+    mesh: of `parallel.make_mesh`; None: one device.
+    log_every: steps between lines of metrics.jsonl, which hold that step's own metrics.
+    evaluate: state -> metrics, which get the prefix "eval_". With several processes, equal in all of them. It
+      must not keep the state's arrays, which the next step takes over.
+    evaluate_every: steps between evaluations; None: only after the last step.
+    checkpoint_every: steps between checkpoints; None: every tenth of the run.
+    best: ("eval_name", "max" or "min"): also saves whenever that metric is the best so far, and keeps it;
+      `TrainCheckpoints(directory + "/checkpoints", best=best).restore_best(state)` reads it.
+    keep: newest checkpoints that stay.
+    fingerprint: what must not change when the run goes on; written to config.json.
+    resume: False: a directory with checkpoints is refused.
+    report: called with each line for the reader; None: print.
+
+  Returns:
+    The state after the last step, on the devices of the mesh.
+
+  Raises:
+    NonFiniteLoss: names the step, the batch's records and the last good checkpoint.
+    Interrupted: SIGTERM or SIGINT came; the state is saved.
+    CheckpointError: a checkpoint cannot be written (the disk is full) or read.
+    ValueError: arguments out of range, a changed fingerprint, rows that the devices do not divide.
+  """
+  checkpoint_every = max(1, total_steps // 10) if checkpoint_every is None else checkpoint_every
+  evaluate_every = total_steps if evaluate_every is None else evaluate_every
+  for name, value in {
+    "total_steps": total_steps, "log_every": log_every, "evaluate_every": evaluate_every,
+    "checkpoint_every": checkpoint_every,
+  }.items():  # fmt: skip
+    if value < 1:
+      raise ValueError(f"{name}={value!r}; accepted: 1 or more steps")
+  if best is not None and evaluate is None:
+    raise ValueError(f"best={best!r} needs evaluate, whose metrics it names")
+  report = report or functools.partial(print, flush=True)
+  runner = _runner(step_fn, mesh)
+  directory = os.path.abspath(os.fspath(directory))
+  checkpoints = TrainCheckpoints(os.path.join(directory, "checkpoints"), keep=keep, best=best, report=report)
+  there = checkpoints.steps()
+  if there and not resume:
+    raise ValueError(f"{directory} holds a run of {there[-1]} steps; pass resume=True, or another directory")
+  check_fingerprint(os.path.join(directory, "config.json"), fingerprint or {}, resuming=bool(there))
+  restored = checkpoints.restore(runner.abstract_state(state)) if there else None
+  state = runner.place_state(state) if restored is None else runner.adopt_state(restored)
+  done = 0 if restored is None else int(restored.step)
+  if 0 < done < total_steps:
+    report(f"going on after step {done} of {total_steps}")
+  with contextlib.ExitStack() as stack:
+    log = stack.enter_context(contextlib.closing(MetricsLog(os.path.join(directory, "metrics.jsonl"), done)))
+    run = _Run(runner, data, runner.place_frozen(frozen), checkpoints, log, report, total_steps, done)
+    if done >= total_steps:
+      report(f"nothing is left to do: all {total_steps} steps are done")
+      return state
+    batches = stack.enter_context(contextlib.closing(Prefetch(data, done, total_steps)))
+    stop = stack.enter_context(_signals())
+    stack.callback(run.settle)
+    return run.through(state, batches, stop, log_every, evaluate, evaluate_every, checkpoint_every)
+
+
+def _runner(step_fn: Any, mesh: Any) -> Any:
+  if hasattr(step_fn, "place_batch"):
+    if mesh is not None and getattr(step_fn, "mesh", None) != mesh:
+      raise ValueError("mesh: the step is compiled already; pass the plain step, or leave mesh out")
+    return step_fn
+  if mesh is None:
+    if jax.process_count() > 1:
+      raise ValueError("mesh: several processes need one; pass parallel.make_mesh()")
+    mesh = parallel.make_mesh(1, devices=jax.local_devices()[:1])
+  return parallel.data_parallel(step_fn, mesh)
+
+
+@dataclasses.dataclass
+class _Run:
+  """What the steps of one call of `fit` share."""
+
+  runner: Any
+  data: Any
+  frozen: Any
+  checkpoints: TrainCheckpoints
+  log: MetricsLog
+  report: Report
+  total: int
+  start: int
+
+  def __post_init__(self):
+    # (step, ids of its batch, metrics on the device) of steps not looked at yet.
+    self.pending: collections.deque[tuple[int, Any, Any]] = collections.deque()
+    self.clock = _Clock()
+    self.newest: dict[str, float] = {}
+    self.skipped: dict[str, int] = {}
+
+  def through(
+    self,
+    state: TrainState,
+    batches: Prefetch,
+    stop: _Stop,
+    log_every: int,
+    evaluate: Callable | None,
+    evaluate_every: int,
+    checkpoint_every: int,
+  ) -> TrainState:
+    for index, batch in batches:
+      step, last = index + 1, index + 1 == self.total
+      ids = batch.get("id")
+      arrays = {name: x for name, x in batch.items() if name != "id"}
+      state, metrics = self.runner(state, self.frozen, self.runner.place_batch(arrays))
+      self.pending.append((step, ids, metrics))
+      rows = parallel.batch_rows(arrays) * jax.process_count()
+      # The first step is waited for: it compiles, and its time says nothing of the others.
+      self.look(0 if index == self.start else _IN_FLIGHT)
+      self.clock.count(rows, first=index == self.start)
+      self.checkpoints.check()  # a full disk ends the run now, not at the next checkpoint
+      asked = stop.asked(step, log_every)
+      scores: dict[str, float] = {}
+      if step % log_every == 0 or last:
+        self.write(step)
+      if evaluate is not None and (step % evaluate_every == 0 or last):
+        scores = self.evaluate(step, evaluate, state)
+      if step % checkpoint_every == 0 or last or asked or self.checkpoints.is_best(scores):
+        self.save(step, state, scores)
+      if asked and not last:
+        raise self.interrupted(step, asked)
+    self.checkpoints.wait()
+    return state
+
+  def look(self, in_flight: int) -> None:
+    """Waits until no more than `in_flight` steps are unseen; keeps the metrics of the newest seen."""
+    while len(self.pending) > in_flight:
+      step, ids, metrics = self.pending.popleft()
+      seen = {name: float(x) for name, x in jax.device_get(metrics).items()}
+      if not seen.get("finite", 1.0) or not math.isfinite(seen["loss"]):
+        raise self.non_finite(step, ids, seen)
+      self.newest = seen
+
+  def write(self, step: int) -> None:
+    self.look(0)
+    rate, left = self.clock.read(self.total - step)
+    metrics = {name: x for name, x in self.newest.items() if name != "finite"}
+    line = {"step": step, "time": time.time(), "loss": metrics.pop("loss"), **metrics}
+    self.log.write(line | {"images_per_second": rate})
+    shown = [f"step {step}/{self.total}", f"loss {line['loss']:.5g}"]
+    if "learning_rate" in metrics:
+      shown.append(f"rate {metrics['learning_rate']:.3g}")
+    shown += [f"{rate:.3g} images/s", f"{_duration(left)} left"]
+    self.report(", ".join(shown) + self.newly_skipped())
+
+  def newly_skipped(self) -> str:
+    now = dict(getattr(self.data, "skipped", None) or {})
+    grown = {reason: n for reason, n in now.items() if n > self.skipped.get(reason, 0)}
+    self.skipped = now
+    return f"; skipped so far: {', '.join(f'{n} {reason}' for reason, n in grown.items())}" if grown else ""
+
+  def evaluate(self, step: int, evaluate: Callable, state: TrainState) -> dict[str, float]:
+    self.look(0)
+    with self.clock.paused():
+      values = evaluate(self.runner.saved_state(state))
+      scores = {f"eval_{name}": float(x) for name, x in values.items()}
+    if self.checkpoints.best is not None and self.checkpoints.best[0] not in scores:
+      raise ValueError(f"best={self.checkpoints.best!r}; evaluate gives {', '.join(scores) or 'nothing'}")
+    self.log.write({"step": step, "time": time.time(), **scores})
+    self.report(f"step {step}/{self.total}, " + ", ".join(f"{name} {x:.5g}" for name, x in scores.items()))
+    return scores
+
+  def save(self, step: int, state: TrainState, scores: dict[str, float]) -> None:
+    self.look(0)  # a state after a bad step is never saved
+    self.log.sync()
+    self.checkpoints.save(step, self.runner.saved_state(state), scores)
+
+  def settle(self) -> None:
+    """Before leaving: what is being written is written to its end."""
+    self.checkpoints.wait()
+
+  def last_good(self) -> str:
+    self.checkpoints.wait()
+    steps = self.checkpoints.steps()
+    if not steps:
+      return "there is no checkpoint yet"
+    return f"the last good checkpoint is {os.path.join(self.checkpoints.directory, str(steps[-1]))}"
+
+  def non_finite(self, step: int, ids: Any, seen: dict[str, float]) -> NonFiniteLoss:
+    ids = None if ids is None else [int(i) for i in np.asarray(ids).reshape(-1)]
+    records = "whose records have no id" if ids is None else f"of the records {ids}"
+    values = f"the loss is {seen['loss']:g}, its gradient's norm {seen.get('grad_norm', math.nan):g}"
+    return NonFiniteLoss(
+      f"step {step}: {values}, on batch {step - 1} {records}; {self.last_good()}", step, ids
+    )
+
+  def interrupted(self, step: int, number: int) -> Interrupted:
+    name, where = signal.Signals(number).name, self.last_good()
+    text = f"stopped by {name} after step {step} of {self.total}; {where}; start again to go on"
+    return Interrupted(text, step, number)
+
+
+class _Clock:
+  """Rows a second since the last reading, and what is left. Evaluations and compiling do not count."""
+
+  def __init__(self):
+    self.since, self.steps, self.rows = time.perf_counter(), 0, 0
+    self.compiled: float | None = None  # when the first step of this process was done
+
+  def count(self, rows: int, first: bool) -> None:
+    if self.compiled is not None:  # the second step: forget the first
+      self.since, self.steps, self.rows = self.compiled, 0, 0
+    self.compiled = time.perf_counter() if first else None
+    self.steps, self.rows = self.steps + 1, self.rows + rows
+
+  def read(self, steps_left: int) -> tuple[float, float]:
+    """(rows a second, seconds left)."""
+    now = time.perf_counter()
+    passed = max(now - self.since, 1e-9)
+    rate, left = self.rows / passed, passed / max(self.steps, 1) * steps_left
+    self.since, self.steps, self.rows, self.compiled = now, 0, 0, None
+    return rate, left
+
+  @contextlib.contextmanager
+  def paused(self):
+    start = time.perf_counter()
+    yield
+    self.since += time.perf_counter() - start
+
+
+class _Stop:
+  """Whether a signal asked the run to end. `number` is set by its handler."""
+
+  number = 0
+
+  def asked(self, step: int, log_every: int) -> int:
+    """The signal's number, or 0. Several processes agree on it at every logged step: all must save."""
+    if jax.process_count() == 1:
+      return self.number
+    if step % log_every:
+      return 0
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(self.number))))
+
+
+@contextlib.contextmanager
+def _signals():
+  """SIGTERM and SIGINT set a flag, once: a second one of them does what it does without us."""
+  stop = _Stop()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop  # handlers can only be set there
+    return
+  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+  def handle(number, _):
+    stop.number = number
+    for each, handler in before.items():
+      signal.signal(each, handler)
+
+  for number in before:
+    signal.signal(number, handle)
+  try:
+    yield stop
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def _duration(seconds: float) -> str:
+  seconds = round(seconds)
+  if seconds < 100:
+    return f"{seconds} s"
+  minutes = round(seconds / 60)
+  return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

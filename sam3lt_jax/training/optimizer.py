@@ -1,0 +1,209 @@
+"""AdamW with warm-up and cosine, clipping, accumulation, and rates by layer and by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam3lt_jax.checkpoints.engine import flatten
+
+Schedule = Callable[[Any], jax.Array]
+
+# Only these are stacks of which the lowest layer is farthest from the loss. "" is a tree that is one encoder.
+_TOWERS = ("", "text_encoder", "backbone")
+_LAYER = re.compile(r"(?:(?P<tower>.*)/)?layers_(?P<index>\d+)/.*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """Numbers of the optimiser. The defaults are those of the authors' distillation of the text encoder.
+
+  Every count of steps here is a count of optimiser updates. With `accumulate` = 2, two calls of the train
+  step make one update: 1000 calls are `total_steps` = 500.
+
+  Attributes:
+    peak_lr, end_lr, warmup_init_lr: the rate starts at `warmup_init_lr`, rises linearly for `warmup_steps`
+      updates to `peak_lr`, and falls along half a cosine to `end_lr` at `total_steps`, where it stays.
+    weight_decay: AdamW's, for parameters of two and more dimensions. Those of one (biases, norms, layer
+      scales) have none.
+    b1, b2, eps: Adam's.
+    clip_norm: gradients are scaled down to this global norm; None: not clipped.
+    accumulate: calls whose mean gradient makes one update.
+    layer_decay: the rate of a layer `n` layers below an encoder's top is multiplied by this to the power `n`;
+      see `layer_factors`. None: no decay.
+    lr_scale: (pattern, factor): parameters whose path ("text_encoder/layers_0/mlp/fc1/kernel") the regular
+      expression finds (`re.search`) learn at `factor` times the rate. Factors of several patterns multiply.
+    ema_decay: for an average of the parameters, given on to `make_train_step`; None: no average.
+
+  Raises:
+    ValueError: a number out of its range.
+  """
+
+  peak_lr: float
+  total_steps: int
+  end_lr: float = 5e-6
+  warmup_init_lr: float = 1e-6
+  warmup_steps: int = 0
+  weight_decay: float = 0.05
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  clip_norm: float | None = 1.0
+  accumulate: int = 1
+  layer_decay: float | None = None
+  lr_scale: tuple[tuple[str, float], ...] = ()
+  ema_decay: float | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, "lr_scale", tuple((str(p), float(f)) for p, f in self.lr_scale))
+    self._check("peak_lr", self.peak_lr > 0, "a number above 0")
+    for name in ("end_lr", "warmup_init_lr", "weight_decay"):
+      self._check(name, getattr(self, name) >= 0, "a number of 0 or more")
+    self._check("total_steps", self.total_steps >= 1, "1 or more updates")
+    self._check(
+      "warmup_steps", 0 <= self.warmup_steps <= self.total_steps, f"0 to total_steps = {self.total_steps}"
+    )
+    for name in ("b1", "b2"):
+      self._check(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+    self._check("eps", self.eps > 0, "a number above 0")
+    self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "None or a number above 0")
+    self._check("accumulate", self.accumulate >= 1, "1 or more calls")
+    self._check("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "None or in (0, 1]")
+    self._check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "None or in [0, 1)")
+    self._check("lr_scale", all(factor >= 0 for _, factor in self.lr_scale), "factors of 0 or more")
+
+  def _check(self, name: str, good: bool, accepted: str) -> None:
+    if not good:  # NaN compares false, so it is refused as well
+      raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {accepted}")
+
+
+def make_schedule(config: OptimizerConfig) -> Schedule:
+  """The learning rate, float32 [], of the update that follows `count` others (int, or an int array)."""
+  c = config
+
+  def schedule(count):
+    count = jnp.minimum(jnp.asarray(count, jnp.float32), c.total_steps)
+    warm = c.warmup_init_lr + (c.peak_lr - c.warmup_init_lr) * count / max(c.warmup_steps, 1)
+    done = (count - c.warmup_steps) / max(c.total_steps - c.warmup_steps, 1)
+    cosine = c.end_lr + (c.peak_lr - c.end_lr) * 0.5 * (1 + jnp.cos(math.pi * done))
+    return jnp.where(count < c.warmup_steps, warm, cosine).astype(jnp.float32)
+
+  return schedule
+
+
+def layer_factors(params: Mapping[str, Any], layer_decay: float) -> dict[str, float]:
+  """What the rate of every parameter is multiplied by under layer-wise rate decay.
+
+  It holds for the two encoders, which are stacks: `text_encoder` and `vision_encoder/backbone`, and for a
+  tree that is an encoder itself. With N layers, `layers_{i}` has depth i + 1, `embeddings` depth 0 and the
+  rest of the encoder (final norm, projection) depth N + 1; the factor is layer_decay ** (N + 1 - depth). All
+  other parameters have the factor 1.
+
+  Args:
+    params: the trainable parameters, nested.
+    layer_decay: in (0, 1].
+
+  Returns:
+    path ("text_encoder/layers_0/mlp/fc1/kernel") -> factor.
+
+  Raises:
+    ValueError: no encoder with layers among them.
+  """
+  paths = list(flatten(params))
+  layers: dict[str, int] = {}
+  for path in paths:
+    match = _LAYER.fullmatch(path)
+    tower = match and (match["tower"] or "")
+    if match and tower.rsplit("/", 1)[-1] in _TOWERS:
+      layers[tower] = max(layers.get(tower, 0), int(match["index"]) + 1)
+  if not layers:
+    raise ValueError(
+      f"layer_decay={layer_decay}: none of the trainable parameters is in a layer of text_encoder or"
+      f" vision_encoder/backbone; pass layer_decay=None (they are under: {', '.join(list(params)[:8])})"
+    )
+
+  def factor(path: str) -> float:
+    for tower, count in layers.items():
+      prefix = f"{tower}/" if tower else ""
+      if path.startswith(prefix):
+        name = path[len(prefix) :].split("/")[0]
+        index = re.fullmatch(r"layers_(\d+)", name)
+        depth = int(index[1]) + 1 if index else 0 if name == "embeddings" else count + 1
+        return layer_decay ** (count + 1 - depth)
+    return 1.0
+
+  return {path: factor(path) for path in paths}
+
+
+def rate_factors(config: OptimizerConfig, params: Mapping[str, Any]) -> dict[str, float]:
+  """path -> what the scheduled rate of that parameter is multiplied by: `layer_decay` times `lr_scale`.
+
+  Raises:
+    ValueError: a pattern of `lr_scale` that is no regular expression or finds no parameter.
+  """
+  factors = dict.fromkeys(flatten(params), 1.0)
+  if config.layer_decay is not None:
+    factors = layer_factors(params, config.layer_decay)
+  for pattern, scale in config.lr_scale:
+    try:
+      found = [path for path in factors if re.search(pattern, path)]
+    except re.error as e:
+      raise ValueError(f"lr_scale: {pattern!r} is no regular expression ({e})") from e
+    if not found:
+      some = ", ".join(list(factors)[:5])
+      raise ValueError(
+        f"lr_scale: {pattern!r} finds none of {len(factors)} trainable parameters ({some}, ...)"
+      )
+    for path in found:
+      factors[path] *= scale
+  return factors
+
+
+def make_optimizer(
+  config: OptimizerConfig, params: Mapping[str, Any]
+) -> tuple[optax.GradientTransformation, Schedule]:
+  """AdamW with the rates of `config`.
+
+  In this order: mean of `accumulate` gradients, clipping of that mean, Adam, weight decay, factors by layer
+  and name, the scheduled rate. Factors hold for the weight decay as well, as with torch's parameter groups.
+
+  Args:
+    config: the numbers.
+    params: the trainable parameters, nested; names and dimensions are read, not values.
+
+  Returns:
+    (tx, schedule): the transformation, and updates done (int) -> rate of the next (float32 []).
+
+  Raises:
+    ValueError: a pattern that finds nothing, or layer decay with no layers.
+  """
+  factors, schedule = rate_factors(config, params), make_schedule(config)
+
+  def scale(updates, _):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, update: update * factors["/".join(str(part.key) for part in path)], updates
+    )
+
+  parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+  parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+  if config.weight_decay:
+    parts.append(optax.add_decayed_weights(config.weight_decay, mask=has_weight_decay))
+  if any(factor != 1 for factor in factors.values()):
+    parts.append(optax.stateless(scale))
+  parts.append(optax.scale_by_learning_rate(schedule))
+  tx = optax.chain(*parts)
+  if config.accumulate > 1:
+    tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
+  return tx, schedule
+
+
+def has_weight_decay(params: Any) -> Any:
+  """A tree of bool: True for parameters of two and more dimensions."""
+  return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)

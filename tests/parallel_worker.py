@@ -1,0 +1,110 @@
+"""What test_parallel.py runs in processes of their own, as the number of devices is set before JAX starts.
+
+python -m tests.parallel_worker devices DIRECTORY
+python -m tests.parallel_worker process DIRECTORY PORT PROCESS_ID
+
+Prints one JSON object in its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from sam3lt_jax import parallel
+from sam3lt_jax.training.checkpoints import TrainCheckpoints
+from sam3lt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from sam3lt_jax.training.state import TrainState
+from sam3lt_jax.training.step import make_train_step
+from tests.training import toy
+
+STEPS = 6
+
+
+def summary(state: TrainState, losses: list[float]) -> dict:
+  kernel, bias = state.params["dense"]["kernel"], state.params["dense"]["bias"]
+  values = np.concatenate([np.asarray(x).reshape(-1) for x in (kernel, bias, state.batch_stats["mean"])])
+  return {"losses": losses, "values": [float(x) for x in values]}
+
+
+def train(runner) -> dict:
+  state, frozen, losses = (
+    runner.place_state(toy.start()[0]),
+    runner.place_frozen({"noise": np.float32(0)}),
+    [],
+  )
+  for index in range(STEPS):
+    batch = {name: x for name, x in toy.Data()[index].items() if name != "id"}
+    state, metrics = runner(state, frozen, runner.place_batch(batch))
+    losses.append(float(metrics["loss"]))
+  return summary(runner.saved_state(state), losses)
+
+
+def pmapped() -> parallel.PmapStep:
+  config = OptimizerConfig(peak_lr=0.1, total_steps=30, warmup_steps=5, accumulate=2, ema_decay=0.9)
+  tx, schedule = make_optimizer(config, toy.params())
+  step = make_train_step(toy.loss_fn, tx, ema_decay=0.9, schedule=schedule, axis_name="data")
+  return parallel.pmap_step(step)
+
+
+def fit(directory: str, steps: int, **kwargs) -> dict:
+  state = toy.run(directory, steps, frozen={"noise": np.float32(0)}, **kwargs)
+  return summary(state, [line["loss"] for line in toy.lines(directory) if "loss" in line])
+
+
+def devices(directory: str) -> dict:
+  step, state = toy.start()[1], toy.start()[0]
+  one = parallel.make_mesh(1, devices=jax.devices()[:1])
+  eight, four_two = parallel.make_mesh(), parallel.make_mesh(4, 2)
+  found = {
+    "count": jax.device_count(),
+    "one": train(parallel.data_parallel(step, one)),
+    "jit": train(parallel.data_parallel(step, eight)),
+    "fsdp": train(
+      parallel.data_parallel(step, eight, state_sharding=parallel.fsdp_sharding(eight, state, "data"))
+    ),
+    "pmap": train(pmapped()),
+  }
+  shapes = {"a": np.zeros((6, 16)), "b": np.zeros((16, 16)), "c": np.zeros(3), "d": jax.random.key(0)}
+  specs = lambda mesh: {n: list(s.spec) for n, s in parallel.fsdp_sharding(mesh, shapes).items()}  # noqa: E731
+  found["specs"] = {"eight": specs(eight), "four_two": specs(four_two)}
+  teacher = {"w": np.ones((64, 8), np.float32), "b": np.ones(3, np.float32)}
+  split = jax.tree.map(jax.device_put, teacher, parallel.fsdp_sharding(four_two, teacher, "model"))
+  placed = parallel.data_parallel(step, four_two).place_frozen({"teacher": split, "other": teacher["w"]})
+  found["bytes"] = {
+    "teacher": placed["teacher"]["w"].addressable_shards[0].data.nbytes,
+    "other": placed["other"].addressable_shards[0].data.nbytes,
+  }
+  # A run goes on with another number of devices, and with pmap.
+  found["fit"] = fit(f"{directory}/a", 2, step_fn=step, mesh=eight) and fit(f"{directory}/a", STEPS)
+  found["fit_pmap"] = fit(f"{directory}/b", 2, step_fn=pmapped()) and fit(
+    f"{directory}/b", STEPS, step_fn=step, mesh=four_two
+  )
+  found["error"] = ""
+  try:
+    toy.run(f"{directory}/c", 2, step_fn=step, mesh=eight, data=toy.Data(rows=slice(6)))
+  except ValueError as e:
+    found["error"] = str(e)
+  return found
+
+
+def process(directory: str, port: str, process_id: str) -> dict:
+  number = int(process_id)
+  parallel.start_distributed(f"127.0.0.1:{port}", 2, number, timeout_s=60)
+  mesh = parallel.make_mesh()
+  rows = toy.ROWS // 2
+  data = toy.Data(rows=slice(rows * number, rows * number + rows))
+  step = toy.start()[1]
+  found = {"count": jax.device_count(), "local": jax.local_device_count()}
+  fit(directory, 3, step_fn=step, mesh=mesh, data=data)
+  found |= fit(directory, STEPS, step_fn=step, mesh=mesh, data=data)
+  checkpoints = TrainCheckpoints(f"{directory}/checkpoints", best=("eval_bias", "max"))
+  return found | {"steps": checkpoints.steps(), "best": checkpoints.best_step()}
+
+
+if __name__ == "__main__":
+  mode, *arguments = sys.argv[1:]
+  print(json.dumps({"devices": devices, "process": process}[mode](*arguments)))
