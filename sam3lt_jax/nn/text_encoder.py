@@ -47,17 +47,43 @@ class DepthwiseConv(nn.Module):
     return y
 
 
-def batch_norm(module: nn.Module, name: str, running: bool) -> nn.BatchNorm:
-  """BatchNorm with torch's momentum (0.1 of the new value) and the block's eps and dtypes."""
-  return nn.BatchNorm(
-    use_running_average=running,
-    momentum=0.9,
-    epsilon=module.batch_norm_eps,
-    dtype=module.dtype,
-    param_dtype=module.param_dtype,
-    use_fast_variance=False,
-    name=name,
-  )
+class BatchNorm(nn.Module):
+  """torch's BatchNorm over prompts and tokens: `scale`, `bias` [D]; statistics `mean`, `var` [D] float32.
+
+  Normalises by the batch's biased variance and, as torch does and flax does not, keeps the unbiased one,
+  n / (n - 1) times that with n = P * T. A tenth of the new value enters (torch's momentum 0.1). Padding
+  tokens count. Over a mesh the statistics are those of the whole batch; under pmap of each device's rows.
+  """
+
+  epsilon: float
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, running: bool) -> jax.Array:
+    """x: [P, T, D] -> the same shape in dtype. `running`: normalise by the statistics kept so far."""
+    D = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones_init(), (D,), self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros_init(), (D,), self.param_dtype)
+    kept_mean = self.variable("batch_stats", "mean", jnp.zeros, (D,), jnp.float32)
+    kept_var = self.variable("batch_stats", "var", jnp.ones, (D,), jnp.float32)
+    x = x.astype(jnp.float32)
+    if running:
+      mean, var = kept_mean.value, kept_var.value
+    else:
+      n = x.shape[0] * x.shape[1]
+      mean = x.mean(axis=(0, 1))
+      var = jnp.mean(jnp.square(x - mean), axis=(0, 1))
+      if not self.is_initializing():
+        kept_mean.value = 0.9 * kept_mean.value + 0.1 * mean
+        kept_var.value = 0.9 * kept_var.value + 0.1 * var * (n / max(n - 1, 1))
+    gain = jax.lax.rsqrt(var + self.epsilon) * scale.astype(jnp.float32)
+    return ((x - mean) * gain + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def batch_norm(module: nn.Module, name: str) -> BatchNorm:
+  """BatchNorm with the block's eps and dtypes."""
+  return BatchNorm(module.batch_norm_eps, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
 
 
 class MobileOneBlock(nn.Module):
@@ -73,7 +99,7 @@ class MobileOneBlock(nn.Module):
     """x: [P, T, D] -> [P, T, D]."""
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     conv = DepthwiseConv(self.kernel_size, name="conv", **kw)(x)
-    return batch_norm(self, "batchnorm_conv", running)(conv) + batch_norm(self, "batchnorm_skip", running)(x)
+    return batch_norm(self, "batchnorm_conv")(conv, running) + batch_norm(self, "batchnorm_skip")(x, running)
 
 
 class RepMixer(nn.Module):
@@ -93,7 +119,7 @@ class RepMixer(nn.Module):
     if self.fused:
       return DepthwiseConv(self.kernel_size, use_bias=True, name="conv", **kw)(x)
     mixed = MobileOneBlock(self.kernel_size, self.batch_norm_eps, name="mixer", **kw)(x, running)
-    reference = batch_norm(self, "reference_batchnorm", running)(x)
+    reference = batch_norm(self, "reference_batchnorm")(x, running)
     scale = self.param(
       "layer_scale", nn.initializers.constant(self.layer_scale_init), (x.shape[-1],), self.param_dtype
     )
@@ -117,7 +143,7 @@ class ConvFeedForward(nn.Module):
     D = x.shape[-1]
     x = DepthwiseConv(self.kernel_size, use_bias=self.fused, name="depthwise_conv", **kw)(x)
     if not self.fused:
-      x = batch_norm(self, "depthwise_batchnorm", running)(x)
+      x = batch_norm(self, "depthwise_batchnorm")(x, running)
     return Mlp(self.mlp_hidden, D, gelu, name="mlp", **kw)(x)
 
 
