@@ -29,6 +29,7 @@ VERBS = {
   "info": ("sam3lt_jax.cli.info", "a model's parts, their parameters and bytes, and its profile"),
   "eval": ("sam3lt_jax.cli.eval", "how good a model is on annotated images: cgF1 and COCO AP"),
   "distill": ("sam3lt_jax.cli.distill", "train a small text encoder to give a large one's features"),
+  "finetune": ("sam3lt_jax.cli.finetune", "train the detector on annotated images: all of it, parts, LoRA"),
   "prompts": ("sam3lt_jax.cli.prompts", "a report on a set of prompts: token lengths, context, vocabulary"),
 }
 PROGRAM = "sam3lt"

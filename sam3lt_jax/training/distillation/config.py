@@ -1,0 +1,141 @@
+"""DistillationConfig: every number of a distillation run; the defaults are the authors' recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from sam3lt_jax.config import Profile, TextConfig
+from sam3lt_jax.training.distillation.losses import DistillationLossConfig
+from sam3lt_jax.training.optimizer import OptimizerConfig
+
+_PLACES = ("out", "features", "prompts", "log_every", "evaluate_every", "checkpoint_every", "shard_teacher")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+  """A run of `distill`.
+
+  Source of the defaults: the authors' stage 1 for text encoders (efficientsam3, `text_improved_s0`, its
+  trainer and the arguments of AdamW), where not said otherwise.
+
+  Attributes:
+    prompts: files of phrases, see `prompts.read_prompts`.
+    out: the run's directory: metrics, checkpoints, and at the end the models.
+    teacher: whose text encoder is learnt from and whose detector is kept: "sam3" or a checkpoint.
+    student: "s0", "s1", "l" or a `TextConfig`, see `student.student_config`.
+    init: where the student's weights start, see `student.make_student`.
+    profile: how the student reads phrases: "original" (as the released students were trained) or
+      "transformers" (padding masked and of id 49407, as transformers will run it).
+    context_length: tokens a phrase is padded and cut to, for teacher and student.
+    features: a directory: the teacher's features are computed into it once and read from there. None: the
+      teacher runs in every step.
+    held_out: share of the phrases that is evaluated on and never trained on. 0: none, and the last student is
+      kept rather than the best. Ours.
+    batch_size: phrases a step, over all devices.
+    accumulate: steps whose mean gradient makes one update.
+    epochs: passes over the phrases. steps: calls of the step instead.
+    warmup: share of the run in which the rate rises (10 of 100 epochs).
+    peak_lr, end_lr, warmup_init_lr: learning rates for `lr_rows` phrases an update: they are multiplied by
+      batch_size * accumulate / lr_rows, as the authors' trainer does, which with 64 and 2 makes the peak
+      1.25e-3. lr_rows None: they are taken as they stand.
+    weight_decay, b1, b2, eps, clip_norm, layer_decay, ema_decay: see `OptimizerConfig`. (The authors
+      configure a layer decay of 0.9; in the code they published it reaches image encoders only.)
+    loss: weights of the losses.
+    update_batch_stats: BatchNorm of RepMixer blocks by the batch, statistics moving; False: frozen.
+    dropout: in the student; the authors use none.
+    dtype: what the student computes in; parameters and losses are float32.
+    teacher_dtype: what the teacher computes in.
+    shard_teacher: split the teacher's weights over the devices instead of a copy on each.
+    seed: of the weights, the order of phrases and words, and the held-out choice.
+    log_every, evaluate_every, checkpoint_every: steps; None: a 50th, a 20th and a 10th of the run (the
+      last two at least 10).
+  """
+
+  prompts: tuple[str, ...]
+  out: str
+  teacher: str = "sam3"
+  student: str | TextConfig = "s0"
+  init: str = "random"
+  profile: str | Profile = "original"
+  context_length: int = 16
+  features: str | None = None
+  held_out: float = 0.02
+  batch_size: int = 64
+  accumulate: int = 2
+  epochs: float = 100.0
+  steps: int | None = None
+  warmup: float = 0.1
+  peak_lr: float = 5e-3
+  end_lr: float = 5e-6
+  warmup_init_lr: float = 1e-6
+  lr_rows: int | None = 512
+  weight_decay: float = 0.05
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  clip_norm: float | None = 1.0
+  layer_decay: float | None = 0.9
+  ema_decay: float | None = None
+  loss: DistillationLossConfig = DistillationLossConfig()
+  update_batch_stats: bool = True
+  dropout: float = 0.0
+  dtype: str = "bfloat16"
+  teacher_dtype: str = "float32"
+  shard_teacher: bool = False
+  seed: int = 0
+  log_every: int | None = None
+  evaluate_every: int | None = None
+  checkpoint_every: int | None = None
+
+  def __post_init__(self):
+    prompts = (self.prompts,) if isinstance(self.prompts, str) else tuple(map(str, self.prompts))
+    object.__setattr__(self, "prompts", prompts)
+    self._check("prompts", bool(prompts), "one file of phrases or more")
+    self._check("out", bool(self.out), "a directory")
+    self._check("held_out", 0 <= self.held_out < 1, "a share in [0, 1)")
+    self._check("batch_size", self.batch_size >= 1, "1 or more phrases")
+    self._check("accumulate", self.accumulate >= 1, "1 or more steps")
+    self._check("epochs", self.epochs > 0 and math.isfinite(self.epochs), "a number above 0")
+    self._check("steps", self.steps is None or self.steps >= 1, "None or 1 or more steps")
+    self._check("warmup", 0 <= self.warmup <= 1, "a share in [0, 1]")
+    self._check("lr_rows", self.lr_rows is None or self.lr_rows >= 1, "None or 1 or more phrases")
+    self._check("dropout", 0 <= self.dropout < 1, "a rate in [0, 1)")
+    for name in ("dtype", "teacher_dtype"):
+      self._check(name, getattr(self, name) in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
+    self._check("seed", self.seed >= 0, "0 or more")
+    self.optimizer(self.accumulate)  # its own checks
+
+  def _check(self, name: str, good: bool, accepted: str) -> None:
+    if not good:
+      raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {accepted}")
+
+  def total_steps(self, phrases: int) -> int:
+    """Calls of the step for a set of that many phrases: a multiple of `accumulate`."""
+    steps = self.steps or math.ceil(self.epochs * phrases / self.batch_size)
+    return -(-steps // self.accumulate) * self.accumulate
+
+  def optimizer(self, total_steps: int) -> OptimizerConfig:
+    """The optimiser of a run of `total_steps` calls of the step."""
+    scale = 1.0 if self.lr_rows is None else self.batch_size * self.accumulate / self.lr_rows
+    updates = max(1, total_steps // self.accumulate)
+    return OptimizerConfig(
+      peak_lr=scale * self.peak_lr,
+      end_lr=scale * self.end_lr,
+      warmup_init_lr=scale * self.warmup_init_lr,
+      total_steps=updates,
+      warmup_steps=round(self.warmup * updates),
+      weight_decay=self.weight_decay,
+      b1=self.b1,
+      b2=self.b2,
+      eps=self.eps,
+      clip_norm=self.clip_norm,
+      accumulate=self.accumulate,
+      layer_decay=self.layer_decay,
+      ema_decay=self.ema_decay,
+    )
+
+  def fingerprint(self) -> dict[str, Any]:
+    """What must not change when a run goes on: all but names of places and how often things are done."""
+    return {name: value for name, value in dataclasses.asdict(self).items() if name not in _PLACES}

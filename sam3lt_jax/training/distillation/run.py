@@ -1,0 +1,380 @@
+"""distill: from a teacher, a student's sizes and files of phrases to a model that can be shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sam3lt_jax import parallel
+from sam3lt_jax.checkpoints import save_pretrained, sources
+from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
+from sam3lt_jax.model import Sam3LiteText, Variables
+from sam3lt_jax.processing.tokenizer import ClipTokenizer
+from sam3lt_jax.training import freezing
+from sam3lt_jax.training.checkpoints import TrainCheckpoints
+from sam3lt_jax.training.distillation import features as feature_files
+from sam3lt_jax.training.distillation import text_part
+from sam3lt_jax.training.distillation.config import DistillationConfig
+from sam3lt_jax.training.distillation.evaluate import (
+  Agreement,
+  agreement,
+  make_feature_evaluator,
+  mean_feature_cosine,
+)
+from sam3lt_jax.training.distillation.step import make_distillation_loss_fn, split_student
+from sam3lt_jax.training.distillation.student import InitReport, make_student
+from sam3lt_jax.training.distillation.teacher import ALIASES, Teacher, load_model
+from sam3lt_jax.training.loop import fit
+from sam3lt_jax.training.optimizer import make_optimizer
+from sam3lt_jax.training.prompts import PromptSet, prompt_batches, read_prompts, split_prompts, token_rows
+from sam3lt_jax.training.state import TrainState
+from sam3lt_jax.training.step import make_train_step
+
+EVALUATED_AT_MOST = 4096  # held-out phrases
+ASKED = 8  # held-out phrases asked of every picture at the end
+_BEST = ("eval_heldout_cosine", "max")
+
+Report = Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationResult:
+  """What `distill` gives.
+
+  Attributes:
+    model, variables: the teacher's model with the student's text encoder.
+    init: where the student's weights came from.
+    before, after: of held-out phrases, see `make_feature_evaluator`; None without any. `before` has
+      "mean_feature_cosine" as well, see `evaluate.mean_feature_cosine`.
+    agreement: with the teacher on pictures; None without any.
+    teacher_parameters, student_parameters: of the text encoders.
+    written: name -> path of what was written.
+  """
+
+  model: Sam3LiteText
+  variables: Variables
+  init: InitReport
+  before: dict[str, float] | None
+  after: dict[str, float] | None
+  agreement: Agreement | None
+  teacher_parameters: int
+  student_parameters: int
+  written: dict[str, str]
+
+
+def distill(
+  config: DistillationConfig,
+  *,
+  teacher: tuple[Sam3LiteText, Variables] | None = None,
+  tokenizer: ClipTokenizer | None = None,
+  images: Sequence[Any] = (),
+  phrases: Sequence[str] | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  report: Report | None = None,
+) -> DistillationResult:
+  """Distils the teacher's text encoder and puts the student in its place.
+
+  A run that was stopped goes on where it was, and gives the same numbers; one that had ended only evaluates
+  and writes the models again. Under several processes every one calls this with the same arguments.
+
+  Args:
+    config: the run.
+    teacher: (model, variables) instead of loading `config.teacher`, which then only is its name.
+    tokenizer: for teacher and student, of a vocabulary of their own; its profile decides how it cleans. None:
+      the one saved beside the teacher, else CLIP's.
+    images: pictures (paths, PIL, arrays) to compare the two models on at the end.
+    phrases: what is asked of every picture; None: eight held-out phrases.
+    mesh: of `parallel.make_mesh`; None: all devices.
+    report: called with each line for the reader; None: print.
+
+  Returns:
+    The result. Under `config.out` lie metrics.jsonl, config.json, checkpoints/, distillation.json, curves.png
+    (with matplotlib), model/ (our format) and transformers/ (transformers' layout).
+
+  Raises:
+    ValueError: anything in `config` that cannot be: an unknown teacher or student, widths, vocabularies or
+      contexts that do not fit, no phrases, a changed run in `out`. Errors of `fit`, `read_prompts`,
+      `from_pretrained`, `save_pretrained` come as they are.
+  """
+  report = report or functools.partial(print, flush=True)
+  run = _prepare(config, teacher, tokenizer, mesh, report)
+  state = run.train()
+  variables = run.student_variables(state)
+  after = run.evaluate(variables) if run.evaluate is not None else None
+  model, spliced = text_part.splice(run.student, variables, *run.whole)
+  found = None
+  if len(images):
+    asked = list(phrases) if phrases else (run.held or run.phrases)[:ASKED]
+    on_device = jax.device_put((spliced, run.whole[1]), jax.local_devices()[0])
+    found = agreement(
+      (model, on_device[0]), (run.whole[0], on_device[1]), images, asked, tokenizer=run.own_tokenizer
+    )
+  result = DistillationResult(
+    model=model,
+    variables=spliced,
+    init=run.init,
+    before=run.before,
+    after=after,
+    agreement=found,
+    teacher_parameters=_count(run.teacher.variables),
+    student_parameters=_count(variables),
+    written={},
+  )
+  if jax.process_index() == 0:
+    result = dataclasses.replace(result, written=_write(config, result, run.own_tokenizer, report))
+  return result
+
+
+@dataclasses.dataclass
+class _Distillation:
+  """A run that is ready to start."""
+
+  config: DistillationConfig
+  whole: tuple[Sam3LiteText, Variables]
+  teacher: Teacher
+  student: Sam3LiteText
+  init: InitReport
+  start: Variables
+  phrases: list[str]
+  held: list[str]
+  batches: Any
+  evaluate: Callable[..., dict[str, float]] | None
+  before: dict[str, float] | None
+  own_tokenizer: ClipTokenizer | None
+  mesh: jax.sharding.Mesh
+  report: Report
+
+  def __post_init__(self):
+    self.params, self.frozen, self.stats = split_student(self.start)
+
+  def train(self) -> TrainState:
+    """The state after the last step, or, where phrases are held out, the best evaluated."""
+    c, total = self.config, self.config.total_steps(len(self.phrases))
+    tx, schedule = make_optimizer(c.optimizer(total), self.params)
+    on_the_fly = c.features is None
+    loss_fn = make_distillation_loss_fn(
+      self.student,
+      self.teacher if on_the_fly else None,
+      c.loss,
+      update_batch_stats=c.update_batch_stats,
+      dropout=c.dropout,
+      dtype=c.dtype,
+    )
+    step = make_train_step(loss_fn, tx, ema_decay=c.ema_decay, schedule=schedule)
+    key = jax.random.key(c.seed)
+    state = TrainState.create(self.params, tx, key, batch_stats=self.stats, ema=c.ema_decay is not None)
+    frozen = {"params": self.frozen}
+    if on_the_fly:
+      frozen["teacher"] = self.teacher.variables
+      if c.shard_teacher:
+        host = jax.tree.map(np.asarray, frozen["teacher"])
+        frozen["teacher"] = jax.device_put(host, parallel.fsdp_sharding(self.mesh, host))
+    state = fit(
+      state,
+      step,
+      self.batches,
+      total_steps=total,
+      directory=c.out,
+      frozen=frozen,
+      mesh=self.mesh,
+      log_every=c.log_every or max(1, total // 50),
+      evaluate=None if self.evaluate is None else self.evaluate_state,
+      evaluate_every=c.evaluate_every or max(10, total // 20),
+      checkpoint_every=c.checkpoint_every or max(10, total // 10),
+      best=None if self.evaluate is None else _BEST,
+      fingerprint=self.fingerprint(total),
+      report=self.report,
+    )
+    if self.evaluate is None:
+      return state
+    checkpoints = TrainCheckpoints(os.path.join(c.out, "checkpoints"), best=_BEST, report=self.report)
+    return checkpoints.restore_best(state)
+
+  def evaluate_state(self, state: TrainState) -> dict[str, float]:
+    return self.evaluate(self.student_variables(state))
+
+  def student_variables(self, state: TrainState) -> Variables:
+    """The whole text part on the host: what it was trained to (its average, if one is kept)."""
+    params, stats = jax.tree.map(np.asarray, (state.averaged(), state.batch_stats))
+    variables = {"params": freezing.merge(params, jax.tree.map(np.asarray, self.frozen))}
+    return variables | ({"batch_stats": stats} if stats else {})
+
+  def fingerprint(self, total: int) -> dict[str, Any]:
+    return self.config.fingerprint() | {
+      "total_steps": total,
+      "phrases": len(self.phrases),
+      "phrases_sha256": feature_files.phrases_digest(self.phrases),
+      "teacher_identity": self.teacher.identity(),
+      "student_text": dataclasses.asdict(self.student.config.text),
+    }
+
+
+def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
+  """Reads, loads and checks everything, cheapest first."""
+  c = config
+  profile = Profile.named(c.profile)
+  prompts = read_prompts(c.prompts, profile)
+  phrases, held = _split(c, prompts, profile)
+  report(
+    f"{len(prompts.phrases):,} phrases, {len(held):,} of them held out; {prompts.duplicates:,} duplicates"
+  )
+  mesh = parallel.make_mesh() if mesh is None else mesh
+  parallel.check_divides(c.batch_size, mesh.shape["data"])
+  whole = teacher
+  if whole is None:
+    whole = load_model(c.teacher, dtype=c.teacher_dtype, device=_host())
+  reader = Teacher.of(*whole, context_length=c.context_length, name=c.teacher)
+  own = tokenizer
+  if tokenizer is None and teacher is None:
+    own = _saved_tokenizer(c.teacher, profile, whole[0].config)
+  if own is not None:  # a vocabulary of its own has its own padding
+    changes = {n: getattr(own.profile, n) for n in ("pad_token_id", "text_cleaning")}
+    profile = dataclasses.replace(profile, **changes)
+  student, start, init = make_student(
+    c.student,
+    c.init,
+    teacher=whole[0].config,
+    profile=profile,
+    context_length=c.context_length,
+    seed=c.seed,
+  )
+  report(f"student: {init}")
+  words = ClipTokenizer(profile=student.config.profile) if own is None else own
+  everything = [*phrases, *held]
+  batches = prompt_batches(
+    phrases,
+    words,
+    c.batch_size,
+    c.context_length,
+    c.seed,
+    word_shuffle=c.loss.consistency > 0,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  _check_vocabulary(words, everything, student, c.context_length)
+  if c.features is not None:
+    stored = _stored_features(c, reader, everything, words, report)
+    batches = feature_files.WithTeacherFeatures(batches, stored)
+  evaluate = before = None
+  if held:
+    evaluate, mean = _evaluator(student, reader, held, words)
+    before = evaluate(jax.tree.map(np.asarray, start)) | {"mean_feature_cosine": mean}
+    report(
+      f"before training: cosine with the teacher on held-out phrases {before['heldout_cosine']:.4f}"
+      f" (of the mean feature, whatever the phrase: {mean:.4f})"
+    )
+  return _Distillation(
+    c, whole, reader, student, init, start, phrases, held, batches, evaluate, before, own, mesh, report
+  )
+
+
+def _host() -> Any:
+  """Where a whole teacher waits: only its text part is wanted on the devices, when training starts."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX was told to leave the CPU out
+    return None
+
+
+def _split(config: DistillationConfig, prompts: PromptSet, profile: Profile) -> tuple[list[str], list[str]]:
+  phrases, held = split_prompts(prompts.phrases, config.held_out, config.seed, profile)
+  total = len(prompts.phrases)
+  if config.held_out and not held:
+    raise ValueError(
+      f"held_out={config.held_out}: none of the {total} phrases is held out; give more, or 0 for none"
+    )
+  if not phrases:
+    raise ValueError(f"held_out={config.held_out}: all {total} phrases are held out, none is left to train")
+  return phrases, held[:EVALUATED_AT_MOST]
+
+
+def _saved_tokenizer(source: str, profile: Profile, teacher: Sam3LiteTextConfig) -> ClipTokenizer | None:
+  """The tokenizer in the teacher's directory, if there is one, under the student's profile."""
+  found = sources.locate(ALIASES.get(source.lower(), source))
+  directory = found.path if os.path.isdir(found.path) else os.path.dirname(found.path)
+  if found.kind == "random" or not os.path.isfile(os.path.join(directory, "tokenizer.json")):
+    return None
+  if teacher.text.vocab_size != TextConfig().vocab_size:  # pruned: the profiles' padding is of CLIP's table
+    profile = dataclasses.replace(profile, pad_token_id=teacher.profile.pad_token_id)
+  return ClipTokenizer.from_file(directory, profile)
+
+
+def _check_vocabulary(tokenizer: Any, phrases: Sequence[str], student: Sam3LiteText, length: int) -> None:
+  ids, _ = token_rows(list(phrases[:256]), tokenizer, length)
+  words = student.config.text.vocab_size
+  if ids.max() >= words:
+    raise ValueError(
+      f"tokenizer: it gives the id {ids.max()}, but the vocabulary of the models has {words} tokens; "
+      "pass the tokenizer that belongs to the teacher"
+    )
+
+
+def _stored_features(config, teacher: Teacher, phrases, tokenizer, report: Report):
+  """The exported features, made by the first process where they are not there yet."""
+  if jax.process_index() == 0:
+    feature_files.export_features(config.features, teacher, phrases, tokenizer, report=report)
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("sam3lt-teacher-features")
+  stored = feature_files.TeacherFeatures(config.features)
+  stored.check(teacher.identity(), phrases, tokenizer)
+  return stored
+
+
+def _evaluator(student: Sam3LiteText, teacher: Teacher, held: Sequence[str], tokenizer: Any):
+  """(variables -> metrics on the held-out phrases, what the mean feature scores there).
+
+  The teacher reads them once, here.
+  """
+  encode = feature_files.encoder(teacher, tokenizer, 64)
+  batches = []
+  for start in range(0, len(held), 256):
+    ids, mask = token_rows(list(held[start : start + 256]), tokenizer, teacher.context_length)
+    wanted = encode(held[start : start + 256])
+    batches.append({"input_ids": ids, "attention_mask": mask, "teacher_features": wanted})
+  return make_feature_evaluator(student, None, batches), mean_feature_cosine(batches)
+
+
+def _count(variables: Variables) -> int:
+  return sum(x.size for x in jax.tree.leaves(variables["params"]))
+
+
+def _write(
+  config: DistillationConfig, result: DistillationResult, tokenizer: Any, report: Report
+) -> dict[str, str]:
+  """Both model directories, the numbers and the plot; name -> path."""
+  written = {}
+  for name, format in (("model", "orbax"), ("transformers", "transformers")):
+    written[name] = os.path.join(config.out, name)
+    save_pretrained(
+      written[name], result.model, result.variables, format=format, tokenizer=tokenizer, overwrite=True
+    )  # fmt: skip
+  written["numbers"] = os.path.join(config.out, "distillation.json")
+  numbers = {
+    "before": result.before,
+    "after": result.after,
+    "agreement": None if result.agreement is None else dataclasses.asdict(result.agreement),
+    "teacher_text_parameters": result.teacher_parameters,
+    "student_text_parameters": result.student_parameters,
+    "init": str(result.init),
+  }
+  with open(written["numbers"], "w", encoding="utf-8") as f:
+    json.dump(numbers, f, indent=2)
+    f.write("\n")
+  plot = os.path.join(config.out, "curves.png")
+  try:
+    from sam3lt_jax.training.curves import plot_run
+
+    plot_run(os.path.join(config.out, "metrics.jsonl"), plot, "distillation")
+    written["plot"] = plot
+  except ImportError as e:
+    report(f"no plot: {e}")
+  return written

@@ -1,0 +1,179 @@
+"""Exported features: what is read is what the teacher gives; resume, damage, and other phrases."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from sam3lt_jax.training.distillation import features as f
+from sam3lt_jax.training.distillation.features import (
+  FeatureError,
+  TeacherFeatures,
+  WithTeacherFeatures,
+  export_features,
+)
+from sam3lt_jax.training.distillation.teacher import Teacher
+from tests.training.distillation.common import PHRASES, tiny_model, tiny_teacher, tokenizer
+
+N = 22
+SETTINGS = {"batch_size": 4, "rows_per_shard": 6}  # shards of 6, 6, 6 and 4 rows
+
+
+def export(directory, phrases=PHRASES[:N], teacher=None, **changes):
+  return export_features(directory, teacher or tiny_teacher(), phrases, tokenizer(), **(SETTINGS | changes))
+
+
+@pytest.fixture
+def exported(tmp_path):
+  return export(tmp_path / "features")
+
+
+def expected():
+  teacher = tiny_teacher()
+  ids, mask = tokenizer()(PHRASES[:N], context_length=8)
+  return np.asarray(jax.jit(teacher.features)(teacher.variables, ids, mask)).astype(np.float16)
+
+
+def test_what_is_read_is_what_the_teacher_gives(exported):
+  assert exported.shape == (N, 8, 32) and len(exported) == N
+  ids = np.array([21, 0, 7, 7, 12])
+  got = exported[ids]
+  assert got.dtype == np.float16
+  np.testing.assert_allclose(got.astype(np.float32), expected()[ids].astype(np.float32), atol=2e-3, rtol=2e-3)
+  assert sorted(os.listdir(exported.directory)) == [*(f.shard_name(i) for i in range(4)), "manifest.json"]
+  assert not os.path.exists(f"{exported.directory}.exporting")
+  assert [s["rows"] for s in exported.manifest["shards"]] == [6, 6, 6, 4]
+  with pytest.raises(IndexError, match="within 0 to 21"):
+    exported[np.array([22])]
+
+
+def test_batches_get_their_features_by_id(exported):
+  batches = [{"id": np.array([3, 1]), "input_ids": np.zeros((2, 8))}]
+  batch = WithTeacherFeatures(batches, exported)[0]
+  np.testing.assert_array_equal(batch["teacher_features"], exported[np.array([3, 1])])
+  assert "teacher_features" not in batches[0]
+
+
+def test_an_interrupted_export_goes_on_with_the_shard_it_lacks(tmp_path, monkeypatch):
+  written = []
+
+  def failing(path, features, start, write=f._write_shard):
+    if start == 12 and not written[2:]:
+      raise OSError(28, "No space left on device", path)
+    written.append(start)
+    return write(path, features, start)
+
+  monkeypatch.setattr(f, "_write_shard", failing)
+  written[:] = []
+  with pytest.raises(OSError, match="No space"):
+    export(tmp_path / "features")
+  assert written == [0, 6] and not (tmp_path / "features").exists()
+  with pytest.raises(FeatureError, match="an unfinished export lies beside it"):
+    TeacherFeatures(tmp_path / "features")
+  written.append("room again")
+  export(tmp_path / "features")
+  assert written == [0, 6, "room again", 12, 18]
+  np.testing.assert_allclose(
+    TeacherFeatures(tmp_path / "features")[np.arange(N)].astype(np.float32),
+    expected().astype(np.float32), atol=2e-3, rtol=2e-3,
+  )  # fmt: skip
+  export(tmp_path / "features")  # all there: nothing is computed
+  assert written == [0, 6, "room again", 12, 18]
+
+
+def test_a_torn_shard_of_an_unfinished_export_is_made_anew(tmp_path, monkeypatch):
+  monkeypatch.setattr(f.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+  with pytest.raises(KeyboardInterrupt):
+    export(tmp_path / "features")
+  monkeypatch.undo()
+  shard = tmp_path / "features.exporting" / f.shard_name(1)
+  whole = shard.read_bytes()
+  shard.write_bytes(whole[:-100])
+  made = export(tmp_path / "features")
+  assert (tmp_path / "features" / f.shard_name(1)).read_bytes() == whole
+  assert len(made) == N
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_found_named_and_mended(exported, damage):
+  path = os.path.join(exported.directory, f.shard_name(2))
+  with open(path, "rb") as file:
+    whole = bytearray(file.read())
+  if damage == "remove":
+    os.remove(path)
+  else:
+    broken = whole[:-2] if damage == "cut" else whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]
+    with open(path, "wb") as file:
+      file.write(broken)
+  said = {"flip": "checksum differs", "cut": r"has \d+ bytes, \d+ were written", "remove": "is missing"}[
+    damage
+  ]
+  with pytest.raises(FeatureError, match=f"{f.shard_name(2)} .*{said}.*export again"):
+    TeacherFeatures(exported.directory)[np.array([13])]
+  if damage == "flip":  # only the shard that is read is looked at
+    TeacherFeatures(exported.directory)[np.array([0, 11])]
+  export(exported.directory)
+  with open(path, "rb") as file:
+    assert file.read() == whole
+  assert (
+    sorted(os.listdir(exported.directory))[-1] == "manifest.json" and len(os.listdir(exported.directory)) == 5
+  )
+
+
+def test_other_phrases_teachers_and_tokenizers_are_refused(exported):
+  exported.check(tiny_teacher().identity(), PHRASES[:N], tokenizer())
+  with pytest.raises(FeatureError, match="features of 22 phrases, not 21"):
+    exported.check(phrases=PHRASES[: N - 1])
+  with pytest.raises(FeatureError, match="other phrases, or of the same in another order"):
+    exported.check(phrases=PHRASES[:N][::-1])
+  other = Teacher.of(*tiny_model(), context_length=16)
+  with pytest.raises(FeatureError, match=r"another teacher: profile.context_length is 8 there and 16 here"):
+    exported.check(other.identity())
+  with pytest.raises(FeatureError, match=r"another export: .* is 8 there and 16 here"):
+    export(exported.directory, teacher=other)
+  with pytest.raises(FeatureError, match="another tokenizer"):
+    exported.check(phrases=PHRASES[:N], tokenizer=_Reversed())
+
+
+class _Reversed:
+  profile = tokenizer().profile
+  eot_token_id = tokenizer().eot_token_id
+
+  def __call__(self, text, **kwargs):
+    ids, mask = tokenizer()(text, **kwargs)
+    return ids[::-1], mask[::-1]
+
+
+def test_mistakes(tmp_path, exported):
+  with pytest.raises(ValueError, match="phrases must hold at least one phrase"):
+    export(tmp_path / "none", phrases=[])
+  with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
+    export(tmp_path / "none", rows_per_shard=0)
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "notes.txt").write_text("mine")
+  with pytest.raises(FeatureError, match="is not empty and holds no teacher features"):
+    export(tmp_path / "full")
+  with pytest.raises(FeatureError, match=r"holds no teacher features \(no manifest.json\)$"):
+    TeacherFeatures(tmp_path / "full")
+  manifest = os.path.join(exported.directory, "manifest.json")
+  with open(manifest) as file:
+    data = json.load(file)
+  with open(manifest, "w") as file:
+    json.dump(data | {"version": 9}, file)
+  with pytest.raises(FeatureError, match="is of version 9"):
+    TeacherFeatures(exported.directory)
+  with open(manifest, "w") as file:
+    file.write('{"version": 1, ')
+  with pytest.raises(FeatureError, match=r"manifest.json is damaged"):
+    TeacherFeatures(exported.directory)
+
+
+def test_beyond_float16_is_refused(tmp_path):
+  model, variables = tiny_model()
+  params = {**variables["params"]}
+  params["text_projection"] = jax.tree.map(lambda x: x * 1e6, params["text_projection"])
+  loud = Teacher.of(model, {**variables, "params": params}, context_length=8)
+  with pytest.raises(FeatureError, match="features of phrase 0 are not finite in float16"):
+    export(tmp_path / "loud", teacher=loud)
