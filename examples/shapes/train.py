@@ -1,0 +1,173 @@
+"""Trains the bundled model from nothing: `python -m examples.shapes.train --out runs/shapes`.
+
+Stage 1 trains the teacher, a small SAM 3 with a large text encoder, on drawn scenes. Stage 2 distils its text
+encoder into the student that ships. Both are measured on 500 held-out scenes. Killed and started again, it
+goes on where it was. What it writes to OUT/model is what lies in sam3lt_jax/assets/shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from sam3lt_jax import save_pretrained
+from sam3lt_jax.config import BOX_ONLY_PHRASE
+from sam3lt_jax.model import Sam3LiteText
+from sam3lt_jax.shapes import evaluation, models
+from sam3lt_jax.shapes.data import HELD_OUT_SCENES, ShapesBatches
+from sam3lt_jax.shapes.phrases import all_phrases
+from sam3lt_jax.shapes.scenes import SceneConfig
+from sam3lt_jax.training.detection.losses import DetectionLossConfig, make_detection_loss_fn
+from sam3lt_jax.training.distillation.config import DistillationConfig
+from sam3lt_jax.training.distillation.run import DistillationResult, distill
+from sam3lt_jax.training.loop import fit
+from sam3lt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from sam3lt_jax.training.state import TrainState
+from sam3lt_jax.training.step import make_train_step
+
+VALIDATION_SEED = 900_000_000  # scenes to watch the run by; neither trained on nor held out
+VALIDATION_SCENES = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherRun:
+  """Numbers of stage 1."""
+
+  steps: int = 14_000
+  images: int = 6
+  questions: int = 6
+  seed: int = 1
+  optimizer: OptimizerConfig = OptimizerConfig(
+    peak_lr=6e-4, total_steps=14_000, warmup_steps=400, end_lr=6e-6, weight_decay=1e-3, clip_norm=1.0,
+    ema_decay=0.998,
+  )  # fmt: skip
+  loss: DetectionLossConfig = DetectionLossConfig(
+    class_weight=4.0, positive_weight=5.0, queries_scale=None, presence_weight=4.0, mask_weight=20.0,
+    dice_weight=5.0, semantic_weight=10.0, semantic_dice_weight=5.0, many_weight=1.0,
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentRun:
+  """Numbers of stage 2, fields of `DistillationConfig`."""
+
+  steps: int = 6_000
+  batch_size: int = 128
+  accumulate: int = 1
+  held_out: float = 0.1
+  peak_lr: float = 2e-3
+  end_lr: float = 1e-5
+  lr_rows: int | None = None
+  layer_decay: float | None = None
+  weight_decay: float = 1e-3
+  ema_decay: float | None = 0.998
+  dtype: str = "float32"
+
+
+def train_teacher(run: TeacherRun, directory: str) -> tuple[Sam3LiteText, TrainState]:
+  """Stage 1: all of the teacher from random weights."""
+  model = Sam3LiteText(models.teacher_config())
+  variables = model.init_variables(jax.random.key(run.seed))
+  data = ShapesBatches(
+    models.tokenizer(),
+    images=run.images,
+    questions=run.questions,
+    mask_side=models.mask_side(),
+    seed=run.seed,
+  )
+  loss_fn = make_detection_loss_fn(model.clone(one_to_many=True), run.loss, deterministic=True)
+  tx, schedule = make_optimizer(run.optimizer, variables["params"])
+  step = make_train_step(loss_fn, tx, ema_decay=run.optimizer.ema_decay, schedule=schedule)
+  state = TrainState.create(variables["params"], tx, jax.random.key(run.seed), ema=True)
+
+  def evaluate(state: TrainState):
+    scenes = evaluation.held_out_scenes(VALIDATION_SCENES, VALIDATION_SEED)
+    found = evaluation.evaluate(model, {"params": state.averaged()}, models.tokenizer(), scenes)
+    return {k: v for k, v in found.items() if not k.startswith("questions")}
+
+  state = fit(
+    state, step, data,
+    total_steps=run.steps,
+    directory=directory,
+    log_every=50,
+    evaluate=evaluate,
+    evaluate_every=1000,
+    checkpoint_every=500,
+    best=("eval_cgF1", "max"),
+    fingerprint={"run": dataclasses.asdict(run), "scene": dataclasses.asdict(SceneConfig())},
+  )  # fmt: skip
+  return model, state
+
+
+def distil_student(run: StudentRun, teacher: tuple[Sam3LiteText, Any], directory: str) -> DistillationResult:
+  """Stage 2: the teacher's detector under a student text encoder that gives the same features."""
+  os.makedirs(directory, exist_ok=True)
+  phrases = os.path.join(directory, "phrases.txt")
+  with open(phrases, "w", encoding="utf-8") as f:
+    f.write("\n".join([*all_phrases(), BOX_ONLY_PHRASE]) + "\n")
+  config = DistillationConfig(
+    prompts=(phrases,),
+    out=os.path.join(directory, "run"),
+    teacher="shapes teacher",
+    student=models.student_config().text,
+    profile=models.tokenizer().profile,
+    context_length=models.CONTEXT,
+    features=os.path.join(directory, "teacher_features"),
+    **dataclasses.asdict(run),
+  )
+  return distill(config, teacher=teacher, tokenizer=models.tokenizer())
+
+
+def report(name: str, model: Sam3LiteText, variables: Any, directory: str) -> dict[str, Any]:
+  """Answers on the 500 held-out scenes, printed and written to `{name}.json`."""
+  found = evaluation.evaluate(model, variables, models.tokenizer())
+  with open(os.path.join(directory, f"{name}.json"), "w", encoding="utf-8") as f:
+    json.dump(found, f, indent=2)
+    f.write("\n")
+  print(f"{name} on {HELD_OUT_SCENES} held-out scenes: {json.dumps(found)}", flush=True)
+  return found
+
+
+def ship(model: Sam3LiteText, variables: Any, directory: str) -> None:
+  """The student in float16, as `from_pretrained("shapes")` reads it."""
+  half = jax.tree.map(lambda x: np.asarray(x, np.float16), variables["params"])
+  stats = jax.tree.map(np.asarray, variables.get("batch_stats", {}))
+  save_pretrained(
+    directory,
+    model,
+    {"params": half, **({"batch_stats": stats} if stats else {})},
+    format="transformers",
+    tokenizer=models.tokenizer(),
+    overwrite=True,
+  )
+  size = sum(os.path.getsize(os.path.join(directory, f)) for f in os.listdir(directory))
+  print(f"wrote {directory} ({size / 1e6:.1f} MB)")
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--out", default="runs/shapes", help="folder for checkpoints, logs and the model")
+  parser.add_argument("--stop-after", choices=("teacher", "student"), default="student")
+  args = parser.parse_args()
+  os.makedirs(args.out, exist_ok=True)
+  teacher, state = train_teacher(TeacherRun(), os.path.join(args.out, "teacher"))
+  variables = {"params": jax.tree.map(np.asarray, state.averaged())}
+  before = report("teacher", teacher, variables, args.out)
+  if args.stop_after == "teacher":
+    return
+  result = distil_student(StudentRun(), (teacher, variables), os.path.join(args.out, "student"))
+  after = report("student", result.model, result.variables, args.out)
+  share = result.student_parameters / result.teacher_parameters
+  print(f"text parameters: {result.student_parameters} of {result.teacher_parameters} ({share:.1%})")
+  print(f"cgF1: {after['cgF1']:.2f} of {before['cgF1']:.2f} ({after['cgF1'] / before['cgF1']:.1%} kept)")
+  ship(result.model, result.variables, os.path.join(args.out, "model"))
+
+
+if __name__ == "__main__":
+  main()
