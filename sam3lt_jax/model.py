@@ -360,5 +360,5 @@ class Sam3LiteText(nn.Module):
     if boxes.shape[1] == 0 and policy != "always" and not self.is_initializing():
       return None
     box_mask = labels != PADDING_LABEL
-    cls_mask = box_mask.any(axis=1) if policy == "with_boxes" else jnp.ones(len(boxes), bool)
+    cls_mask = box_mask.any(axis=1) if policy == "with_boxes" else jnp.ones(boxes.shape[0], bool)
     return self.geometry_encoder(boxes, labels, box_mask, cls_mask, image, place, deterministic)

@@ -27,7 +27,8 @@ EXPECTED = {
     "260, 320)",
   ),
 }  # fmt: skip
-TRAINING = ("distill_text_encoder.py",)  # tested beside what they train with; tiny models by default
+# Tested beside what they train with; tiny models by default.
+TRAINING = ("distill_text_encoder.py", "finetune_detector.py")
 
 
 def test_every_script_is_tested():

@@ -5,6 +5,8 @@ Source: SAM 3 detector. Axes: P prompts, S image tokens, L prompt tokens, D widt
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -36,36 +38,35 @@ class FusionEncoder(nn.Module):
     if self.remat and not self.is_initializing():
       return self._scanned(image, positions, prompt, prompt_mask, deterministic)
     for i in range(self.num_layers):
-      image = PreNormLayer(
-        self.num_heads,
-        self.mlp_hidden,
-        self.dropout,
-        self.attention_dropout,
-        self.mlp_dropout,
-        name=f"layers_{i}",
-        dtype=self.dtype,
-        param_dtype=self.param_dtype,
-      )(
-        image,
-        prompt,
-        prompt,
-        positions=positions,
-        cross_mask=prompt_mask[:, None, None, :],
-        deterministic=deterministic,
-      )
+      layer = self._layer(name=f"layers_{i}")
+      image = self._call(layer, image, positions, prompt, prompt_mask, deterministic)
     return image
 
+  def _layer(self, **fields) -> PreNormLayer:
+    return PreNormLayer(
+      self.num_heads,
+      self.mlp_hidden,
+      self.dropout,
+      self.attention_dropout,
+      self.mlp_dropout,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      **fields,
+    )
+
+  def _call(self, layer, image, positions, prompt, prompt_mask, deterministic: bool) -> jax.Array:
+    mask = prompt_mask[:, None, None, :]
+    return layer(image, prompt, prompt, positions=positions, cross_mask=mask, deterministic=deterministic)
+
   def _scanned(self, image, positions, prompt, prompt_mask, deterministic: bool) -> jax.Array:
-    one = self.clone(num_layers=1, remat=False, parent=None)
+    block = self._layer(remat=True, parent=None)
     layers = repeat.layer_params(self.variables["params"], self.num_layers)
     xs = {"params": repeat.stack(layers, self.dtype)}
     if not deterministic and self.has_rng("dropout"):
       xs["rngs"] = {"dropout": jax.random.split(self.make_rng("dropout"), self.num_layers)}
 
     def step(image, layer):
-      params = {"params": {"layers_0": layer["params"]}}
-      return one.apply(
-        params, image, positions, prompt, prompt_mask, deterministic, rngs=layer.get("rngs")
-      ), None
+      apply = functools.partial(block.apply, {"params": layer["params"]}, rngs=layer.get("rngs"))
+      return self._call(apply, image, positions, prompt, prompt_mask, deterministic), None
 
     return repeat.scan(step, image, xs)[0]

@@ -205,6 +205,7 @@ class Attention(nn.Module):
   num_heads: int
   dropout: float = 0.0  # of attention weights
   out_name: str = "o_proj"
+  remat: bool = False  # see `ops.attention.attend`
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
@@ -238,6 +239,7 @@ class Attention(nn.Module):
       bias=bias,
       dropout_rate=self.dropout if dropping else 0.0,
       dropout_key=self.make_rng("dropout") if dropping else None,
+      remat=self.remat,
     )  # fmt: skip
     out = out.reshape(*query.shape[:-1], D)
     return Dense(D, name=self.out_name, dtype=self.dtype, param_dtype=self.param_dtype)(out)
@@ -255,6 +257,7 @@ class PreNormLayer(nn.Module):
   dropout: float = 0.0  # after each attention and after the MLP
   attention_dropout: float = 0.0
   mlp_dropout: float = 0.0
+  remat: bool = False  # of the self-attention, see `ops.attention.attend`
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
@@ -278,13 +281,13 @@ class PreNormLayer(nn.Module):
     def drop(x):
       return nn.Dropout(self.dropout)(x, deterministic=deterministic)
 
-    def attend(name, *args):
-      layer = Attention(self.num_heads, dropout=self.attention_dropout, name=name, **kw)
+    def attend(name, *args, remat=False):
+      layer = Attention(self.num_heads, dropout=self.attention_dropout, remat=remat, name=name, **kw)
       return drop(layer(*args, deterministic=deterministic))
 
     h = LayerNorm(name="layer_norm1", **kw)(x)
     q = h if positions is None else h + positions.astype(h.dtype)
-    x = x + attend("self_attn", q, q, h, self_mask)
+    x = x + attend("self_attn", q, q, h, self_mask, remat=self.remat)
     h = LayerNorm(name="layer_norm2", **kw)(x)
     x = x + attend("cross_attn", h, keys, values, cross_mask)
     h = LayerNorm(name="layer_norm3", **kw)(x)

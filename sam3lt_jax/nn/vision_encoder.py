@@ -33,6 +33,7 @@ class RopeAttention(nn.Module):
   """Self-attention over one window or the whole grid, with 2-D RoPE on queries and keys."""
 
   num_heads: int
+  remat: bool = False  # see `ops.attention.attend`
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
@@ -47,7 +48,7 @@ class RopeAttention(nn.Module):
 
     q = rope.apply_rope(project("q_proj"), cos, sin)
     k = rope.apply_rope(project("k_proj"), cos, sin)
-    out = attention.attend(q, k, project("v_proj"))
+    out = attention.attend(q, k, project("v_proj"), remat=self.remat)
     return Dense(D, name="o_proj", **kw)(out.reshape(B, T, D))
 
 
@@ -65,6 +66,7 @@ class VitBlock(nn.Module):
   rope_theta: float
   epsilon: float
   drop_path: float = 0.0
+  remat: bool = False  # of global attention, see `ops.attention.attend`
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
@@ -77,7 +79,7 @@ class VitBlock(nn.Module):
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     grid = self.window or W
     cos, sin = rope.axial_rope(grid, D // self.num_heads, self.rope_theta, self.rope_window / grid)
-    attend = RopeAttention(self.num_heads, name="attention", **kw)
+    attend = RopeAttention(self.num_heads, self.remat and not self.window, name="attention", **kw)
 
     h = LayerNorm(self.epsilon, name="layer_norm1", **kw)(x)
     if self.window:
@@ -206,7 +208,7 @@ class VitTrunk(nn.Module):
 
     def group(x, runs_of_layers):
       for (start, _), run_of_layers in zip(runs, runs_of_layers):
-        step = functools.partial(run, self._block(start, parent=None))
+        step = functools.partial(run, self._block(start, remat=True, parent=None))
         x, _ = repeat.scan(step, x, run_of_layers)
       return x, None
 

@@ -5,6 +5,11 @@ Axes: B batch, T queries, S keys, N heads, H head width.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +20,18 @@ BLOCK_ABOVE_BYTES = 32 << 20
 MAX_QUERY_BLOCK = 1296
 # Finite, so that a row whose keys are all masked gives an average of its values and not NaN.
 MASKED_LOGIT = -1e30
+# What the traced program will run on; None: on this process's own backend.
+_platforms: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("platforms", default=None)
+
+
+@contextlib.contextmanager
+def traced_for(platforms: Sequence[str]) -> Iterator[None]:
+  """What is traced inside is to run on any of `platforms` ("cpu", "cuda", "tpu"), see `jax.export`."""
+  token = _platforms.set(tuple(platforms))
+  try:
+    yield
+  finally:
+    _platforms.reset(token)
 
 
 def attend(
@@ -27,6 +44,7 @@ def attend(
   dropout_rate: float = 0.0,
   dropout_key: jax.Array | None = None,
   blocked: bool | None = None,
+  remat: bool = False,
 ) -> jax.Array:
   """softmax(q k^T / sqrt(H) + bias) v, with the softmax in float32.
 
@@ -37,6 +55,8 @@ def attend(
     dropout_rate: share of attention weights dropped, applied when `dropout_key` is given.
     blocked: head by head and in query blocks (True), in one piece (False), or chosen by size and
       platform (None). Both give the same result up to rounding.
+    remat: one head after the other, each computed again in the backward pass, which then holds the weights of
+      one head and not of all. `blocked` has no effect then.
 
   Returns:
     [B, T, N, H] in the dtype of `v`.
@@ -49,11 +69,16 @@ def attend(
   B, T, N, H = q.shape
   S = k.shape[1]
   dropping = dropout_rate > 0.0 and dropout_key is not None
+  if remat:
+    return _attend_by_head(q, k, v, mask, bias, dropout_rate, dropout_key if dropping else None)
   if blocked and dropping:
     raise ValueError("blocked=True cannot drop attention weights; use blocked=False or None")
   if blocked is None:
-    large = 4 * B * N * T * S > BLOCK_ABOVE_BYTES
-    blocked = large and not dropping and jax.default_backend() == "cpu"
+    platforms = _platforms.get() or (jax.default_backend(),)
+    blocked = "cpu" in platforms and not dropping and _is_large(4 * B * N * T * S)
+    if blocked and len(platforms) > 1:
+      plain, in_blocks = (functools.partial(_attend_with, blocked=b) for b in (False, True))
+      return jax.lax.platform_dependent(q, k, v, mask, bias, cpu=in_blocks, default=plain)
   q = q * jnp.asarray(H**-0.5, q.dtype)
   if blocked:
     return _attend_blocked(q, k, v, mask, bias)
@@ -68,6 +93,18 @@ def attend(
     weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
   out = jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
   return out.astype(v.dtype)
+
+
+def _attend_with(q, k, v, mask, bias, blocked):
+  return attend(q, k, v, mask=mask, bias=bias, blocked=blocked)
+
+
+def _is_large(size: int) -> bool:
+  """Whether a score matrix of `size` bytes is for blocks; with a symbolic batch: of any batch."""
+  try:
+    return size > BLOCK_ABOVE_BYTES
+  except jax.errors.InconclusiveDimensionOperation:
+    return False
 
 
 def _attend_blocked(q, k, v, mask, bias):
@@ -107,6 +144,22 @@ def _attend_blocked(q, k, v, mask, bias):
 
   out = jax.lax.map(one_head, (q, k, v, bias))  # [N, blocks, B, size, H]
   return out.transpose(2, 1, 3, 0, 4).reshape(B, T, N, H)
+
+
+def _attend_by_head(q, k, v, mask, bias, dropout_rate, dropout_key):
+  """`attend`, one head at a time, under `jax.checkpoint`."""
+  heads = {name: jnp.moveaxis(x, 2, 0)[:, :, :, None] for name, x in (("q", q), ("k", k), ("v", v))}
+  if bias is not None:
+    heads["bias"] = jnp.moveaxis(bias, 1, 0)[:, :, None]
+  if dropout_key is not None:
+    heads["dropout_key"] = jax.random.split(dropout_key, q.shape[2])
+
+  def one_head(head):
+    return attend(**head, mask=mask, dropout_rate=dropout_rate, blocked=False)[:, :, 0]
+
+  # prevent_cse inserts barriers that a loop does not need.
+  out = jax.lax.map(jax.checkpoint(one_head, prevent_cse=False), heads)  # [N, B, T, H]
+  return jnp.moveaxis(out, 0, 2)
 
 
 def query_block(num_queries: int) -> int:

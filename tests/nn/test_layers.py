@@ -229,7 +229,8 @@ def test_batch_norm_moves_by_a_tenth():
   _, updated = block.apply(variables, x, False, mutable=["batch_stats"])
   skip = updated["batch_stats"]["batchnorm_skip"]
   np.testing.assert_allclose(skip["mean"], 0.1 * x.mean((0, 1)), atol=1e-6)
-  np.testing.assert_allclose(skip["var"], 0.9 + 0.1 * x.var((0, 1)), atol=1e-5)
+  unbiased = x.var((0, 1), ddof=1)  # torch's choice, see test_batch_norm
+  np.testing.assert_allclose(skip["var"], 0.9 + 0.1 * unbiased, atol=1e-5)
 
 
 def test_no_layer_relies_on_flaxs_own_defaults():

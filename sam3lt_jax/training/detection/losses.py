@@ -259,9 +259,9 @@ def make_detection_loss_fn(
     mutable = ["batch_stats"] if update_batch_stats else False
 
     def call(model: Sam3LiteText):
-      K = batch["input_ids"].shape[1]
+      B, K = batch["input_ids"].shape[:2]
       maps = model.get_vision_features(batch["pixel_values"], deterministic).fpn_hidden_states
-      flat = {k: batch[k].reshape(-1, *batch[k].shape[2:]) for k in _PROMPT_KEYS}
+      flat = {k: batch[k].reshape(B * K, *batch[k].shape[2:]) for k in _PROMPT_KEYS}
       return model(
         vision_embeds=VisionFeatures(tuple(jnp.repeat(m, K, axis=0) for m in maps)),
         deterministic=deterministic,

@@ -97,7 +97,7 @@ def test_unlisted_objects_are_not_punished():
 
 
 def test_box_losses_by_hand():
-  # Query 1 answers for LEFT but sits on RIGHT: L1 is 0.5; the union fills the hull and IoU is 0, so GIoU is 0.
+  # Query 1 answers for LEFT but sits on RIGHT: L1 is 0.5. IoU is 0 and the union fills the hull: GIoU is 0.
   t = targets([[LEFT]], [[True]])
   match = jnp.array([[[[0.0], [1.0]]]])
   l1, giou = losses.box_losses(jnp.array([[[LEFT, RIGHT]]]), match, t, jnp.array(1.0))

@@ -14,6 +14,7 @@ from sam3lt_jax.nn import repeat
 from sam3lt_jax.nn.detr_decoder import DetrDecoder
 from sam3lt_jax.nn.fusion_encoder import FusionEncoder
 from sam3lt_jax.nn.vision_encoder import VitTrunk
+from sam3lt_jax.ops import attention
 from tests import tiny
 
 
@@ -43,6 +44,37 @@ def test_stack_casts_kernels_only():
   assert out["d"]["kernel"].shape == (4, 2, 3) and out["d"]["kernel"].dtype == jnp.bfloat16
   assert out["scale"].dtype == jnp.float32
   np.testing.assert_array_equal(out["scale"][:, 0], np.float32([0.1, 1.1, 2.1, 3.1]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_head_by_head(masked):
+  """Values and gradients, with mask and bias as the detector has them."""
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(2, t, 3, 4)).astype(np.float32) for t in (5, 7, 7))
+  extra = {}
+  if masked:
+    extra["mask"] = rng.random((2, 1, 1, 7)) < 0.7
+    extra["bias"] = rng.normal(size=(2, 3, 5, 7)).astype(np.float32)
+  weigh = rng.normal(size=(2, 5, 3, 4)).astype(np.float32)
+
+  def loss(q, k, v, remat):
+    return jnp.vdot(attention.attend(q, k, v, remat=remat, **extra), weigh)
+
+  results = [
+    tiny.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=3)(q, k, v, r) for r in (False, True)
+  ]
+  assert_close(results[1], results[0], atol=1e-5)
+
+
+def test_attention_head_by_head_drops_weights():
+  """Equal scores over S keys with values 1: the output of a row is kept / (S * (1 - rate)), on average 1."""
+  shape = (2, 64, 4, 8)
+  q, v = jnp.zeros(shape), jnp.ones(shape)
+  run = tiny.jit(lambda key: attention.attend(q, q, v, dropout_rate=0.25, dropout_key=key, remat=True))
+  out = np.asarray(run(jax.random.key(0)))[..., 0]  # [B, T, N]
+  np.testing.assert_allclose(out.mean(), 1, atol=0.015)  # 4 deviations of 32768 draws
+  np.testing.assert_allclose(out.std(), (0.25 / 0.75 / 64) ** 0.5, rtol=0.15)
+  assert np.abs(out[:, :, 0] - out[:, :, 1]).max() > 0.05  # every head draws its own
 
 
 def trunk():
@@ -111,7 +143,7 @@ def test_parameters_have_the_same_names_and_shapes():
   assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("layers, global_layers", [(6, (2, 5)), (5, (1, 4)), (3, ()), (2, (0, 1)), (1, ())])
+@pytest.mark.parametrize("layers, global_layers", [(6, (2, 5)), (5, (1, 4)), (2, ())])
 def test_any_pattern_of_windowed_and_global_layers(layers, global_layers):
   trunk = VitTrunk(**trunk_fields(num_layers=layers, global_layers=global_layers))
   x = tiny.pixels(1, 8)
@@ -188,8 +220,8 @@ def test_gradient_with_dropout_is_that_of_the_same_draw():
   gradient = tiny.jit(jax.grad(loss))(params)
   length = np.sqrt(sum(float(jnp.vdot(g, g)) for g in jax.tree.leaves(gradient)))
   run = tiny.jit(loss)
-  moved = [run(jax.tree.map(lambda p, g, t=t: p + t / length * g, params, gradient)) for t in (-1e-2, 1e-2)]
-  np.testing.assert_allclose((moved[1] - moved[0]) / 2e-2, length, rtol=0.01)
+  moved = [run(jax.tree.map(lambda p, g, t=t: p + t / length * g, params, gradient)) for t in (-2e-3, 2e-3)]
+  np.testing.assert_allclose((moved[1] - moved[0]) / 4e-3, length, rtol=0.01)
 
 
 def test_taps_still_come_out():

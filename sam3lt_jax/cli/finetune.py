@@ -1,0 +1,209 @@
+"""`sam3lt finetune`: a model and annotated images in; a model that knows them out."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+
+from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.cli.segment import RANDOM
+
+_EPILOG = """\
+examples:
+  LoRA adapters on a data set in COCO's format, a tenth of its images held out to measure cgF1:
+    sam3lt finetune --annotations train.json --images photos --held-out 0.1 --lora-rank 16 --out run
+  all but the vision and text encoders, another file to measure on:
+    sam3lt finetune --annotations train.json --images photos --freeze vision text \\
+      --validation val.json --validation-images photos_val --out run
+  all of it, on one device of 24 GB: bfloat16, layers computed twice, 4 steps an update
+    sam3lt finetune --annotations train.json --images photos --dtype bfloat16 --remat --accumulate 4 --out run
+  see a run with nothing downloaded (random weights: the result means nothing):
+    sam3lt finetune --model random:tiny --annotations train.json --images photos --steps 20 --out run
+the same command again goes on with a run that was stopped
+
+what --freeze and --train take: vision (made of trunk and neck), text, geometry, encoder, decoder, scoring,
+masks, or a regular expression over parameter paths such as 'vision_encoder/backbone/layers_[0-7]/'
+
+written to the output folder:
+  metrics.jsonl, config.json   losses, rates and scores by step; the run's settings
+  curves.png                   the plot of them (needs matplotlib: pip install 'sam3lt_jax[train]')
+  checkpoints/                 the newest two, and the best on held-out images
+  finetune.json                cgF1 and its parts before and after
+  model/                       the fine-tuned model, adapters merged, for `sam3lt segment --model`
+  transformers/                the same in transformers' layout
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.usage = "%(prog)s --annotations FILE --images DIR --out DIR [options]"
+  parser.epilog = _EPILOG
+  data = parser.add_argument_group("data")
+  add = data.add_argument
+  add("--annotations", required=True, metavar="FILE", help="COCO or SA-Co JSON")
+  add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
+  add("--validation", metavar="FILE", help="annotations to measure cgF1 on, and to keep the best by")
+  add("--validation-images", metavar="DIR", help="the folder of its images (default: --images)")
+  add("--held-out", type=float, metavar="SHARE", help="instead: this share of the images, drawn at random")
+  add("--iou", choices=("segm", "bbox"), default="segm",
+      help="measure by masks or, where annotations have none, by boxes (default: segm)")  # fmt: skip
+  add("--batch", type=_count, default=1, metavar="N", help="images a step, over all devices (default: 1)")
+  add("--prompts", type=_count, default=4, metavar="N", help="phrases an image (default: 4)")
+  add("--objects", type=_count, default=32, metavar="N", help="objects a phrase, the largest (default: 32)")
+  add("--negatives", type=float, default=0.5, metavar="SHARE",
+      help="absent phrases among them (default: 0.5)")  # fmt: skip
+  add("--box-prompts", type=float, default=0.0, metavar="SHARE",
+      help="present phrases that come with example boxes (default: 0)")  # fmt: skip
+  add("--no-augment", action="store_true", help="images as they are: no flip, zoom, crop, colour")
+  add("--image-size", type=_count, metavar="PX", help="side of the model's input (default: the model's)")
+
+  model = parser.add_argument_group("model")
+  add = model.add_argument
+  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
+      help="released variant, hub id, folder, or .pt file (default: s0)")  # fmt: skip
+  add("--profile", choices=("original", "transformers"),
+      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
+  add("--freeze", nargs="+", default=[], metavar="PART", help="parts that stay as they are, see below")
+  add("--lora-rank", type=_count, metavar="R",
+      help="train adapters of this rank and nothing else but what --train names")  # fmt: skip
+  add("--lora-alpha", type=_positive, metavar="F", help="scale of the adapters is this over R (default: R)")
+  add("--train", nargs="+", default=[], metavar="PART",
+      help="with --lora-rank: parts trained beside the adapters")  # fmt: skip
+  add("--no-dropout", action="store_true", help="train without dropout and drop path")
+  add("--no-one-to-many", action="store_true", help="train without the second set of decoder rows")
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
+  add("--remat", action="store_true", help="less memory: compute layers twice")
+
+  run = parser.add_argument_group("run")
+  add = run.add_argument
+  add("--out", required=True, metavar="DIR", help="the run's folder; a run in it goes on")
+  add("--steps", type=_count, default=1000, metavar="N", help="(default: 1000)")
+  add("--accumulate", type=_count, default=1, metavar="N", help="steps that make one update (default: 1)")
+  for name, default, what in (
+    ("lr", 8e-5, "the detector"), ("vision-lr", 2.5e-5, "the vision encoder"),
+    ("text-lr", 5e-6, "the text encoder"), ("lora-lr", 2e-4, "adapters"),
+  ):  # fmt: skip
+    help = f"peak rate of {what} (default: {default:g})"
+    add(f"--{name}", type=_positive, default=default, metavar="RATE", help=help)
+  add("--layer-decay", type=_positive, default=0.9, metavar="F",
+      help="rate of a vision layer against the one above it; 1: all alike (default: 0.9)")  # fmt: skip
+  add("--weight-decay", type=float, default=0.1, metavar="F", help="AdamW's (default: 0.1)")
+  add("--clip", type=_positive, default=0.1, metavar="F", help="norm gradients are cut to (default: 0.1)")
+  add("--ema", type=float, metavar="F", help="keep an average of the weights with this decay, and ship it")
+  add("--evaluate-every", type=_count, metavar="N", help="steps (default: a tenth of the run)")
+  add("--checkpoint-every", type=_count, metavar="N", help="steps (default: a tenth of the run)")
+  add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+
+
+def _count(text: str) -> int:
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+  return int(text)
+
+
+def _positive(text: str) -> float:
+  try:
+    value = float(text)
+  except ValueError:
+    value = math.nan
+  if not 0 < value < math.inf:
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+  return value
+
+
+def run(args: argparse.Namespace) -> int:
+  _check(args)
+  config = _config(args)
+  records, validation = _records(args)
+  if args.model.startswith(RANDOM):
+    print(f"{PROGRAM}: RANDOM WEIGHTS: the model starts knowing nothing", file=sys.stderr)
+
+  from sam3lt_jax.training.detection.run import finetune
+
+  result = finetune(
+    args.model,
+    records,
+    args.out,
+    config,
+    validation=validation,
+    iou_type=args.iou,
+    profile=args.profile,
+    evaluate_every=args.evaluate_every,
+    checkpoint_every=args.checkpoint_every,
+    fingerprint={"annotations": _facts(args.annotations), "held_out": args.held_out, "iou": args.iou},
+  )
+  print(f"wrote {', '.join(result.written.values())}")
+  return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+  if args.validation and args.held_out:
+    raise UserError("--validation and --held-out: give one of the two")
+  if args.validation_images and not args.validation:
+    raise UserError("--validation-images without --validation")
+  if args.lora_rank is None and (args.train or args.lora_alpha):
+    raise UserError("--train and --lora-alpha need --lora-rank; without it, all but --freeze is trained")
+  if args.lora_rank is not None and args.freeze:
+    raise UserError("--freeze with --lora-rank, which freezes everything; name what to train with --train")
+
+
+def _config(args: argparse.Namespace):
+  from sam3lt_jax.training.data.augment import AugmentConfig
+  from sam3lt_jax.training.data.batches import BatchConfig
+  from sam3lt_jax.training.detection.lora import LoraConfig
+  from sam3lt_jax.training.detection.setup import FinetuneConfig
+
+  lora = None
+  if args.lora_rank is not None:
+    lora = LoraConfig(rank=args.lora_rank, alpha=args.lora_alpha or float(args.lora_rank))
+  return FinetuneConfig(
+    steps=args.steps,
+    data=BatchConfig(
+      batch_size=args.batch,
+      prompts=args.prompts,
+      objects=args.objects,
+      negatives=args.negatives,
+      box_prompts=args.box_prompts,
+      augment=None if args.no_augment else AugmentConfig(),
+      seed=args.seed,
+    ),
+    freeze=tuple(args.freeze),
+    lora=lora,
+    train=tuple(args.train),
+    lr=args.lr,
+    vision_lr=args.vision_lr,
+    text_lr=args.text_lr,
+    lora_lr=args.lora_lr,
+    layer_decay=None if args.layer_decay == 1 else args.layer_decay,
+    weight_decay=args.weight_decay,
+    clip_norm=args.clip,
+    accumulate=args.accumulate,
+    ema_decay=args.ema,
+    one_to_many=not args.no_one_to_many,
+    dropout=not args.no_dropout,
+    dtype=args.dtype,
+    remat=args.remat,
+    image_size=args.image_size,
+    seed=args.seed,
+  )
+
+
+def _records(args: argparse.Namespace):
+  """What to train on, and what to measure on (None: nothing)."""
+  from sam3lt_jax.training.data.load import load_records
+  from sam3lt_jax.training.detection.run import hold_out
+
+  with busy("reading the annotations"):
+    records = load_records(args.annotations, args.images)
+    if args.validation:
+      return records, load_records(args.validation, args.validation_images or args.images)
+  if args.held_out is None:
+    return records, None
+  return hold_out(records, args.held_out, args.seed)
+
+
+def _facts(path: str) -> dict:
+  """What tells an annotation file from another one under its name."""
+  return {"name": os.path.basename(path), "bytes": os.path.getsize(path)}

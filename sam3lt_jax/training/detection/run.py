@@ -1,0 +1,318 @@
+"""finetune: a checkpoint and annotated images in, a better checkpoint out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sam3lt_jax import parallel
+from sam3lt_jax.checkpoints import save_pretrained
+from sam3lt_jax.checkpoints.engine import flatten
+from sam3lt_jax.config import TextConfig
+from sam3lt_jax.model import Sam3LiteText, Variables
+from sam3lt_jax.predictor import Predictor
+from sam3lt_jax.processing.processor import Sam3Processor
+from sam3lt_jax.training.checkpoints import TrainCheckpoints
+from sam3lt_jax.training.data.batches import DetectionBatches
+from sam3lt_jax.training.data.records import Record
+from sam3lt_jax.training.detection.lora import count_parameters
+from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, exported, prepare
+from sam3lt_jax.training.loop import fit
+from sam3lt_jax.training.run_files import check_fingerprint
+from sam3lt_jax.training.state import TrainState
+
+_BEST = ("eval_cgF1", "max")
+# What of an evaluation goes to metrics.jsonl; all of it is in finetune.json.
+_SHOWN = ("cgF1", "pmF1", "IL_MCC", "mean_matched_iou")
+
+Report = Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneResult:
+  """What `finetune` gives.
+
+  Attributes:
+    model, variables: the fine-tuned model with its parameters as numpy arrays, adapters merged. What was
+      frozen is bit for bit what it was.
+    before, after: `CgF1.compute()` of held-out records before the run and of what is returned; None without
+      any.
+    trained_parameters: how many numbers were trained.
+    written: name -> path.
+  """
+
+  model: Sam3LiteText
+  variables: Variables
+  before: dict[str, float] | None
+  after: dict[str, float] | None
+  trained_parameters: int
+  written: dict[str, str]
+
+
+def finetune(
+  source: str | os.PathLike | tuple[Sam3LiteText, Variables],
+  records: Sequence[Record],
+  directory: str | os.PathLike,
+  config: FinetuneConfig | None = None,
+  *,
+  validation: Sequence[Record] | None = None,
+  iou_type: str = "segm",
+  profile: Any = None,
+  processor: Sam3Processor | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  log_every: int | None = None,
+  evaluate_every: int | None = None,
+  checkpoint_every: int | None = None,
+  fingerprint: Mapping[str, Any] | None = None,
+  report: Report | None = None,
+) -> FinetuneResult:
+  """Fine-tunes the detector and writes it in both formats.
+
+  A run that was stopped goes on where it was and gives the same numbers, to the digit; one that had ended
+  only evaluates and writes the models again. Under several processes every one calls this with the same
+  arguments.
+
+  Args:
+    source: what `from_pretrained` takes, or (model, variables), unfused.
+    records: what to train on, see `training.data`.
+    directory: of the run.
+    config: its numbers; None: the defaults.
+    validation: records held out; then cgF1 on them is measured and the best state is the result, otherwise
+      the last.
+    iou_type: what cgF1 compares: "segm" masks, "bbox" boxes (for annotations without masks).
+    profile: overrides the source's, see `from_pretrained`.
+    processor: for (model, variables) with a tokenizer of its own.
+    mesh: of `parallel.make_mesh`; None: all devices.
+    log_every, evaluate_every, checkpoint_every: in steps; None: a 50th, a tenth, a tenth of the run.
+    fingerprint: further facts (of the data, say) that must not change when the run goes on.
+    report: called with each line for the reader; None: print.
+
+  Returns:
+    The result. In `directory` lie metrics.jsonl, config.json, checkpoints/, finetune.json, curves.png (with
+    matplotlib), model/ (our format) and transformers/ (transformers' layout).
+
+  Raises:
+    ValueError: patterns that find nothing, numbers out of range, a batch that the devices do not divide, a
+      changed run in `directory`. Errors of `fit`, `from_pretrained`, `save_pretrained` come as they are.
+  """
+  config = config or FinetuneConfig()
+  report = report or functools.partial(print, flush=True)
+  mesh = parallel.make_mesh() if mesh is None else mesh
+  parallel.check_divides(config.data.batch_size, mesh.shape["data"])
+  predictor = _load(source, config, profile, processor)
+  run = _Run(config, predictor, os.path.abspath(os.fspath(directory)), validation, iou_type, report)
+  report(
+    f"{run.trained:,} of {count_parameters(run.start['params']):,} parameters are trained"
+    f"{f', adapters of rank {config.lora.rank} among them' if config.lora else ''}; {len(records):,} images"
+  )
+  data = DetectionBatches(
+    records,
+    predictor.model.config,
+    config.data,
+    processor=predictor.processor,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  facts = {**run.fingerprint(len(records)), **(fingerprint or {})}
+  run.check_unchanged(facts)  # `fit` does, too, but after the evaluation
+  before = run.evaluate(run.start)
+  every = {"log_every": (log_every, 50), "evaluate_every": (evaluate_every, 10)}
+  every["checkpoint_every"] = (checkpoint_every, 10)
+  state = fit(
+    run.first_state(),
+    run.setup.step,
+    data,
+    total_steps=config.steps,
+    directory=directory,
+    frozen=run.setup.frozen,
+    mesh=mesh,
+    evaluate=None if validation is None else run.evaluate_state,
+    best=None if validation is None else _BEST,
+    fingerprint=facts,
+    report=report,
+    **{
+      name: max(1, config.steps // parts) if given is None else given
+      for name, (given, parts) in every.items()
+    },
+  )
+  return run.finish(state, before)
+
+
+def hold_out(
+  records: Sequence[Record], share: float, seed: int = 0
+) -> tuple[Sequence[Record], Sequence[Record]]:
+  """Splits records at random, the same way for the same `seed`: (to train on, held out), each in order.
+
+  Raises:
+    ValueError: a share outside (0, 1), or one of the two parts would be empty.
+  """
+  if not 0 < share < 1:
+    raise ValueError(f"share={share!r}; accepted: a number between 0 and 1")
+  count = round(len(records) * share)
+  if not 0 < count < len(records):
+    raise ValueError(f"share={share} of {len(records)} records leaves one of the two parts empty")
+  order = np.random.default_rng(seed).permutation(len(records))
+  return _Part(records, np.sort(order[count:])), _Part(records, np.sort(order[:count]))
+
+
+class _Part(Sequence):
+  """Some records of a sequence; each is made when it is asked for."""
+
+  def __init__(self, records: Sequence[Record], indices: np.ndarray):
+    self._records, self._indices = records, indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> Record:
+    return self._records[int(self._indices[index])]
+
+
+def _load(source: Any, config: FinetuneConfig, profile: Any, processor: Sam3Processor | None) -> Predictor:
+  """Model, variables and processor, as a predictor."""
+  if not isinstance(source, tuple):
+    if processor is not None:
+      raise ValueError("processor is for (model, variables); a checkpoint brings its own")
+    return Predictor.from_pretrained(
+      source, profile=profile, dtype=config.dtype, param_dtype="float32", image_size=config.image_size,
+      fuse=False,
+    )  # fmt: skip
+  model, variables = source
+  processor = processor or Sam3Processor(model.config, image_size=config.image_size)
+  if config.image_size not in (None, processor.image_size):
+    raise ValueError(f"image_size={config.image_size}, but the processor's is {processor.image_size}")
+  return Predictor(model.clone(dtype=config.dtype), variables, processor, fuse=False)
+
+
+def _host() -> Any:
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX was told to leave the CPU out
+    return None
+
+
+class _Run:
+  """A run that is ready to start; evaluates and writes what it gives."""
+
+  def __init__(self, config, predictor: Predictor, directory: str, validation, iou_type: str, report: Report):
+    self.config, self.directory, self.validation, self.iou_type = config, directory, validation, iou_type
+    self.report, self.processor = report, predictor.processor
+    model = predictor.model
+    # On the host: the devices get what the step takes, and the whole only for an evaluation.
+    self.start: Variables = jax.tree.map(np.asarray, predictor.variables)
+    with jax.default_device(_host()):
+      self.setup: Setup = prepare(model, self.start, config)
+    vision = dataclasses.replace(model.config.vision, image_size=self.processor.image_size)
+    self.model = model.clone(config=model.config.replace(vision=vision), dtype=config.dtype)
+    self.trained = count_parameters(self.setup.params)
+    predictor.variables = None
+    self._predictor = predictor
+
+  def first_state(self) -> TrainState:
+    with jax.default_device(_host()):  # `fit` puts a copy on the devices
+      return self.setup.state()
+
+  def variables(self, state: TrainState) -> Variables:
+    """The whole model at `state` (its average, if one is kept), on the host."""
+    params = exported(state.averaged(), self.start["params"], self.config.lora)
+    return {**self.start, "params": params}
+
+  def evaluate_state(self, state: TrainState) -> dict[str, float]:
+    scores = self.evaluate(self.variables(state))
+    return {name: scores[name] for name in _SHOWN}
+
+  def evaluate(self, variables: Variables) -> dict[str, float] | None:
+    """cgF1 and its parts on the validation records; None without any."""
+    if self.validation is None:
+      return None
+    from sam3lt_jax.evaluation.run import evaluate
+
+    predictor = self._predictor
+    predictor.variables = jax.device_put(variables, jax.local_devices()[0])
+    # The compiled programs stay, what the old text encoder said does not.
+    predictor._phrases = collections.OrderedDict()
+    try:
+      found = evaluate(predictor, self.validation, iou_types=(self.iou_type,))
+    finally:
+      predictor.variables = None
+    return found["cgf1"][self.iou_type]
+
+  def fingerprint(self, records: int) -> dict[str, Any]:
+    digest = 0
+    for path, leaf in sorted(flatten(self.start).items()):
+      digest = zlib.crc32(
+        np.ascontiguousarray(leaf).view(np.uint8).reshape(-1), zlib.crc32(path.encode(), digest)
+      )
+    return {
+      "finetune": self.config.fingerprint(),
+      "model": self.model.config.to_json(),
+      "start_crc32": digest,
+      "records": records,
+      "validation": 0 if self.validation is None else len(self.validation),
+    }
+
+  def check_unchanged(self, facts: Mapping[str, Any]) -> None:
+    checkpoints = os.path.join(self.directory, "checkpoints")
+    if os.path.isdir(checkpoints) and any(name.isdigit() for name in os.listdir(checkpoints)):
+      check_fingerprint(os.path.join(self.directory, "config.json"), facts, resuming=True)
+
+  def finish(self, state: TrainState, before: dict[str, float] | None) -> FinetuneResult:
+    if self.validation is not None:
+      checkpoints = TrainCheckpoints(
+        os.path.join(self.directory, "checkpoints"), best=_BEST, report=self.report
+      )
+      if checkpoints.best_step() is not None:
+        state = checkpoints.restore_best(state)
+    variables = self.variables(state)
+    result = FinetuneResult(
+      model=self.model,
+      variables=variables,
+      before=before,
+      after=self.evaluate(variables),
+      trained_parameters=self.trained,
+      written={},
+    )
+    if before is not None:
+      self.report(f"cgF1 on held-out images: {before['cgF1']:.2f} before, {result.after['cgF1']:.2f} after")
+    if jax.process_index() == 0:
+      result = dataclasses.replace(result, written=self.write(result, int(state.step)))
+    return result
+
+  def write(self, result: FinetuneResult, step: int) -> dict[str, str]:
+    """Both model directories, the numbers and the plot; name -> path."""
+    own = self.model.config.text.vocab_size != TextConfig().vocab_size
+    tokenizer = self.processor.tokenizer if own else None
+    written = {}
+    for name, format in (("model", "orbax"), ("transformers", "transformers")):
+      written[name] = os.path.join(self.directory, name)
+      save_pretrained(
+        written[name], result.model, result.variables, format=format, tokenizer=tokenizer, overwrite=True
+      )  # fmt: skip
+    written["numbers"] = os.path.join(self.directory, "finetune.json")
+    numbers = {
+      "step": step,
+      "before": result.before,
+      "after": result.after,
+      "trained_parameters": result.trained_parameters,
+    }
+    with open(written["numbers"], "w", encoding="utf-8") as f:
+      json.dump(numbers, f, indent=2)
+      f.write("\n")
+    plot = os.path.join(self.directory, "curves.png")
+    try:
+      from sam3lt_jax.training.curves import plot_run
+
+      plot_run(os.path.join(self.directory, "metrics.jsonl"), plot, "fine-tuning")
+      written["plot"] = plot
+    except ImportError as e:
+      self.report(f"no plot: {e}")
+    return written
