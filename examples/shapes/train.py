@@ -1,8 +1,9 @@
 """Trains the bundled model from nothing: `python -m examples.shapes.train --out runs/shapes`.
 
-Stage 1 trains the teacher, a small SAM 3 with a large text encoder, on drawn scenes. Stage 2 distils its text
-encoder into the student that ships. Both are measured on 500 held-out scenes. Killed and started again, it
-goes on where it was. What it writes to OUT/model is what lies in sam3lt_jax/assets/shapes.
+Stage 0 teaches a vision encoder what lies where. Stage 1 trains the teacher, a small SAM 3 with a large text
+encoder, on drawn scenes. Stage 2 distils its text encoder into the student that ships. Teacher and student
+are measured on 500 held-out scenes. Killed and started again, it goes on where it was. What it writes to
+OUT/model is what lies in sam3lt_jax/assets/shapes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax import save_pretrained
+from sam3lt_jax import parallel, save_pretrained
 from sam3lt_jax.config import BOX_ONLY_PHRASE
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.shapes import evaluation, models
 from sam3lt_jax.shapes.data import HELD_OUT_SCENES, ShapesBatches
 from sam3lt_jax.shapes.phrases import all_phrases
+from sam3lt_jax.shapes.pretraining import DenseBatches, make_dense_loss_fn
 from sam3lt_jax.shapes.scenes import SceneConfig
 from sam3lt_jax.training.detection.losses import DetectionLossConfig, make_detection_loss_fn
 from sam3lt_jax.training.distillation.config import DistillationConfig
@@ -33,6 +35,18 @@ from sam3lt_jax.training.step import make_train_step
 
 VALIDATION_SEED = 900_000_000  # scenes to watch the run by; neither trained on nor held out
 VALIDATION_SCENES = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionRun:
+  """Numbers of stage 0."""
+
+  steps: int = 2_000
+  images: int = 24
+  seed: int = 2
+  optimizer: OptimizerConfig = OptimizerConfig(
+    peak_lr=1.5e-3, total_steps=2_000, warmup_steps=100, end_lr=1e-5, weight_decay=1e-2, clip_norm=1.0
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +84,32 @@ class StudentRun:
   dtype: str = "float32"
 
 
-def train_teacher(run: TeacherRun, directory: str) -> tuple[Sam3LiteText, TrainState]:
-  """Stage 1: all of the teacher from random weights."""
+def pretrain_vision(run: VisionRun, directory: str) -> Any:
+  """Stage 0: the vision encoder's parameters."""
+  model = Sam3LiteText(models.teacher_config())
+  start = model.init_variables(jax.random.key(run.seed))["params"]["vision_encoder"]
+  loss_fn, init = make_dense_loss_fn(model, models.mask_side())
+  params = init(start, jax.random.key(run.seed))
+  tx, schedule = make_optimizer(run.optimizer, params)
+  state = fit(
+    TrainState.create(params, tx, jax.random.key(run.seed)),
+    make_train_step(loss_fn, tx, schedule=schedule),
+    DenseBatches(images=run.images, side=models.mask_side(), seed=run.seed),
+    total_steps=run.steps,
+    directory=directory,
+    mesh=parallel.make_mesh(),
+    log_every=50,
+    checkpoint_every=250,
+    fingerprint={"run": dataclasses.asdict(run), "scene": dataclasses.asdict(SceneConfig())},
+  )
+  return jax.tree.map(np.asarray, state.params["vision_encoder"])
+
+
+def train_teacher(run: TeacherRun, vision: Any, directory: str) -> tuple[Sam3LiteText, TrainState]:
+  """Stage 1: all of the teacher, with the vision encoder of stage 0, else from random weights."""
   model = Sam3LiteText(models.teacher_config())
   variables = model.init_variables(jax.random.key(run.seed))
+  variables["params"]["vision_encoder"] = vision
   data = ShapesBatches(
     models.tokenizer(),
     images=run.images,
@@ -95,6 +131,7 @@ def train_teacher(run: TeacherRun, directory: str) -> tuple[Sam3LiteText, TrainS
     state, step, data,
     total_steps=run.steps,
     directory=directory,
+    mesh=parallel.make_mesh(),
     log_every=50,
     evaluate=evaluate,
     evaluate_every=1000,
@@ -153,10 +190,13 @@ def ship(model: Sam3LiteText, variables: Any, directory: str) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--out", default="runs/shapes", help="folder for checkpoints, logs and the model")
-  parser.add_argument("--stop-after", choices=("teacher", "student"), default="student")
+  parser.add_argument("--stop-after", choices=("vision", "teacher", "student"), default="student")
   args = parser.parse_args()
   os.makedirs(args.out, exist_ok=True)
-  teacher, state = train_teacher(TeacherRun(), os.path.join(args.out, "teacher"))
+  vision = pretrain_vision(VisionRun(), os.path.join(args.out, "vision"))
+  if args.stop_after == "vision":
+    return
+  teacher, state = train_teacher(TeacherRun(), vision, os.path.join(args.out, "teacher"))
   variables = {"params": jax.tree.map(np.asarray, state.averaged())}
   before = report("teacher", teacher, variables, args.out)
   if args.stop_after == "teacher":
