@@ -1,0 +1,88 @@
+"""`sam3lt export`: a model as programs that run without this package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
+
+_EPILOG = """\
+examples:
+  one artefact for CPU, NVIDIA GPUs and TPUs, any number of images and prompts a call:
+    sam3lt export --model s0 --out exported
+  for one kind of device, four images and sixteen prompts a call, in bfloat16:
+    sam3lt export --model s0 --out exported --platforms tpu --batch 4 --prompts 16 --dtype bfloat16
+  with the token ids of phrases, so that the reader needs no tokenizer:
+    sam3lt export --model s0 --out exported --phrases "truck" "traffic light"
+
+written to the output folder:
+  vision.jaxexport, text.jaxexport, detection.jaxexport   StableHLO, by jax.export
+  weights.safetensors                                     what the three read
+  manifest.json                                           shapes, names, thresholds, digests, versions
+  loader.py                                               runs it all with jax and numpy alone; see its head
+  tokenizer.json, vendor/                                 the tokenizer; a copy of flatbuffers for the loader
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.epilog = _EPILOG
+  add = parser.add_argument
+  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
+      help="released variant, hub id, folder, or .pt file; random:s0 for random weights (default: s0)",
+  )  # fmt: skip
+  add("--out", required=True, metavar="DIR", help="output folder, new or empty")
+  add("--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="P",
+      help="what it is to run on: cpu, cuda, tpu, rocm (default: cpu cuda tpu)")  # fmt: skip
+  add("--batch", type=_count, default="symbolic", metavar="N|symbolic",
+      help="images a call, a fixed number or any (default: symbolic)")  # fmt: skip
+  add("--prompts", type=_count, default="symbolic", metavar="N|symbolic",
+      help="prompts a call, a fixed number or any (default: symbolic)")  # fmt: skip
+  add("--boxes", type=int, default=8, metavar="N",
+      help="slots for example boxes a prompt, 0 for none (default: 8)")  # fmt: skip
+  add("--phrases", nargs="+", default=[], metavar="PHRASE", help="keep the token ids of these phrases")
+  add("--dtype", choices=("float32", "bfloat16"), default="float32",
+      help="of weights and layers (default: float32)")  # fmt: skip
+  add("--image-size", type=int, metavar="S", help="side of the input in pixels (default: the model's, 1008)")
+  add("--profile", choices=("original", "transformers"),
+      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
+
+
+def _count(text: str) -> int | str:
+  if text == "symbolic":
+    return text
+  try:
+    return int(text)
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"must be a whole number or 'symbolic', got {text!r}") from None
+
+
+def run(args: argparse.Namespace) -> int:
+  if os.path.isdir(args.out) and os.listdir(args.out):
+    raise UserError(f"--out: {args.out} is not empty; give a new folder")
+  if args.model.startswith(RANDOM):
+    print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
+  with busy(f"loading {args.model}"):
+    from sam3lt_jax import exporting
+    from sam3lt_jax.predictor import Predictor
+
+    options = {"profile": args.profile, "dtype": args.dtype, "image_size": args.image_size}
+    predictor = Predictor.from_pretrained(args.model, **options)
+  with busy(f"exporting for {', '.join(args.platforms)}"):
+    manifest = exporting.export_model(
+      predictor,
+      args.out,
+      platforms=args.platforms,
+      batch=args.batch,
+      prompts=args.prompts,
+      boxes=args.boxes,
+      phrases=args.phrases,
+      name=args.model if not os.path.exists(args.model) else os.path.basename(os.path.abspath(args.model)),
+    )
+  for name, file in manifest["files"].items():
+    print(f"  {name:<22} {file['bytes'] / 1e6:10,.2f} MB")
+  print(f"wrote {args.out}: run it with {os.path.join(args.out, 'loader.py')} (jax and numpy)")
+  return 0
