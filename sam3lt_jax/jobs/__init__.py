@@ -1,0 +1,21 @@
+"""Batch inference over large sets of images: what to read, what to ask, what is done, what came out.
+
+    files      local paths and URLs of object stores behind the same few functions
+    sources    SOURCE -> items: a folder, a glob, a list, COCO images, tar shards, or several of them
+    questions  phrases and example boxes: the same for all images, or each image's own
+    plan       the frozen split of the items into shards, opened again by a restart; plan_files are its files
+    ledger     a shard in work: locked, appended to, recovered, committed; shard_files are the shards' files
+    status     how far a job is, at what rate, what failed
+    merge      the shards to one COCO file, Parquet, a list of failures
+
+A job's folder:
+
+    plan.json                      the fingerprint (model, profile, prompts, options), once; the split
+    items.jsonl                    the items in the order of the shards (items-1.jsonl after a change)
+    shards/shard-00012.jsonl       a committed shard: a line an image, failures included
+    shards/shard-00012.json        its SHA-256, counts, time and host
+    shards/shard-00012.jsonl.part  a shard in work, or left by a kill: a restart goes on from there
+    shards/shard-00012.lock        who works on it
+
+None of these modules imports jax: `sam3lt status` and `sam3lt merge` start at once, on any machine.
+"""

@@ -1,0 +1,314 @@
+"""Local paths and URLs of object stores (gs://, s3://, memory://, ...) behind the same few functions.
+
+A path without "scheme://" is local and handled by os alone; anything else goes through fsspec, which is
+imported when the first such path turns up. Folders and names are joined by "/" in URLs.
+
+An object store has no append and no rename, but putting an object is atomic: `write_atomic` is a rename here
+and a put there, and what needs more than that (`ledger`) says how it does without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob as local_glob
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_MAGIC = re.compile(r"[*?[]")
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+KEPT = "what was computed before is kept"
+
+
+class CannotWrite(ValueError):
+  """A folder or disk that does not take what is written; the message says which, why and what is kept."""
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+  """Turns what the file system says while `path` is written into one sentence.
+
+  Raises:
+    CannotWrite: for any OSError inside; at a URL for any error.
+  """
+  try:
+    yield
+  except Exception as e:
+    if not (isinstance(e, OSError) or is_remote(path)):  # object stores' packages have errors of their own
+      raise
+    number = getattr(e, "errno", None)
+    reason = os.strerror(number) if number else str(e) or type(e).__name__
+    remedy = "; make room and start the same command again" if number in _NO_ROOM else ""
+    raise CannotWrite(f"cannot write {path}: {reason} ({KEPT}{remedy})") from e
+
+
+def is_remote(path: str) -> bool:
+  """Whether `path` is a URL. "file://" is not: `absolute` makes it a path."""
+  return bool(_SCHEME.match(path)) and not path.startswith("file://")
+
+
+def is_pattern(path: str) -> bool:
+  return bool(_MAGIC.search(path))
+
+
+def absolute(path: str | os.PathLike) -> str:
+  """A local path in full (links are not resolved), a URL without its last slash."""
+  path = os.fspath(path)
+  if is_remote(path):
+    return path.rstrip("/")
+  return os.path.abspath(path.removeprefix("file://"))
+
+
+def join(folder: str, *names: str) -> str:
+  """`folder`/`names`; a name that is absolute or a URL stands for itself."""
+  for name in names:
+    if is_remote(name):
+      folder = name
+    elif is_remote(folder):
+      folder = f"{folder.rstrip('/')}/{name}"
+    else:
+      folder = os.path.join(folder, name)
+  return folder
+
+
+def folder_of(path: str) -> str:
+  return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(path)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+  """(fsspec file system, path in it).
+
+  Raises:
+    ImportError: fsspec, or the package that it needs for this scheme, is not installed.
+    ValueError: a scheme that fsspec does not know.
+  """
+  scheme = url.partition("://")[0]
+  try:
+    import fsspec
+  except ImportError as e:
+    raise ImportError(f"{scheme}:// needs the package fsspec: pip install 'sam3lt_jax[jobs]' ({e})") from e
+  try:
+    # Without the cache of listings: another host's shards must show.
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)
+  except ImportError as e:
+    wanted = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(scheme)
+    more = f" {wanted}" if wanted else ""
+    raise ImportError(
+      f"{scheme}:// needs one more package: pip install 'sam3lt_jax[jobs]'{more} ({e})"
+    ) from e
+  except ValueError as e:
+    raise ValueError(f"{url}: the scheme {scheme}:// is not known ({e})") from e
+
+
+def open_read(path: str) -> BinaryIO:
+  """`path` for reading bytes, with seek. Raises OSError."""
+  if not is_remote(path):
+    return open(path, "rb")
+  fs, inner = filesystem(path)
+  return fs.open(inner, "rb")
+
+
+def read(path: str, start: int = 0, size: int | None = None) -> bytes:
+  """All of `path`, or `size` bytes from `start`; fewer where it ends earlier. Raises OSError."""
+  if is_remote(path):
+    fs, inner = filesystem(path)
+    return fs.cat_file(inner, start=start or None, end=None if size is None else start + size)
+  with open(path, "rb") as f:
+    f.seek(start)
+    return f.read(-1 if size is None else size)
+
+
+def read_several(paths: Sequence[str]) -> list[bytes | None]:
+  """The contents of files of one file system, those of URLs read at once; None for one that is not there."""
+  if paths and is_remote(paths[0]):
+    fs = filesystem(paths[0])[0]
+    inner = [filesystem(path)[1] for path in paths]
+    found = fs.cat(inner, on_error="return")  # a dict for a list of several, whatever their number
+    return [data if isinstance(data := found.get(path), bytes) else None for path in inner]
+  contents: list[bytes | None] = []
+  for path in paths:
+    try:
+      contents.append(read(path))
+    except FileNotFoundError:
+      contents.append(None)
+  return contents
+
+
+def exists(path: str) -> bool:
+  if not is_remote(path):
+    return os.path.exists(path)
+  fs, inner = filesystem(path)
+  return fs.exists(inner)
+
+
+def is_folder(path: str) -> bool:
+  if not is_remote(path):
+    return os.path.isdir(path)
+  fs, inner = filesystem(path)
+  return fs.isdir(inner)
+
+
+def names(folder: str) -> list[str]:
+  """Names of what lies directly in `folder`, unsorted; none if there is no such folder."""
+  try:
+    if not is_remote(folder):
+      return os.listdir(folder)
+    fs, inner = filesystem(folder)
+    return [entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(inner, detail=False)]
+  except FileNotFoundError:
+    return []
+
+
+def sizes(folder: str) -> dict[str, tuple[int, float | None]]:
+  """Name -> (bytes, when last written in seconds since the epoch, where known) of the files in `folder`."""
+  if not is_remote(folder):
+    try:
+      with os.scandir(folder) as entries:
+        return dict(_size(entry) for entry in entries if entry.is_file())
+    except FileNotFoundError:
+      return {}
+  fs, inner = filesystem(folder)
+  try:
+    found = fs.ls(inner, detail=True)
+  except FileNotFoundError:
+    return {}
+  return {e["name"].rpartition("/")[2]: (e["size"], None) for e in found if e["type"] == "file"}
+
+
+def _size(entry: os.DirEntry) -> tuple[str, tuple[int, float]]:
+  try:
+    stat = entry.stat()
+  except FileNotFoundError:  # renamed since the listing
+    return entry.name, (0, 0.0)
+  return entry.name, (stat.st_size, stat.st_mtime)
+
+
+def walk(folder: str, recursive: bool = True) -> Iterator[str]:
+  """Files under `folder` as "a/b.jpg", relative to it and unsorted. What begins with a dot is left out.
+
+  Linked folders are followed, but not into one that they lie in. Raises OSError for a folder that cannot be
+  read: leaving it out would lose its images without a word.
+  """
+  if is_remote(folder):
+    fs, inner = filesystem(folder)
+    inner = inner.rstrip("/")
+    for path in fs.find(inner, maxdepth=None if recursive else 1):
+      name = path[len(inner) :].lstrip("/")
+      if name and not any(part.startswith(".") for part in name.split("/")):
+        yield name
+    return
+  stack: list[tuple[str, str, tuple]] = [(folder, "", ())]
+  while stack:
+    path, prefix, above = stack.pop()
+    with os.scandir(path) as entries:
+      for entry in entries:
+        if entry.name.startswith("."):
+          continue
+        if not entry.is_dir():
+          yield prefix + entry.name
+        elif recursive:
+          stat = entry.stat()
+          identity = (stat.st_dev, stat.st_ino)
+          if identity not in above:
+            stack.append((entry.path, f"{prefix}{entry.name}/", (*above, identity)))
+
+
+def glob(pattern: str) -> list[str]:
+  """Files that `pattern` (with *, ?, [...] and **) names, sorted; local ones as they are written there."""
+  if not is_remote(pattern):
+    return sorted(path for path in local_glob.iglob(pattern, recursive=True) if not os.path.isdir(path))
+  fs, inner = filesystem(pattern)
+  found = fs.glob(inner, detail=True)
+  scheme = pattern.partition("://")[0]
+  if inner.startswith(f"{scheme}://"):  # http keeps its scheme
+    return sorted(path for path, about in found.items() if about["type"] == "file")
+  root = pattern[: len(pattern) - len(inner.lstrip("/"))]
+  return sorted(root + path.lstrip("/") for path, about in found.items() if about["type"] == "file")
+
+
+def make_folder(path: str) -> None:
+  """Raises CannotWrite. An object store has no folders: nothing is done there."""
+  if not is_remote(path):
+    with writing(path):
+      os.makedirs(path, exist_ok=True)
+
+
+def write_atomic(path: str, data: bytes | Iterable[bytes], alone: bool = False) -> None:
+  """Writes `path` so that it is whole or not there, also after a power cut; replaces what was there.
+
+  `alone`: as for `atomic`.
+
+  Raises:
+    CannotWrite: no room, no permission, no such folder.
+  """
+  with atomic(path, alone=alone) as f:
+    for block in [data] if isinstance(data, bytes) else data:
+      f.write(block)
+
+
+@contextlib.contextmanager
+def atomic(path: str, alone: bool = False) -> Iterator[BinaryIO]:
+  """A file to write that becomes `path` when the block ends without an error, and leaves no trace otherwise.
+
+  `alone`: the caller holds a lock, so that nobody else writes `path` now. The file's name while it is written
+  is then always the same, and what a kill leaves of it goes when it is written again.
+
+  A URL is written to a temporary local file and put as one object at the end.
+
+  Raises:
+    CannotWrite: for any OSError, one inside the block included: what the block reads, it answers for itself.
+  """
+  if is_remote(path):
+    fs, inner = filesystem(path)
+    with tempfile.TemporaryFile() as f:
+      yield f
+      size = f.tell()
+      f.seek(0)
+      with writing(path):
+        if size < 1 << 26:
+          fs.pipe_file(inner, f.read())  # one request, so no half object
+        else:
+          with fs.open(inner, "wb") as out:  # a multipart upload: it shows when it is complete
+            shutil.copyfileobj(f, out, 1 << 24)
+    return
+  folder = os.path.dirname(path) or "."
+  unique = "" if alone else f".{secrets.token_hex(4)}"
+  temporary = os.path.join(folder, f".{os.path.basename(path)}{unique}.tmp")
+  with writing(path):
+    try:
+      with open(temporary, "wb" if alone else "xb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+      os.replace(temporary, path)
+    except BaseException:
+      with contextlib.suppress(OSError):
+        os.unlink(temporary)
+      raise
+    sync_folder(folder)
+
+
+def sync_folder(path: str) -> None:
+  """Returns when the names in a local folder are on the disk, where the file system can tell."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):  # some network file systems do not know fsync of a folder
+      os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def move(old: str, new: str) -> None:
+  """Renames a file, replacing `new`; an object is copied, then removed. Raises CannotWrite."""
+  with writing(new):
+    if not is_remote(old):
+      os.replace(old, new)
+      return
+    fs, inner = filesystem(old)
+    fs.mv(inner, filesystem(new)[1])

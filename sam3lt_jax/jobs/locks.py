@@ -1,0 +1,152 @@
+"""Exclusive locks on local files: who works on a shard, and who makes the plan.
+
+flock: the kernel drops it when its holder dies, however that dies, so there are no stale locks. It works
+across hosts on NFS (Linux 2.6.12 and later). Where a file system has no locks the work goes on without, with
+a warning. On object stores there is none, and nothing here is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+import warnings
+import weakref
+from collections.abc import Iterator
+
+from sam3lt_jax.jobs import files
+
+try:
+  import fcntl
+except ImportError:  # Windows
+  fcntl = None
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+_POLL = 0.02  # seconds
+_open_locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
+
+
+class FileLock:
+  """An exclusive lock that is a file: it says who holds it, and is removed by its holder."""
+
+  def __init__(self, path: str):
+    self.path = path
+    self._descriptor: int | None = None
+    _open_locks.add(self)
+
+  def acquire(self, wait: float = 0.2) -> bool:
+    """Whether it was got within `wait` seconds; some wait is needed, as `is_held` holds it for a moment.
+
+    Raises CannotWrite if the file cannot be made.
+    """
+    end = time.monotonic() + wait
+    while True:
+      with files.writing(self.path):
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+      # The holder may have removed the file after it was opened here: that lock is nobody's.
+      if _flock(descriptor) and _is_at(descriptor, self.path):
+        self._descriptor = descriptor
+        return True
+      os.close(descriptor)
+      if time.monotonic() >= end:
+        return False
+      time.sleep(_POLL)
+
+  def say(self, about: dict) -> None:
+    """Writes who holds it, and since when, into the file, for `holder`."""
+    data = json.dumps(about).encode()
+    with files.writing(self.path):
+      os.ftruncate(self._descriptor, 0)
+      os.pwrite(self._descriptor, data, 0)
+
+  def release(self) -> None:
+    if self._descriptor is not None:
+      with contextlib.suppress(OSError):  # a disk that became read-only; the lock goes all the same
+        os.unlink(self.path)
+      self.drop()
+
+  def drop(self) -> None:
+    """Closes the file, as a forked child does: the lock is its parent's and stays."""
+    if self._descriptor is not None:
+      os.close(self._descriptor)
+      self._descriptor = None
+
+
+def _flock(descriptor: int, shared: bool = False) -> bool:
+  if fcntl is None:
+    return True
+  try:
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+  except OSError as e:
+    if e.errno not in _NO_LOCKS:
+      return False
+    warnings.warn(
+      f"this file system has no file locks ({e.strerror}): start one job at a time on a folder", stacklevel=3
+    )
+  return True
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+  try:
+    return os.path.samestat(os.fstat(descriptor), os.stat(path))
+  except FileNotFoundError:
+    return False
+
+
+def is_held(path: str) -> bool:
+  """Whether some process holds the lock `path` now."""
+  try:
+    descriptor = os.open(path, os.O_RDONLY)
+  except OSError:
+    return False
+  try:
+    return not _flock(descriptor, shared=True)
+  finally:
+    os.close(descriptor)
+
+
+def holder(path: str) -> dict:
+  """What the holder said of itself; {} where it has not yet."""
+  try:
+    with open(path, "rb") as f:
+      about = json.loads(f.read())
+  except (OSError, ValueError):
+    return {}
+  return about if isinstance(about, dict) else {}
+
+
+def host_name() -> str:
+  return socket.gethostname()
+
+
+@contextlib.contextmanager
+def exclusive(path: str, wait: float) -> Iterator[None]:
+  """Holds the lock `path` for the block; at a URL it does nothing.
+
+  Raises:
+    ValueError: another process held it for all of `wait` seconds.
+    CannotWrite: the file cannot be made.
+  """
+  if files.is_remote(path):
+    yield
+    return
+  lock = FileLock(path)
+  if not lock.acquire(wait):
+    raise ValueError(f"another process has held {path} for {wait:g} seconds; try again when it is done")
+  try:
+    yield
+  finally:
+    lock.release()
+
+
+def _drop_in_child() -> None:
+  """A worker process forked while a shard is in work must not keep it locked when its parent is killed."""
+  for lock in list(_open_locks):
+    lock.drop()
+
+
+if hasattr(os, "register_at_fork"):
+  os.register_at_fork(after_in_child=_drop_in_child)

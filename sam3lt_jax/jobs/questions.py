@@ -1,0 +1,224 @@
+"""What a job asks: the same phrases of every image, or each image its own phrases and example boxes.
+
+A file of questions is one of two, told by its content:
+
+- text: a phrase a line, asked of every image; blank lines and repetitions are left out;
+- JSON lines: one object a line, about one image; several lines about an image add up.
+
+      {"id": "a/1.jpg", "text": ["red car", "wheel"]}
+      {"id": "a/2.jpg", "boxes": [[10, 20, 110, 90]], "box_labels": [1]}
+
+  "id" (or "image") is the item's id, see `sources`. "text" is a phrase or a list of them, "boxes" are
+  [x1, y1, x2, y2] in pixels of the image, "box_labels" 1 (like this, the default) or 0 (not like this) for
+  each. Boxes go with every phrase of their line; without a phrase they are a question of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sam3lt_jax.jobs import files
+
+_KEYS = ("id", "image", "text", "boxes", "box_labels")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+  """One thing sought in an image.
+
+  Attributes:
+    text: a phrase, or None where boxes alone say what is sought.
+    boxes: (x1, y1, x2, y2) each, pixels of the image.
+    labels: 1 (like this) or 0 (not like this) a box.
+  """
+
+  text: str | None
+  boxes: tuple[tuple[float, float, float, float], ...] = ()
+  labels: tuple[int, ...] = ()
+
+
+class Questions:
+  """What to ask of each image. Use `of_phrases` or `from_file`.
+
+  Attributes:
+    digest: hex SHA-256 of what is asked; the order of a file's lines about different images does not matter.
+    phrases: every different phrase, in order of first appearance: each is encoded once.
+    per_image: whether images have their own questions.
+  """
+
+  def __init__(self, common: tuple[Question, ...], lines: dict[str, tuple[bytes, ...]] | None, digest: str):
+    self._common, self._lines, self.digest = common, lines, digest
+    self.per_image = lines is not None
+    self.phrases: tuple[str, ...] = tuple(q.text for q in common)
+
+  @classmethod
+  def of_phrases(cls, phrases: Iterable[str]) -> Questions:
+    """The same phrases for every image; repetitions are left out.
+
+    Raises:
+      ValueError: no phrase, an empty one, or something that is not a string.
+    """
+    if isinstance(phrases, str):
+      raise ValueError(f"phrases must be a list of strings, got the string {phrases!r}")
+    phrases = list(phrases)
+    for phrase in phrases:
+      _check_phrase(phrase, "phrases")
+    if not phrases:
+      raise ValueError("nothing to look for: give at least one phrase")
+    kept = list(dict.fromkeys(phrase.strip() for phrase in phrases))
+    digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    return cls(tuple(Question(phrase) for phrase in kept), None, digest)
+
+  @classmethod
+  def from_file(cls, path: str | os.PathLike) -> Questions:
+    """Reads a file of questions, see the module; local or a URL.
+
+    Raises:
+      ValueError: a bad line (the message names its number), or a file without questions.
+      OSError: it cannot be read.
+    """
+    path = os.fspath(path)
+    data = files.read(path).removeprefix(b"\xef\xbb\xbf")
+    lines = data.split(b"\n")
+    if data.lstrip()[:1] in (b"{", b"["):
+      return cls._from_json_lines(path, lines)
+    phrases = []
+    for number, line in enumerate(lines, 1):
+      phrase = _decode(line, f"{path}, line {number}").strip()
+      if phrase:
+        phrases.append(phrase)
+    if not phrases:
+      raise ValueError(f"{path} holds no phrase; accepted: a phrase a line, or JSON lines with ids")
+    return cls.of_phrases(phrases)
+
+  @classmethod
+  def _from_json_lines(cls, path: str, lines: Sequence[bytes]) -> Questions:
+    """Lines are kept as they are, in bytes: a million images' questions as objects would take gigabytes."""
+    found: dict[str, tuple[bytes, ...]] = {}
+    phrases: dict[str, None] = {}
+    total = 0
+    for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
+      place = f"{path}, line {number}"
+      item_id, questions = _parse(_decode(line, place), place)
+      earlier = found.get(item_id, ())
+      found[item_id] = (*earlier, line)
+      phrases.update((q.text, None) for q in questions if q.text is not None)
+      # A sum: the same for any order of the images, but not of the lines about one.
+      plain = [[q.text, q.boxes, q.labels] for q in questions]
+      content = json.dumps([item_id, len(earlier), plain]).encode()
+      total += int.from_bytes(hashlib.sha256(content).digest(), "big")
+    self = cls((), found, f"{total % (1 << 256):064x}")
+    self.phrases = tuple(phrases)
+    return self
+
+  def for_item(self, item_id: str) -> tuple[Question, ...]:
+    """The questions about an image, in order; () where the file has none about it."""
+    if self._lines is None:
+      return self._common
+    lines = self._lines.get(item_id, ())
+    return tuple(question for line in lines for question in _parse(line.decode(), "")[1])
+
+  def check_items(self, ids: Iterable[str]) -> int:
+    """How many of the images `ids` nothing is asked of.
+
+    Raises:
+      ValueError: a question is about an image that is not among `ids`: a typing mistake in the file, or
+        another source.
+    """
+    if self._lines is None:
+      return 0
+    there = asked = 0
+    for item_id in ids:
+      there += 1
+      asked += item_id in self._lines
+    if asked < len(self._lines):
+      unknown = set(self._lines).difference(ids)
+      raise ValueError(
+        f"questions are asked about {len(unknown)} images that the source does not have, "
+        f"such as {min(unknown)!r}"
+      )
+    return there - asked
+
+
+def _decode(line: bytes, place: str) -> str:
+  try:
+    text = line.decode("utf-8")
+  except UnicodeDecodeError:
+    raise ValueError(f"{place}: not UTF-8") from None
+  if "\0" in text:
+    raise ValueError(f"{place}: a zero byte; this is no text file")
+  return text
+
+
+def _check_phrase(phrase: Any, place: str) -> str:
+  if not isinstance(phrase, str):
+    raise ValueError(f"{place}: a phrase must be a string, got {phrase!r}")
+  if not phrase.strip():
+    raise ValueError(f"{place}: a phrase is empty")
+  return phrase.strip()
+
+
+def _parse(line: str, place: str) -> tuple[str, tuple[Question, ...]]:
+  """A line of JSON to (item id, questions)."""
+  try:
+    entry = json.loads(line)
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f"{place} is not JSON: {e}") from None
+  if not isinstance(entry, dict):
+    raise ValueError(f"{place}: an object is expected, got {line.strip()[:60]}")
+  if unknown := sorted(set(entry) - set(_KEYS)):
+    raise ValueError(f"{place}: unknown key {unknown[0]!r}; accepted: {', '.join(_KEYS)}")
+  item_id = entry.get("id", entry.get("image"))
+  if isinstance(item_id, int) and not isinstance(item_id, bool):
+    item_id = str(item_id)  # COCO's ids are numbers
+  if not isinstance(item_id, str) or not item_id:
+    raise ValueError(f'{place}: "id" (or "image") must name an image, got {item_id!r}')
+  texts = entry.get("text")
+  texts = [texts] if texts is None or isinstance(texts, str) else texts
+  boxes = _boxes(entry.get("boxes"), place)
+  labels = _labels(entry.get("box_labels"), len(boxes), place)
+  if not isinstance(texts, list):
+    raise ValueError(f'{place}: "text" must be a phrase or a list of phrases, got {texts!r}')
+  if not texts or (texts == [None] and not boxes):
+    raise ValueError(f'{place} asks nothing: give "text", "boxes" or both')
+  if texts == [None]:
+    return item_id, (Question(None, boxes, labels),)
+  phrases = dict.fromkeys(_check_phrase(text, place) for text in texts)
+  return item_id, tuple(Question(phrase, boxes, labels) for phrase in phrases)
+
+
+def _boxes(value: Any, place: str) -> tuple[tuple[float, float, float, float], ...]:
+  if value is None:
+    return ()
+  if not isinstance(value, list):
+    raise ValueError(f'{place}: "boxes" must be [[x1, y1, x2, y2], ...] in pixels, got {value!r}')
+  return tuple(_box(box, k, place) for k, box in enumerate(value))
+
+
+def _box(box: Any, k: int, place: str) -> tuple[float, float, float, float]:
+  numbers = isinstance(box, list) and all(type(v) in (int, float) for v in box)
+  if not numbers or len(box) != 4 or not all(map(math.isfinite, box)):
+    raise ValueError(f"{place}: box {k} must be four numbers [x1, y1, x2, y2], got {box!r}")
+  if box[0] >= box[2] or box[1] >= box[3]:
+    raise ValueError(f"{place}: box {k} must have x1 < x2 and y1 < y2, got {box!r}")
+  return tuple(float(v) for v in box)
+
+
+def _labels(value: Any, boxes: int, place: str) -> tuple[int, ...]:
+  if value is None:
+    return (1,) * boxes
+  if not isinstance(value, list) or any(type(v) is not int or v not in (0, 1) for v in value):
+    raise ValueError(
+      f'{place}: "box_labels" must be a list of 1 (like this) or 0 (not like this), got {value!r}'
+    )
+  if len(value) != boxes:
+    raise ValueError(f"{place}: {len(value)} box_labels for {boxes} boxes")
+  return tuple(value)
