@@ -1,0 +1,1 @@
+"""Commands and scripts for TPU slices and GPU clusters, run from a checkout; see README.md here."""
