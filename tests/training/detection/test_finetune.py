@@ -140,6 +140,7 @@ def test_numbers_and_plot(done):
   assert {"mask", "presence", "grad_norm", "learning_rate", "images_per_second"} <= set(lines[0])
 
 
+@pytest.mark.full
 def test_a_stopped_run_goes_on_to_the_digit(done, records, tmp_path):
   class Stop(Exception):
     pass

@@ -29,6 +29,7 @@ def on_disk(tmp_path_factory):
   ]  # fmt: skip
 
 
+@pytest.mark.full
 def test_command(on_disk, tmp_path, capsys):
   out = tmp_path / "run"
   argv = [
@@ -120,6 +121,7 @@ def test_command_errors(on_disk, tmp_path, capsys, options, message):
   assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.full
 def test_example(on_disk, tmp_path, monkeypatch, capsys):
   """`python examples/finetune_detector.py`, a smaller model and fewer steps."""
   path = pathlib.Path(__file__).parents[3] / "examples" / "finetune_detector.py"

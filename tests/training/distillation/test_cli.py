@@ -38,6 +38,7 @@ COMMAND = (
 ).split()
 
 
+@pytest.mark.full
 def test_distill(folder, capsys):
   assert cli.main([*COMMAND, "red car"]) == 0
   out, err = capsys.readouterr()
@@ -83,6 +84,7 @@ def test_help_shows_examples(capsys):
   assert "distill" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_example(tmp_path, monkeypatch, capsys):
   """`python examples/distill_text_encoder.py`, fewer steps."""
   monkeypatch.syspath_prepend(str(EXAMPLES))

@@ -97,6 +97,7 @@ def test_the_models_load_with_the_students_text_and_the_teachers_detector(finish
   assert "batch_stats" not in variables  # the teacher's RepMixer blocks are gone
 
 
+@pytest.mark.full
 def test_a_stopped_run_goes_on_to_the_digit(finished, prompts, tmp_path):
   def stop(line):
     if line.startswith(f"step 27/{STEPS}, loss"):
