@@ -26,15 +26,15 @@ from typing import NoReturn
 # verb -> (module, what it does in one line)
 VERBS = {
   "segment": ("sam3lt_jax.cli.segment", "find, outline and score all that matches a phrase in photos"),
-  "batch": ("sam3lt_jax.cli.batch", "segment a large set of images, restarts included; on many devices and hosts"),
   "info": ("sam3lt_jax.cli.info", "a model's parts, their parameters and bytes, and its profile"),
-  "eval": ("sam3lt_jax.cli.eval", "how good a model is on annotated images: cgF1 and COCO AP"),
-  "distill": ("sam3lt_jax.cli.distill", "train a small text encoder to give a large one's features"),
-  "finetune": ("sam3lt_jax.cli.finetune", "train the detector on annotated images: all of it, parts, LoRA"),
-  "export": ("sam3lt_jax.cli.export", "compiled-ahead programs for serving, without this package"),
-  "prompts": ("sam3lt_jax.cli.prompts", "a report on a set of prompts: token lengths, context, vocabulary"),
+  "batch": ("sam3lt_jax.cli.batch", "segment a large set of images: restarts, devices, hosts"),
   "status": ("sam3lt_jax.cli.status", "how far a batch job is, its rate, and what failed"),
   "merge": ("sam3lt_jax.cli.merge", "the shards of a batch job to one COCO file or Parquet"),
+  "export": ("sam3lt_jax.cli.export", "compiled-ahead programs for serving, without this package"),
+  "eval": ("sam3lt_jax.cli.eval", "how good a model is on annotated images: cgF1 and COCO AP"),
+  "prompts": ("sam3lt_jax.cli.prompts", "a report on a set of prompts: token lengths, context, vocabulary"),
+  "distill": ("sam3lt_jax.cli.distill", "train a small text encoder to give a large one's features"),
+  "finetune": ("sam3lt_jax.cli.finetune", "train the detector on annotated images: all of it, parts, LoRA"),
 }
 PROGRAM = "sam3lt"
 

@@ -1,0 +1,171 @@
+"""`sam3lt batch`: all that matches, in as many images as there are; interrupted and started again at will."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+
+from sam3lt_jax.cli import PROGRAM
+from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING, _fraction
+
+_EPILOG = """\
+examples:
+  two phrases in a folder of photos, subfolders included:
+    sam3lt batch photos/ --prompts "a dog" "a cat" --out found
+  a file of phrases (one a line), or of questions an image (JSON lines), over tar shards:
+    sam3lt batch 'shards/photos-{0000..0099}.tar' --prompts-file questions.jsonl --out found
+  it was interrupted, or the machine is another one: the same command does what is missing
+  the first of four hosts (the others: 1 to 3), one output folder that all of them see:
+    sam3lt batch gs://my/photos --prompts "a dog" --out gs://my/found --process-index 0 --process-count 4
+  how far it is, and one COCO file in the end:
+    sam3lt status found
+    sam3lt merge found --out found.json
+
+SOURCE is a folder, a glob, a list of paths (.txt), COCO images (.json), tar shards (.tar), or several.
+A file of questions has a line an image: {"id": "a/1.jpg", "text": ["a dog"], "boxes": [[10, 20, 110, 90]]}.
+
+exit codes: 0 done (images that cannot be read are recorded, counted and no error); 1 stopped, as more images
+failed than --max-failures; 2 a mistake in the call, or a disk that cannot be written; 130 and 143 stopped by
+Ctrl-C or SIGTERM, after writing what was in work. All but 2 print a summary, on stdout.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.usage = "%(prog)s SOURCE... --prompts PHRASE... --out DIR [options]"
+  parser.epilog = _EPILOG
+  add = parser.add_argument
+  add("source", nargs="+", metavar="SOURCE", help="images, see below")
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument("--prompts", nargs="+", default=[], metavar="PHRASE", help="phrases for every image")
+  what.add_argument("--prompts-file", metavar="FILE", help="phrases, or questions an image, see below")
+  add("--out", required=True, metavar="DIR", help="the job's folder: plan, shards of results, summaries")
+  add("--images", metavar="DIR", help="where COCO's file names are (default: beside the JSON file)")
+  add("--no-recursive", action="store_true", help="leave out subfolders")
+  _model_arguments(parser)
+  _device_arguments(parser)
+  _job_arguments(parser)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+  add = parser.add_argument_group("model").add_argument
+  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
+      help="released variant, hub id, folder, or .pt file; random:s0 for random weights (default: s0)",
+  )  # fmt: skip
+  add("--profile", choices=("original", "transformers"),
+      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
+  add("--image-size", type=_count, metavar="PIXELS", help="side of the model's input, a multiple of 14")
+  add("--threshold", type=_fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
+  add("--mask-threshold", type=_fraction, default=0.5, metavar="T",
+      help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
+
+
+def _device_arguments(parser: argparse.ArgumentParser) -> None:
+  add = parser.add_argument_group("devices and processes").add_argument
+  add("--batch", type=_count, metavar="N",
+      help="images a device (default: what the compiled program leaves room for; 1 on a CPU)")  # fmt: skip
+  add("--buckets", type=_count, nargs="+", metavar="P",
+      help="questions of an image that run together, ascending (default: 1 4 16 32; 1 on a CPU)")  # fmt: skip
+  add("--model-parallel", type=_count, default=1, metavar="M",
+      help="share one copy of the weights among M devices, where one is too small (default: 1)")  # fmt: skip
+  add("--pmap", action="store_true", help="run by jax.pmap instead of jax.jit over a mesh")
+  add("--workers", type=_count, metavar="N",
+      help="images decoded at once (default: one a core, 2 to 16), and as many threads for the results",
+  )  # fmt: skip
+  add("--worker-processes", action="store_true",
+      help="decode in processes instead of threads: not faster, but a decoder that crashes costs one image",
+  )  # fmt: skip
+  add(
+    "--process-index", type=int, metavar="I", help="this process's number, from 0, where several share a job"
+  )
+  add(
+    "--process-count", type=_count, metavar="N", help="how many there are (default: as jax.distributed has)"
+  )
+  add("--compilation-cache", metavar="DIR",
+      help="where compiled programs are kept for the next start (default: in the user's cache folder)",
+  )  # fmt: skip
+  add("--no-compilation-cache", action="store_true", help="compile anew at each start")
+
+
+def _job_arguments(parser: argparse.ArgumentParser) -> None:
+  from sam3lt_jax.jobs.reading import MAX_PIXELS
+
+  add = parser.add_argument_group("job").add_argument
+  add(
+    "--shard-size", type=_count, metavar="N", help="images committed together (default: by the job, 16-500)"
+  )
+  add("--max-pixels", type=_count, default=MAX_PIXELS, metavar="N",
+      help=f"larger images are recorded as failures (default: {MAX_PIXELS})")  # fmt: skip
+  add("--max-failures", type=_fraction, default=0.5, metavar="SHARE",
+      help="stop if more than this share of the images fails, from 20 images on (default: 0.5)")  # fmt: skip
+  add("--overlays", type=_whole, default=0, metavar="N", help="draw N of the images, spread over the source")
+  add("--allow-change", action="store_true",
+      help="go on where the job had other images, phrases or options; what is done stays")  # fmt: skip
+  add("--verify", action="store_true", help="read all that is done, and do again what is damaged")
+  add("--json", action="store_true", help="print the summary as JSON")
+
+
+def _whole(text: str) -> int:
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+  return int(text)
+
+
+def _count(text: str) -> int:
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+  return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+  with _Shown("starting") as shown:
+    from sam3lt_jax.jobs.run import JobConfig, run_job
+
+    names = (
+      "out", "prompts_file", "model", "profile", "dtype", "image_size", "threshold", "mask_threshold",
+      "batch", "buckets", "model_parallel", "pmap", "workers", "worker_processes", "shard_size", "max_pixels",
+      "max_failures", "overlays", "allow_change", "verify", "images", "process_index", "process_count",
+    )  # fmt: skip
+    config = JobConfig(
+      source=args.source,
+      phrases=args.prompts,
+      recursive=not args.no_recursive,
+      compilation_cache="" if args.no_compilation_cache else args.compilation_cache,
+      **{name: getattr(args, name) for name in names},
+    )
+    if args.model.startswith(RANDOM):
+      shown.note(RANDOM_WARNING.replace("the masks and scores below", "the results"))
+    summary = run_job(config, progress=shown)
+  print(json.dumps(summary.to_json()) if args.json else summary)
+  return summary.exit_code
+
+
+class _Shown:
+  """A job's progress, on the bar that `cli.progress` shows."""
+
+  def __init__(self, text: str):
+    self._text = text
+
+  def __enter__(self) -> _Shown:
+    self._stack = contextlib.ExitStack()
+    self._bar = self._stack.enter_context(busy(self._text))
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._stack.close()
+
+  def phase(self, text: str) -> None:
+    self._bar.describe(text)
+
+  def total(self, images: int) -> None:
+    self._stack.close()
+    self._bar = self._stack.enter_context(busy("", total=images))
+
+  def image(self, failed: bool) -> None:
+    self._bar.advance()
+
+  def note(self, text: str) -> None:
+    self._bar.say(f"{PROGRAM}: {text}", file=sys.stderr)

@@ -1,0 +1,315 @@
+"""A job from its configuration to its summary, for `sam3lt batch` and `python -m tpu.batch_inference`.
+
+    summary = run_job(JobConfig(source="photos", out="found", phrases=["a dog", "a cat"]))
+    print(summary)
+
+Started again with the same arguments it does what is missing and only that. On several hosts, or in several
+processes, every one runs the same call: each takes shards by its number, then those that others have left,
+and none waits for another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sam3lt_jax.config import BOX_ONLY_PHRASE
+from sam3lt_jax.jobs import files, ledger, reading, setup
+from sam3lt_jax.jobs.forward import Forward
+from sam3lt_jax.jobs.overlays import Overlays
+from sam3lt_jax.jobs.pipeline import DeviceClock, Pipeline, ShardInWork, TooManyFailures, Writer
+from sam3lt_jax.jobs.plan import Plan
+from sam3lt_jax.jobs.sources import list_items
+from sam3lt_jax.jobs.summary import Summary
+from sam3lt_jax.jobs.summary import write as write_summary
+from sam3lt_jax.predictor import TEXT_CACHE, Predictor
+from sam3lt_jax.processing import postprocess
+
+MAX_FAILURES = 0.5
+SHARD_SIZES = (16, 500)
+
+
+@dataclasses.dataclass(frozen=True)
+class JobConfig:
+  """What a job is.
+
+  Attributes:
+    source: what to read, see `sources.list_items`; `images`, `recursive` as there.
+    out: the job's folder, or a URL.
+    phrases: asked of every image; or
+    prompts_file: phrases, or questions an image, see `questions`.
+    model, profile, dtype, image_size: see `Predictor.from_pretrained`.
+    threshold: detections with a score above it are kept. None: the profile's.
+    mask_threshold: probability above which a pixel belongs to its object.
+    batch, buckets, model_parallel, pmap: see `forward.Forward`.
+    workers: images decoded at once. None: as many as there are cores, 2 to 16. worker_processes: in processes
+      instead of threads, see `reading`.
+    shard_size: images that are committed together. None: an eighth of what a process does, 16 to 500. What
+      is in a shard that is not yet complete survives a restart all the same (not on object stores).
+    max_pixels: larger images are recorded as failures.
+    max_failures: share of failed images above which the job stops, from 20 images on.
+    overlays: so many images, spread evenly over the source, are also drawn, into OUT/overlays.
+    allow_change, verify: see `Plan.open`.
+    process_index, process_count: which part of the job this process does. None: as `jax.distributed` has it,
+      where it was started, else 0 of 1.
+    compilation_cache: folder of XLA's persistent cache; "" for none. None: one in the user's cache folder,
+      unless jax has been given one.
+  """
+
+  source: str | Sequence[str]
+  out: str
+  phrases: Sequence[str] = ()
+  prompts_file: str | None = None
+  model: str = "s0"
+  profile: Any = None
+  dtype: str = "float32"
+  image_size: int | None = None
+  threshold: float | None = None
+  mask_threshold: float = 0.5
+  batch: int | None = None
+  buckets: Sequence[int] | None = None
+  model_parallel: int = 1
+  pmap: bool = False
+  workers: int | None = None
+  worker_processes: bool = False
+  shard_size: int | None = None
+  max_pixels: int = reading.MAX_PIXELS
+  max_failures: float = MAX_FAILURES
+  overlays: int = 0
+  allow_change: bool = False
+  verify: bool = False
+  images: str | None = None
+  recursive: bool = True
+  process_index: int | None = None
+  process_count: int | None = None
+  compilation_cache: str | None = None
+
+  def __post_init__(self):
+    if bool(self.phrases) == (self.prompts_file is not None):
+      raise ValueError("give either phrases (--prompts) or a file of them (--prompts-file)")
+    if not 0 <= self.max_failures <= 1:
+      raise ValueError(f"max_failures must be a share within 0 and 1, got {self.max_failures}")
+    least = {"max_pixels": 1, "overlays": 0, "workers": 1, "batch": 1, "model_parallel": 1, "shard_size": 1}
+    for name, low in least.items():
+      value = getattr(self, name)
+      if value is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if (self.process_index is None) != (self.process_count is None):
+      raise ValueError("process_index and process_count go together; one was given")
+    if self.process_count is not None and not 0 <= self.process_index < self.process_count:
+      raise ValueError(
+        f"process_index={self.process_index} of process_count={self.process_count}; accepted: 0 to one less"
+      )
+    if self.threshold is not None:
+      postprocess.check_threshold("threshold", self.threshold)
+    postprocess.check_threshold("mask_threshold", self.mask_threshold)
+
+
+class Progress:
+  """What `run_job` tells while it runs; this one says nothing."""
+
+  def phase(self, text: str) -> None:
+    """What is being done now."""
+
+  def total(self, images: int) -> None:
+    """How many images this process may do at most: all that the job has left."""
+
+  def image(self, failed: bool) -> None:
+    """One more is written."""
+
+  def note(self, text: str) -> None:
+    """Something the user may want to know."""
+
+
+def run_job(
+  config: JobConfig,
+  *,
+  predictor: Predictor | None = None,
+  progress: Progress | None = None,
+  stop: threading.Event | None = None,
+) -> Summary:
+  """Runs this process's part of a job.
+
+  SIGINT and SIGTERM (where this is the main thread) end it early, as `stop` does: what the devices have is
+  finished and written, started shards stay in the folder for the next run. A second signal ends it at once.
+
+  Args:
+    predictor: a loaded model in place of the configuration's `model`, `dtype` and so on.
+    progress: hears what is going on.
+
+  Returns:
+    A `Summary`; its `stopped` says why the job ended early, if it did.
+
+  Raises:
+    ValueError: something in the configuration, the source or the prompts, in one sentence.
+    CannotWrite: (ValueError) the output folder cannot be written or is full.
+  """
+  started = time.perf_counter()
+  progress, stop = progress or Progress(), stop or threading.Event()
+  index, count = setup.process_number(config)
+  with _signals(stop) as caught:
+    files.make_folder(files.absolute(config.out))
+    progress.phase("listing the images")
+    items = list_items(config.source, recursive=config.recursive, images=config.images)
+    if not len(items):
+      raise ValueError(f"source holds no image: {config.source}")
+    questions = setup.load_questions(config)
+    if skipped := questions.check_items(item.id for item in items) if questions.per_image else 0:
+      progress.note(f"nothing is asked of {skipped} of {len(items)} images")
+    setup.use_compilation_cache(config.compilation_cache)
+    progress.phase(f"loading {config.model}")
+    predictor, weights = setup.load(config) if predictor is None else (predictor, setup.digest(predictor))
+    fingerprint = setup.fingerprint(config, predictor, questions, weights)
+    shard_size = config.shard_size or min(max(-(-len(items) // (8 * count)), SHARD_SIZES[0]), SHARD_SIZES[1])
+    plan = Plan.open(
+      config.out, items, fingerprint, shard_size,
+      allow_change=config.allow_change, verify=config.verify,
+    )  # fmt: skip
+    for note in plan.notes:
+      progress.note(note)
+    committed = plan.committed()
+    summary = Summary(process=f"{index} of {count}", out=plan.directory, shards=len(plan.shards))
+    summary.images_before = sum(plan.shards.size(i) for i in committed)
+    if len(committed) == len(plan.shards):
+      return summary.finish(started, plan)
+    progress.total(plan.num_items - summary.images_before)
+    progress.phase("preparing the devices")
+    overlays = Overlays(plan.directory, items, config.overlays)
+    job = _Job(config, predictor, plan, questions, summary, progress, stop, overlays)
+    job.run(plan.missing(index, count), index, started)
+    if caught and summary.stopped is not None:
+      summary.signal, summary.stopped = caught[0], f"{summary.stopped} by {signal.Signals(caught[0]).name}"
+    summary.finish(started, plan)
+    write_summary(plan.directory, index, summary)
+    return summary
+
+
+class _Job:
+  """The stages of one run, put together, and what is counted of them."""
+
+  def __init__(self, config, predictor, plan, questions, summary, progress, stop, overlays):
+    self._config, self._plan, self._summary, self._progress = config, plan, summary, progress
+    self._stop, self._left_some = stop, False
+    self._open: list[ShardInWork] = []
+    self._compiled_before: float | None = None  # seconds, when the first program was started
+    self.clock = DeviceClock()
+    asked = max((len(questions.for_item(item.id)) for item in plan.shards[0].items), default=1)
+    try:
+      # Before the devices start, which would wait for it. Where images have their own questions one is enough
+      # to compile the program; the others are encoded as they come.
+      phrases = questions.phrases[: 1 if questions.per_image else TEXT_CACHE] or (BOX_ONLY_PHRASE,)
+      predictor._text_features(phrases)
+      self.forward = Forward(
+        predictor,
+        batch=config.batch,
+        model_parallel=config.model_parallel,
+        pmap=config.pmap,
+        buckets=config.buckets,
+        questions=max(asked, 1),
+        on_start=self._on_start,
+      )
+    except BaseException:
+      self.clock.close()
+      raise
+    workers = config.workers or reading.default_workers()
+    # A batch is being gathered while another is decoded.
+    self.reader = reading.Reader(
+      predictor.processor.image_size,
+      workers=workers,
+      processes=config.worker_processes,
+      ahead=2 * workers + self.forward.rows,
+      max_pixels=config.max_pixels,
+      stop=stop.is_set,
+    )
+    profile = predictor.processor.profile
+    self.pipeline_options = {
+      "questions": questions.for_item,
+      "threshold": profile.score_threshold if config.threshold is None else config.threshold,
+      "mask_threshold": config.mask_threshold,
+      "mask_order": profile.mask_order,
+      "post_workers": workers,
+      "max_failures": config.max_failures,
+      "stop": stop.is_set,
+      "on_image": overlays.draw,
+    }
+
+  def run(self, shards: Iterator[Any], process: int, started: float) -> None:
+    """Works through `shards` until all are done, the job is stopped, or too much failed."""
+    summary = self._summary
+    summary.devices, summary.batch = self.forward.devices, self.forward.batch
+    writer = Writer(2 * self.forward.rows + 8, self._on_record)
+    summary.startup_s = time.perf_counter() - started
+    self._progress.phase("")
+    try:
+      with self.reader:
+        pipeline = Pipeline(self.forward, self.reader, writer, **self.pipeline_options)
+        try:
+          whole = pipeline.run(self._works(shards, process))
+          if not whole or self._left_some:
+            summary.stopped = "stopped"
+        except TooManyFailures as e:
+          summary.stopped, summary.too_many_failures = str(e), True
+      writer.close()
+    finally:
+      writer.abandon()
+      for shard in self._open:
+        shard.writer.__exit__(None, None, None)
+      self.clock.close()
+      compiled_since = self.forward.compile_s - (self._compiled_before or 0.0)
+      summary.take_counters(self.clock, self.reader, writer, self.forward, compiled_since)
+
+  def _works(self, shards: Iterator[Any], process: int) -> Iterator[tuple[ShardInWork, Any]]:
+    """(shard, item) of what is to do, (shard, None) at each shard's end; opens shards as they are needed."""
+    for shard in shards:
+      if self._stop.is_set():
+        self._left_some = True
+        return
+      try:
+        writer = ledger.ShardWriter(self._plan, shard, process).__enter__()
+      except ledger.Busy:
+        self._summary.shards_busy += 1
+        continue
+      work = ShardInWork(writer)
+      self._open.append(work)
+      done = frozenset(writer.done)
+      self._summary.images_before += len(done)
+      for item in shard.items:
+        if item.id not in done:
+          yield work, item
+      yield work, None
+
+  def _on_start(self, at: float, output: Any) -> None:
+    if self._compiled_before is None:
+      self._compiled_before = self.forward.compile_s
+    self.clock.started(at, output)
+
+  def _on_record(self, record: dict[str, Any]) -> None:
+    self._summary.count(record)
+    self._progress.image("error" in record)
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event) -> Iterator[list[int]]:
+  """SIGINT and SIGTERM set `stop` and are listed; the second one raises KeyboardInterrupt."""
+  caught: list[int] = []
+  if threading.current_thread() is not threading.main_thread():
+    yield caught
+    return
+
+  def handle(number, frame):
+    if caught:
+      raise KeyboardInterrupt
+    caught.append(number)
+    stop.set()
+
+  before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield caught
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

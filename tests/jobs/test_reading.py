@@ -1,0 +1,169 @@
+"""Reading ahead: every way an image can be bad has its code, order is kept, and memory is bounded."""
+
+import errno
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam3lt_jax.jobs import reading, sources
+from sam3lt_jax.jobs.reading import Failure, Pixels, Reader, read_image
+from sam3lt_jax.processing import images
+from tests.jobs import pictures
+from tests.jobs.deadly import Deadly
+
+SIDE = 28
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  return pictures.folder(tmp_path_factory.mktemp("photos"), 6)
+
+
+def items(folder):
+  return list(sources.list_items(folder))
+
+
+def test_pixels_are_those_of_preprocess(photos):
+  for item in items(photos):
+    if item.id in pictures.BAD:
+      continue
+    found = read_image(item, SIDE)
+    wanted, size = images.preprocess(item.uri, SIDE)
+    assert isinstance(found, Pixels) and found.pixels.dtype == np.uint8
+    np.testing.assert_array_equal(images.normalise(found.pixels), wanted)
+    assert (found.height, found.width) == size
+
+
+def test_an_image_lies_as_its_exif_says(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  Image.fromarray(pictures.photo(1, 30, 50)).save(tmp_path / "a.jpg", exif=exif)
+  found = read_image(items(tmp_path)[0], SIDE)
+  assert (found.height, found.width) == (50, 30)
+
+
+def test_each_bad_image_has_its_code(photos):
+  found = {item.id: read_image(item, SIDE) for item in items(photos)}
+  codes = {key: value.code for key, value in found.items() if isinstance(value, Failure)}
+  assert codes == pictures.BAD
+  assert found["broken/cut.jpg"].message.startswith("damaged or truncated: ")
+
+
+def test_what_the_file_system_says(photos, tmp_path, monkeypatch):
+  good = items(photos)[0]
+  assert read_image(sources.Item("x", str(tmp_path / "no.jpg")), SIDE).code == "missing"
+  assert read_image(sources.Item("x", str(tmp_path)), SIDE) == Failure("not_an_image", "it is a folder")
+  tries = []
+
+  def refuse(error):
+    def read(item):
+      tries.append(item)
+      raise error
+
+    monkeypatch.setattr(sources, "read_bytes", read)
+
+  refuse(PermissionError(errno.EACCES, "Permission denied"))
+  assert read_image(good, SIDE) == Failure("no_permission", "Permission denied")
+  refuse(EOFError("the tar file ends"))
+  assert read_image(good, SIDE) == Failure("truncated", "the tar file ends")
+  refuse(RuntimeError("strange"))
+  assert read_image(good, SIDE) == Failure("other", "RuntimeError: strange")
+  assert len(tries) == 3
+  # Storage that hiccups is asked again.
+  monkeypatch.setattr(reading, "PAUSE_S", 0)
+  refuse(OSError(errno.EIO, "Input/output error"))
+  assert read_image(good, SIDE) == Failure("other", "Input/output error")
+  assert len(tries) == 3 + reading.TRIES
+
+
+def test_an_image_over_the_limit_is_not_decoded(photos, monkeypatch):
+  item = items(photos)[-1]
+  with Image.open(item.uri) as image:
+    pixels = image.width * image.height
+  assert isinstance(read_image(item, SIDE, pixels), Pixels)
+  monkeypatch.setattr(images, "load_image", lambda data: pytest.fail("it was decoded"))
+  found = read_image(item, SIDE, pixels - 1)
+  assert found.code == "too_large" and f"the limit is {pixels - 1}" in found.message
+
+
+def test_the_limit_is_the_jobs_and_pillows_comes_back(tmp_path, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow alone would raise above 200
+  Image.fromarray(pictures.photo(0)).save(tmp_path / "a.png")
+  with Reader(SIDE, workers=1) as reader:
+    [(_, _, found)] = reader.stream([("tag", items(tmp_path)[0])])
+    assert isinstance(found, Pixels)
+  assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_order_tags_and_marks_are_kept(photos, processes):
+  works = [(i, item) for i, item in enumerate(items(photos))]
+  works.insert(3, ("end", None))
+  with Reader(SIDE, workers=3, processes=processes) as reader:
+    found = list(reader.stream(works))
+  assert [(tag, item) for tag, item, _ in found] == works
+  assert found[3][2] is None
+  for _, item, one in found:
+    if item is not None:
+      wanted = read_image(item, SIDE)
+      assert type(one) is type(wanted)
+      if isinstance(one, Pixels):
+        np.testing.assert_array_equal(one.pixels, wanted.pixels)
+
+
+def test_no_more_is_read_than_there_is_room_for(photos, monkeypatch):
+  asked, reading_now, most = [], [], []
+  lock = threading.Lock()
+
+  def read(item, size, max_pixels):
+    with lock:
+      reading_now.append(item)
+      most.append(len(reading_now))
+    time.sleep(0.002)
+    with lock:
+      reading_now.remove(item)
+    return Failure("other", item)
+
+  monkeypatch.setattr(reading, "read_image", read)
+
+  def works():
+    for i in range(60):
+      asked.append(i)
+      yield i, str(i)
+
+  with Reader(SIDE, workers=3, ahead=7) as reader:
+    for done, (tag, _, found) in enumerate(reader.stream(works()), 1):
+      assert tag == done - 1 and found.message == str(tag)
+      assert len(asked) <= done + 7
+  assert len(asked) == 60 and 1 < max(most) <= 3
+  assert reader.waited_s > 0
+
+
+def test_a_decoder_that_dies_costs_its_own_image(photos):
+  good = next(item for item in items(photos) if item.id.endswith("png"))
+  works = [(i, Deadly("deadly" if i == 2 else f"{i}", good.uri)) for i in range(6)]
+  with Reader(SIDE, workers=2, processes=True) as reader:
+    found = [one for _, _, one in reader.stream(works)]
+  assert [isinstance(one, Pixels) for one in found] == [i != 2 for i in range(6)]
+  assert found[2] == Failure("other", "the worker process that decoded it died")
+
+
+def test_it_gives_up_waiting_when_told(photos, monkeypatch):
+  release, stop = threading.Event(), threading.Event()
+  monkeypatch.setattr(reading, "read_image", lambda *a: release.wait(20))
+  threading.Timer(0.1, stop.set).start()
+  threading.Timer(0.6, release.set).start()
+  start = time.perf_counter()
+  with Reader(SIDE, workers=1, stop=stop.is_set) as reader, pytest.raises(reading.Stopped):
+    list(reader.stream([(0, "item"), (1, "item")]))
+  assert stop.is_set() and time.perf_counter() - start < 15
+
+
+def test_bad_arguments():
+  with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+    Reader(SIDE, workers=0)
+  with pytest.raises(ValueError, match="ahead must be at least 1, got 0"):
+    Reader(SIDE, workers=1, ahead=0)
