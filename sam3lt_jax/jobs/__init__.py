@@ -5,6 +5,11 @@
     questions  phrases and example boxes: the same for all images, or each image's own
     plan       the frozen split of the items into shards, opened again by a restart; plan_files are its files
     ledger     a shard in work: locked, appended to, recovered, committed; shard_files are the shards' files
+    run        a process's part of a job from its configuration to its summary; setup loads what it needs
+    reading    decodes and resizes ahead of the devices
+    forward    the model on all local devices: batches of images, buckets of questions
+    pipeline   the stages between them, all at work at once; results makes the lines of a shard
+    overlays   pictures of a sample; summary, what a run tells at its end
     status     how far a job is, at what rate, what failed
     merge      the shards to one COCO file, Parquet, a list of failures
 
@@ -17,5 +22,6 @@ A job's folder:
     shards/shard-00012.jsonl.part  a shard in work, or left by a kill: a restart goes on from there
     shards/shard-00012.lock        who works on it
 
-None of these modules imports jax: `sam3lt status` and `sam3lt merge` start at once, on any machine.
+Only `run`, `setup`, `forward` and `pipeline` import jax: `sam3lt status` and `sam3lt merge` start at once, on
+any machine.
 """
