@@ -355,8 +355,6 @@ def _to_jax(out: ProcessorOutput) -> ProcessorOutput:
 def _download(source: str) -> str:
   from sam3lt_jax.checkpoints import hub, sources
 
-  if source in sources.BUNDLED:
-    return sources.bundled(source)
   source = sources.ALIASES.get(source.lower(), source)
   if hub.parse_source(source) is None:
     raise FileNotFoundError(f"source: there is no file, directory or hub id {source!r}")
