@@ -231,17 +231,22 @@ class Predictor:
 
   def _encode(self, image: Any) -> tuple[VisionFeatures, tuple[int, int]]:
     pixels, size = image_ops.preprocess(image, self.processor.image_size)
-    with _explain_memory():
+    with explain_memory():
       return jax.block_until_ready(self._encode_image(self.variables, pixels[None])), size
 
-  def _text_features(self, phrases: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Features [P, T, D] and mask [P, T] of phrases, each computed once."""
+  def use_variables(self, variables: Any) -> None:
+    """Other weights of the same shapes, as after a training step; nothing is compiled anew."""
+    self.variables = variables
+    self._phrases.clear()
+
+  def text_features(self, phrases: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Features [P, T, D] and mask bool [P, T] of P phrases, each computed once and kept."""
     new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._phrases]
     for start in range(0, len(new), TEXT_BATCH):
       batch = new[start : start + TEXT_BATCH]
       inputs = self.processor(text=batch)
       ids, mask = (_pad_rows(inputs[k], TEXT_BATCH) for k in ("input_ids", "attention_mask"))
-      with _explain_memory():
+      with explain_memory():
         features = np.asarray(self._encode_text(self.variables, ids, mask))
       for i, phrase in enumerate(batch):
         self._phrases[phrase] = features[i], mask[i].astype(bool)
@@ -261,15 +266,15 @@ class Predictor:
     mask_threshold: float,
   ) -> Results:
     """All phrases of one image, in batches of a bucket's size."""
-    boxes, labels = self._box_arrays(prompt, size)
-    tokens, mask = self._text_features(prompt.phrases)
+    boxes, labels = self.box_arrays(prompt, size)
+    tokens, mask = self.text_features(prompt.phrases)
     parts = [Results.empty(size)]
     start = 0
     while start < len(prompt.phrases):
       left = len(prompt.phrases) - start
       bucket = next((b for b in self._prompt_buckets if b >= left), self._prompt_buckets[-1])
       chunk = slice(start, start + min(bucket, left))
-      with _explain_memory():
+      with explain_memory():
         out = self._detect(
           self.variables,
           vision,
@@ -282,8 +287,10 @@ class Predictor:
       start = chunk.stop
     return Results.concatenate(parts)
 
-  def _box_arrays(self, prompt: prompts.Prompt, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes float32 [1, N, 4] normalised cxcywh and labels int32 [1, N], N one of the buckets."""
+  def box_arrays(self, prompt: prompts.Prompt, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes float32 [1, N, 4] normalised cxcywh and labels int32 [1, N] of a prompt for an image of `size`
+    (height, width); N is one of the buckets.
+    """
     count = len(prompt.boxes)
     most = self._box_buckets[-1]
     bucket = next((b for b in self._box_buckets if b >= count), -(-count // most) * most)
@@ -354,7 +361,7 @@ def _enlarge(masks, row, query, rows, columns, mask_threshold, mask_order):
 
 
 @contextlib.contextmanager
-def _explain_memory() -> Iterator[None]:
+def explain_memory() -> Iterator[None]:
   """XLA's out-of-memory error, said in one sentence with what helps."""
   try:
     yield

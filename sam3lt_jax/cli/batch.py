@@ -8,8 +8,9 @@ import json
 import sys
 
 from sam3lt_jax.cli import PROGRAM
+from sam3lt_jax.cli.arguments import count, fraction
 from sam3lt_jax.cli.progress import busy
-from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING, _fraction
+from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
 _EPILOG = """\
 examples:
@@ -57,22 +58,22 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
   add("--profile", choices=("original", "transformers"),
       help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
-  add("--image-size", type=_count, metavar="PIXELS", help="side of the model's input, a multiple of 14")
-  add("--threshold", type=_fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
-  add("--mask-threshold", type=_fraction, default=0.5, metavar="T",
+  add("--image-size", type=count, metavar="PIXELS", help="side of the model's input, a multiple of 14")
+  add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
+  add("--mask-threshold", type=fraction, default=0.5, metavar="T",
       help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
 
 
 def _device_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument_group("devices and processes").add_argument
-  add("--batch", type=_count, metavar="N",
+  add("--batch", type=count, metavar="N",
       help="images a device (default: what the compiled program leaves room for; 1 on a CPU)")  # fmt: skip
-  add("--buckets", type=_count, nargs="+", metavar="P",
+  add("--buckets", type=count, nargs="+", metavar="P",
       help="questions of an image that run together, ascending (default: 1 4 16 32; 1 on a CPU)")  # fmt: skip
-  add("--model-parallel", type=_count, default=1, metavar="M",
+  add("--model-parallel", type=count, default=1, metavar="M",
       help="share one copy of the weights among M devices, where one is too small (default: 1)")  # fmt: skip
   add("--pmap", action="store_true", help="run by jax.pmap instead of jax.jit over a mesh")
-  add("--workers", type=_count, metavar="N",
+  add("--workers", type=count, metavar="N",
       help="images decoded at once (default: one a core, 2 to 16), and as many threads for the results",
   )  # fmt: skip
   add("--worker-processes", action="store_true",
@@ -81,9 +82,7 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     "--process-index", type=int, metavar="I", help="this process's number, from 0, where several share a job"
   )
-  add(
-    "--process-count", type=_count, metavar="N", help="how many there are (default: as jax.distributed has)"
-  )
+  add("--process-count", type=count, metavar="N", help="how many there are (default: as jax.distributed has)")
   add("--compilation-cache", metavar="DIR",
       help="where compiled programs are kept for the next start (default: in the user's cache folder)",
   )  # fmt: skip
@@ -94,12 +93,10 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
   from sam3lt_jax.jobs.reading import MAX_PIXELS
 
   add = parser.add_argument_group("job").add_argument
-  add(
-    "--shard-size", type=_count, metavar="N", help="images committed together (default: by the job, 16-500)"
-  )
-  add("--max-pixels", type=_count, default=MAX_PIXELS, metavar="N",
+  add("--shard-size", type=count, metavar="N", help="images committed together (default: by the job, 16-500)")
+  add("--max-pixels", type=count, default=MAX_PIXELS, metavar="N",
       help=f"larger images are recorded as failures (default: {MAX_PIXELS})")  # fmt: skip
-  add("--max-failures", type=_fraction, default=0.5, metavar="SHARE",
+  add("--max-failures", type=fraction, default=0.5, metavar="SHARE",
       help="stop if more than this share of the images fails, from 20 images on (default: 0.5)")  # fmt: skip
   add("--overlays", type=_whole, default=0, metavar="N", help="draw N of the images, spread over the source")
   add("--allow-change", action="store_true",
@@ -111,12 +108,6 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
 def _whole(text: str) -> int:
   if not text.isdecimal():
     raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-  return int(text)
-
-
-def _count(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
   return int(text)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 
 from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli.arguments import count, positive
 from sam3lt_jax.cli.segment import RANDOM
 
 _EPILOG = """\
@@ -47,20 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )  # fmt: skip
   add("--profile", choices=("original", "transformers"), default="original",
       help="how the student reads phrases: padding and cleaning (default: original)")  # fmt: skip
-  add("--context", type=_count, default=16, metavar="T", help="tokens a phrase (default: 16)")
+  add("--context", type=count, default=16, metavar="T", help="tokens a phrase (default: 16)")
   add("--export-features", metavar="DIR",
       help="compute the teacher's features once into DIR and read them there (default: in every step)",
   )  # fmt: skip
   length = parser.add_mutually_exclusive_group()
-  length.add_argument("--epochs", type=_positive, default=100.0, metavar="N", help="(default: 100)")
-  length.add_argument("--steps", type=_count, metavar="N", help="batches to train on, instead of epochs")
-  add("--batch", type=_count, default=64, metavar="N", help="phrases a step (default: 64)")
-  add("--accumulate", type=_count, default=2, metavar="N", help="steps that make one update (default: 2)")
-  add("--lr", type=_positive, default=5e-3, metavar="RATE",
+  length.add_argument("--epochs", type=positive, default=100.0, metavar="N", help="(default: 100)")
+  length.add_argument("--steps", type=count, metavar="N", help="batches to train on, instead of epochs")
+  add("--batch", type=count, default=64, metavar="N", help="phrases a step (default: 64)")
+  add("--accumulate", type=count, default=2, metavar="N", help="steps that make one update (default: 2)")
+  add("--lr", type=positive, default=5e-3, metavar="RATE",
       help="peak rate for 512 phrases an update; it is scaled to batch x accumulate (default: 0.005)",
   )  # fmt: skip
   add("--lr-as-given", action="store_true", help="take --lr as it stands, whatever the batch")
-  add("--layer-decay", type=_positive, default=0.9, metavar="F",
+  add("--layer-decay", type=positive, default=0.9, metavar="F",
       help="rate of a layer against the one above it; 1: all alike (default: 0.9)")  # fmt: skip
   add("--weight-decay", type=float, default=0.05, metavar="F", help="AdamW's (default: 0.05)")
   add("--ema", type=float, metavar="F", help="keep an average of the weights with this decay, and ship it")
@@ -75,22 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="compare student and teacher on it at the end; repeatable")  # fmt: skip
   add("--eval-phrase", action="append", default=[], metavar="PHRASE",
       help="what to ask of the photos; repeatable (default: eight held-out phrases)")  # fmt: skip
-
-
-def _count(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-  return int(text)
-
-
-def _positive(text: str) -> float:
-  try:
-    value = float(text)
-  except ValueError:
-    value = math.nan
-  if not 0 < value < math.inf:
-    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-  return value
 
 
 def run(args: argparse.Namespace) -> int:

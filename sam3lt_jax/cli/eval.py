@@ -9,6 +9,7 @@ import sys
 import tempfile
 
 from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli.arguments import count
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--only-present", action="store_true",
       help="COCO: do not ask for categories that an image has none of (AP is then not the published figure)",
   )  # fmt: skip
-  add("--limit", type=_count, metavar="N", help="only the first N images")
+  add("--limit", type=count, metavar="N", help="only the first N images")
   add(
     "--threshold", type=float, default=0.5, metavar="T", help="of cgF1: results scored at least T count (0.5)"
   )
@@ -53,12 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
   add("--out", metavar="DIR", help="folder for predictions.jsonl and report.json")
   add("--json", action="store_true", help="print the report as JSON instead of the table")
-
-
-def _count(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-  return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

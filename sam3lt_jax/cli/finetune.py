@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 
 from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli.arguments import count, positive
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM
 
@@ -49,15 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--held-out", type=float, metavar="SHARE", help="instead: this share of the images, drawn at random")
   add("--iou", choices=("segm", "bbox"), default="segm",
       help="measure by masks or, where annotations have none, by boxes (default: segm)")  # fmt: skip
-  add("--batch", type=_count, default=1, metavar="N", help="images a step, over all devices (default: 1)")
-  add("--prompts", type=_count, default=4, metavar="N", help="phrases an image (default: 4)")
-  add("--objects", type=_count, default=32, metavar="N", help="objects a phrase, the largest (default: 32)")
+  add("--batch", type=count, default=1, metavar="N", help="images a step, over all devices (default: 1)")
+  add("--prompts", type=count, default=4, metavar="N", help="phrases an image (default: 4)")
+  add("--objects", type=count, default=32, metavar="N", help="objects a phrase, the largest (default: 32)")
   add("--negatives", type=float, default=0.5, metavar="SHARE",
       help="absent phrases among them (default: 0.5)")  # fmt: skip
   add("--box-prompts", type=float, default=0.0, metavar="SHARE",
       help="present phrases that come with example boxes (default: 0)")  # fmt: skip
   add("--no-augment", action="store_true", help="images as they are: no flip, zoom, crop, colour")
-  add("--image-size", type=_count, metavar="PX", help="side of the model's input (default: the model's)")
+  add("--image-size", type=count, metavar="PX", help="side of the model's input (default: the model's)")
 
   model = parser.add_argument_group("model")
   add = model.add_argument
@@ -66,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--profile", choices=("original", "transformers"),
       help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
   add("--freeze", nargs="+", default=[], metavar="PART", help="parts that stay as they are, see below")
-  add("--lora-rank", type=_count, metavar="R",
+  add("--lora-rank", type=count, metavar="R",
       help="train adapters of this rank and nothing else but what --train names")  # fmt: skip
-  add("--lora-alpha", type=_positive, metavar="F", help="scale of the adapters is this over R (default: R)")
+  add("--lora-alpha", type=positive, metavar="F", help="scale of the adapters is this over R (default: R)")
   add("--train", nargs="+", default=[], metavar="PART",
       help="with --lora-rank: parts trained beside the adapters")  # fmt: skip
   add("--no-dropout", action="store_true", help="train without dropout and drop path")
@@ -79,38 +79,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   run = parser.add_argument_group("run")
   add = run.add_argument
   add("--out", required=True, metavar="DIR", help="the run's folder; a run in it goes on")
-  add("--steps", type=_count, default=1000, metavar="N", help="(default: 1000)")
-  add("--accumulate", type=_count, default=1, metavar="N", help="steps that make one update (default: 1)")
+  add("--steps", type=count, default=1000, metavar="N", help="(default: 1000)")
+  add("--accumulate", type=count, default=1, metavar="N", help="steps that make one update (default: 1)")
   for name, default, what in (
     ("lr", 8e-5, "the detector"), ("vision-lr", 2.5e-5, "the vision encoder"),
     ("text-lr", 5e-6, "the text encoder"), ("lora-lr", 2e-4, "adapters"),
   ):  # fmt: skip
     help = f"peak rate of {what} (default: {default:g})"
-    add(f"--{name}", type=_positive, default=default, metavar="RATE", help=help)
-  add("--layer-decay", type=_positive, default=0.9, metavar="F",
+    add(f"--{name}", type=positive, default=default, metavar="RATE", help=help)
+  add("--layer-decay", type=positive, default=0.9, metavar="F",
       help="rate of a vision layer against the one above it; 1: all alike (default: 0.9)")  # fmt: skip
   add("--weight-decay", type=float, default=0.1, metavar="F", help="AdamW's (default: 0.1)")
-  add("--clip", type=_positive, default=0.1, metavar="F", help="norm gradients are cut to (default: 0.1)")
+  add("--clip", type=positive, default=0.1, metavar="F", help="norm gradients are cut to (default: 0.1)")
   add("--ema", type=float, metavar="F", help="keep an average of the weights with this decay, and ship it")
-  add("--evaluate-every", type=_count, metavar="N", help="steps (default: a tenth of the run)")
-  add("--checkpoint-every", type=_count, metavar="N", help="steps (default: a tenth of the run)")
+  add("--evaluate-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
+  add("--checkpoint-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
   add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-
-
-def _count(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-  return int(text)
-
-
-def _positive(text: str) -> float:
-  try:
-    value = float(text)
-  except ValueError:
-    value = math.nan
-  if not 0 < value < math.inf:
-    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-  return value
 
 
 def run(args: argparse.Namespace) -> int:

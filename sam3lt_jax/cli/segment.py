@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
+from sam3lt_jax.cli.arguments import fraction
 from sam3lt_jax.cli.progress import busy
 
 if TYPE_CHECKING:
@@ -70,23 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--profile", choices=("original", "transformers"),
       help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
-  add("--threshold", type=_fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
-  add("--mask-threshold", type=_fraction, default=0.5, metavar="T",
+  add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
+  add("--mask-threshold", type=fraction, default=0.5, metavar="T",
       help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
   add("--out", default="sam3lt_out", metavar="DIR", help="output folder (default: sam3lt_out)")
   add("--separate-masks", action="store_true",
       help="a black-and-white PNG for every mask, overlaps kept, instead of the label map")  # fmt: skip
   add("--json", action="store_true", help="print the COCO JSON of all photos instead of the table")
-
-
-def _fraction(text: str) -> float:
-  try:
-    value = float(text)
-  except ValueError:
-    value = math.nan
-  if not 0 <= value <= 1:
-    raise argparse.ArgumentTypeError(f"must be a number within [0, 1], got {text!r}")
-  return value
 
 
 def _box(text: str) -> tuple[list[float], int]:

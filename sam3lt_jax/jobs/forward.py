@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from sam3lt_jax import parallel
 from sam3lt_jax.config import BOX_ONLY_PHRASE
 from sam3lt_jax.model import TextFeatures, VisionFeatures
-from sam3lt_jax.predictor import Predictor, _explain_memory
+from sam3lt_jax.predictor import Predictor, explain_memory
 from sam3lt_jax.processing import postprocess, prompts
 
 BUCKETS = (1, 4, 16, 32)  # questions that run together, where there is an accelerator
@@ -123,7 +123,7 @@ class Forward:
     self._host_views = devices[0].platform == "cpu"
     self.mesh = parallel.make_mesh(model=model_parallel, devices=devices)
     self._ways = self.mesh.shape["data"]
-    boxes, labels = predictor._box_arrays(prompts.Prompt([""], [], None), (1, 1))
+    boxes, labels = predictor.box_arrays(prompts.Prompt([""], [], None), (1, 1))
     self._no_boxes = boxes[0], labels[0]
     self._programs: dict[tuple, Any] = {}
     self._phrases: collections.OrderedDict[tuple, tuple[Any, Any]] = collections.OrderedDict()
@@ -149,7 +149,7 @@ class Forward:
       shardings = parallel.fsdp_sharding(self.mesh, variables, "model")
     else:
       shardings = parallel.replicated(self.mesh)
-    with _explain_memory():
+    with explain_memory():
       self._variables = jax.block_until_ready(jax.device_put(variables, shardings))
     self._variable_shardings = jax.tree.map(lambda x: x.sharding, self._variables)
 
@@ -190,7 +190,7 @@ class Forward:
         lazy = jax.jit(
           function, in_shardings=(self._variable_shardings, *split), out_shardings=self._batch_sharding
         )
-      with _explain_memory():
+      with explain_memory():
         self._programs[key] = lazy.lower(self._variables, *arguments).compile()
       self.compile_s += time.perf_counter() - start
     return self._programs[key]
@@ -198,7 +198,7 @@ class Forward:
   def _run(self, name: str, *arguments):
     program = self._program(name, *arguments)
     start = time.perf_counter()
-    with _explain_memory():
+    with explain_memory():
       out = program(self._variables, *arguments)
     self._on_start(start, min(jax.tree.leaves(out), key=lambda x: x.size))
     return out
@@ -229,7 +229,7 @@ class Forward:
     if not question.boxes:
       return self._no_boxes
     given = prompts.Prompt([""], [list(box) for box in question.boxes], list(question.labels))
-    boxes, labels = self._predictor._box_arrays(given, size)
+    boxes, labels = self._predictor.box_arrays(given, size)
     return boxes[0], labels[0]
 
   def calls(self, arrays: Sequence[Sequence[BoxArrays]]) -> list[Call]:
@@ -283,7 +283,7 @@ class Forward:
     """Features [R, P, T, D] and mask of phrases, on the devices; each phrase is encoded once."""
     if phrases not in self._phrases:
       unique = list(dict.fromkeys(phrase for row in phrases for phrase in row))
-      features, mask = self._predictor._text_features(unique)
+      features, mask = self._predictor.text_features(unique)
       where = {phrase: i for i, phrase in enumerate(unique)}
       at = np.array([[where[phrase] for phrase in row] for row in phrases])
       self._phrases[phrases] = self._place(features[at]), self._place(mask[at])
@@ -295,7 +295,7 @@ class Forward:
   def kept(self, raw: Any, call: Call, threshold: float) -> Found:
     """Waits for a call's scores and starts fetching the masks of those above `threshold`, and only those."""
     logits, presence, boxes, masks = raw
-    with _explain_memory():
+    with explain_memory():
       shaped = lambda x, n: np.asarray(x).reshape(*call.index.shape, *x.shape[-n:])  # noqa: E731
       logits, presence, boxes = shaped(logits, 1), shaped(presence, 1), shaped(boxes, 2)
     scores = postprocess.detection_scores(logits, presence)
@@ -346,7 +346,7 @@ class Forward:
 
       try:
         encode = self._program("encode", shape(side, side, 3, dtype=jnp.uint8))
-        features, _ = self._predictor._text_features(["a"])
+        features, _ = self._predictor.text_features(["a"])
         tokens, boxes = features.shape[1], len(self._no_boxes[1])
         detect = self._program(
           "detect",

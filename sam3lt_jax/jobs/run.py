@@ -203,7 +203,7 @@ class _Job:
       # Before the devices start, which would wait for it. Where images have their own questions one is enough
       # to compile the program; the others are encoded as they come.
       phrases = questions.phrases[: 1 if questions.per_image else TEXT_CACHE] or (BOX_ONLY_PHRASE,)
-      predictor._text_features(phrases)
+      predictor.text_features(phrases)
       self.forward = Forward(
         predictor,
         batch=config.batch,

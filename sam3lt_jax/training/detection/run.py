@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import json
@@ -237,9 +236,7 @@ class _Run:
     from sam3lt_jax.evaluation.run import evaluate
 
     predictor = self._predictor
-    predictor.variables = jax.device_put(variables, jax.local_devices()[0])
-    # The compiled programs stay, what the old text encoder said does not.
-    predictor._phrases = collections.OrderedDict()
+    predictor.use_variables(jax.device_put(variables, jax.local_devices()[0]))
     try:
       found = evaluate(predictor, self.validation, iou_types=(self.iou_type,))
     finally:
