@@ -12,6 +12,8 @@ from sam3lt_jax import Predictor, cli
 from sam3lt_jax.checkpoints import engine
 from sam3lt_jax.export_loader import read_safetensors
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 
 def test_writes_an_export(tmp_path, capsys):
   out = tmp_path / "new" / "model"

@@ -23,6 +23,8 @@ from sam3lt_jax.model import TextFeatures, VisionFeatures
 from sam3lt_jax.ops import attention
 from tests import tiny
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 SIDE = 84
 ALONE = ("jax", "jaxlib", "ml_dtypes", "numpy", "opt_einsum", "scipy")  # jax, numpy and what they require
 CALLS = ((1, 1), (2, 3), (3, 2))  # images and prompts

@@ -146,6 +146,7 @@ for out in (sharded, mapped):
 """
 
 
+@pytest.mark.full
 def test_two_devices_give_what_one_gives():
   """jit over a mesh and pmap, in a process of its own, which can have two devices."""
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"

@@ -13,6 +13,8 @@ from tests.benchmarks import compare, flops, report, timing, workload
 from tests.benchmarks.timing import OURS, REFERENCE, Row
 from tests.reference import import_torch_reference
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 
 def test_sides_take_turns_after_a_warm_up(monkeypatch):
   monkeypatch.setattr(timing, "PAUSE", 0.0)

@@ -14,7 +14,10 @@ from sam3lt_jax.jobs.run import JobConfig, run_job
 from tests.jobs import pictures
 from tpu import batch_inference
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
+pytestmark = [
+  pytest.mark.full,  # long: CI runs it
+  pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools
+]
 
 ROOT = pathlib.Path(__file__).parents[2]
 COUNT = 30  # good images

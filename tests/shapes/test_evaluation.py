@@ -62,6 +62,7 @@ def test_a_negative_box_that_is_ignored(monkeypatch):
   assert scores["negative_box_removed"] == 0 and 0 < scores["negative_box_f1"] < 1
 
 
+@pytest.mark.full
 def test_an_untrained_model_can_be_asked():
   model = Sam3LiteText(models.student_config())
   with tiny.hurry():

@@ -16,6 +16,8 @@ from sam3lt_jax.training import integrity
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from tests.training import toy
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 _PAUSE = 0.002  # seconds a batch
 
 
@@ -82,6 +84,5 @@ def test_three_kills(tmp_path):
   check(tmp_path, kills=3, steps=40, every=2)
 
 
-@pytest.mark.full
 def test_twenty_kills(tmp_path):
   check(tmp_path, kills=20, steps=240, every=1)

@@ -20,6 +20,8 @@ from sam3lt_jax.training.detection.setup import FinetuneConfig, prepare
 from tests import tiny
 from tests.training.detection import drawn
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 STEPS = 24
 CONFIG = FinetuneConfig(
   steps=STEPS,
@@ -140,7 +142,6 @@ def test_numbers_and_plot(done):
   assert {"mask", "presence", "grad_norm", "learning_rate", "images_per_second"} <= set(lines[0])
 
 
-@pytest.mark.full
 def test_a_stopped_run_goes_on_to_the_digit(done, records, tmp_path):
   class Stop(Exception):
     pass

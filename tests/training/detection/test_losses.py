@@ -169,6 +169,7 @@ def setup():
   return batch, run
 
 
+@pytest.mark.full
 def test_the_whole_loss_reaches_every_part(setup):
   _, run = setup
   (loss, (metrics, _)), gradients = run()
@@ -180,6 +181,7 @@ def test_the_whole_loss_reaches_every_part(setup):
     assert norm > 0, part
 
 
+@pytest.mark.full
 def test_padding_prompts_and_empty_slots_change_nothing(setup):
   batch, run = setup
   (loss, _), _ = run()

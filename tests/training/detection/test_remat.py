@@ -17,6 +17,8 @@ from sam3lt_jax.nn.vision_encoder import VitTrunk
 from sam3lt_jax.ops import attention
 from tests import tiny
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 
 def trunk_fields(**changes):
   fields = {

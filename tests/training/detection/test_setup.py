@@ -18,6 +18,8 @@ from sam3lt_jax.training.detection.setup import FinetuneConfig, prepare
 from sam3lt_jax.training.optimizer import rate_factors
 from tests import tiny
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 
 def shapes():
   model, variables = tiny.load(tiny.config())

@@ -15,6 +15,8 @@ from sam3lt_jax.training.distillation.text_part import splice
 from sam3lt_jax.training.prompts import token_rows
 from tests.training.distillation.common import PHRASES, tiny_model, tiny_teacher, tokenizer
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 PICTURE = np.random.default_rng(3).integers(0, 255, (40, 50, 3), np.uint8)
 
 

@@ -14,6 +14,8 @@ from sam3lt_jax.training.distillation.run import distill
 from sam3lt_jax.training.prompts import split_prompts
 from tests.training.distillation.common import PHRASES, tiny_model, tiny_teacher, tokenizer
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 STEPS = 40
 TINY = {"teacher": tiny_model(), "tokenizer": tokenizer()}
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
@@ -97,7 +99,6 @@ def test_the_models_load_with_the_students_text_and_the_teachers_detector(finish
   assert "batch_stats" not in variables  # the teacher's RepMixer blocks are gone
 
 
-@pytest.mark.full
 def test_a_stopped_run_goes_on_to_the_digit(finished, prompts, tmp_path):
   def stop(line):
     if line.startswith(f"step 27/{STEPS}, loss"):

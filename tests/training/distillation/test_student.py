@@ -14,6 +14,8 @@ from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.training.distillation.student import make_student, student_config
 from tests.checkpoints.common import TEXT, fixture, original_config, original_state_dict
 
+pytestmark = pytest.mark.full  # long: CI runs it
+
 TEACHER = original_config("sam3")  # width 32, 256 ids, a CLIP tower
 
 RESAMPLED = dataclasses.replace(Profile.original(), position_policy="interpolate")
