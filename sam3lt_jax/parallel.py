@@ -54,6 +54,17 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
   return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
+def host_device() -> jax.Device | None:
+  """The host's CPU as a JAX device, where a whole model waits of which the devices want a part only.
+
+  None where JAX was told to leave the CPU out.
+  """
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return None
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """A copy on every device."""
   return NamedSharding(mesh, P())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,6 @@ import jax
 import numpy as np
 
 from sam3lt_jax import parallel
-from sam3lt_jax.checkpoints import save_pretrained
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.config import TextConfig
 from sam3lt_jax.model import Sam3LiteText, Variables
@@ -26,6 +24,7 @@ from sam3lt_jax.training.data.records import Record
 from sam3lt_jax.training.detection.lora import count_parameters
 from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, exported, prepare
 from sam3lt_jax.training.loop import fit
+from sam3lt_jax.training.outcome import write_outcome
 from sam3lt_jax.training.run_files import check_fingerprint
 from sam3lt_jax.training.state import TrainState
 
@@ -192,13 +191,6 @@ def _load(source: Any, config: FinetuneConfig, profile: Any, processor: Sam3Proc
   return Predictor(model.clone(dtype=config.dtype), variables, processor, fuse=False)
 
 
-def _host() -> Any:
-  try:
-    return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:  # JAX was told to leave the CPU out
-    return None
-
-
 class _Run:
   """A run that is ready to start; evaluates and writes what it gives."""
 
@@ -208,7 +200,7 @@ class _Run:
     model = predictor.model
     # On the host: the devices get what the step takes, and the whole only for an evaluation.
     self.start: Variables = jax.tree.map(np.asarray, predictor.variables)
-    with jax.default_device(_host()):
+    with jax.default_device(parallel.host_device()):
       self.setup: Setup = prepare(model, self.start, config)
     vision = dataclasses.replace(model.config.vision, image_size=self.processor.image_size)
     self.model = model.clone(config=model.config.replace(vision=vision), dtype=config.dtype)
@@ -217,7 +209,7 @@ class _Run:
     self._predictor = predictor
 
   def first_state(self) -> TrainState:
-    with jax.default_device(_host()):  # `fit` puts a copy on the devices
+    with jax.default_device(parallel.host_device()):  # `fit` puts a copy on the devices
       return self.setup.state()
 
   def variables(self, state: TrainState) -> Variables:
@@ -285,31 +277,21 @@ class _Run:
     return result
 
   def write(self, result: FinetuneResult, step: int) -> dict[str, str]:
-    """Both model directories, the numbers and the plot; name -> path."""
+    """See `write_outcome`."""
     own = self.model.config.text.vocab_size != TextConfig().vocab_size
-    tokenizer = self.processor.tokenizer if own else None
-    written = {}
-    for name, format in (("model", "orbax"), ("transformers", "transformers")):
-      written[name] = os.path.join(self.directory, name)
-      save_pretrained(
-        written[name], result.model, result.variables, format=format, tokenizer=tokenizer, overwrite=True
-      )  # fmt: skip
-    written["numbers"] = os.path.join(self.directory, "finetune.json")
     numbers = {
       "step": step,
       "before": result.before,
       "after": result.after,
       "trained_parameters": result.trained_parameters,
     }
-    with open(written["numbers"], "w", encoding="utf-8") as f:
-      json.dump(numbers, f, indent=2)
-      f.write("\n")
-    plot = os.path.join(self.directory, "curves.png")
-    try:
-      from sam3lt_jax.training.curves import plot_run
-
-      plot_run(os.path.join(self.directory, "metrics.jsonl"), plot, "fine-tuning")
-      written["plot"] = plot
-    except ImportError as e:
-      self.report(f"no plot: {e}")
-    return written
+    return write_outcome(
+      self.directory,
+      result.model,
+      result.variables,
+      numbers,
+      name="finetune",
+      title="fine-tuning",
+      tokenizer=self.processor.tokenizer if own else None,
+      report=self.report,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 from sam3lt_jax import parallel
-from sam3lt_jax.checkpoints import save_pretrained, sources
+from sam3lt_jax.checkpoints import sources
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
@@ -33,6 +32,7 @@ from sam3lt_jax.training.distillation.student import InitReport, make_student
 from sam3lt_jax.training.distillation.teacher import ALIASES, Teacher, load_model
 from sam3lt_jax.training.loop import fit
 from sam3lt_jax.training.optimizer import make_optimizer
+from sam3lt_jax.training.outcome import write_outcome
 from sam3lt_jax.training.prompts import PromptSet, prompt_batches, read_prompts, split_prompts, token_rows
 from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import make_train_step
@@ -229,7 +229,7 @@ def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
   parallel.check_divides(c.batch_size, mesh.shape["data"])
   whole = teacher
   if whole is None:
-    whole = load_model(c.teacher, dtype=c.teacher_dtype, device=_host())
+    whole = load_model(c.teacher, dtype=c.teacher_dtype, device=parallel.host_device())
   reader = Teacher.of(*whole, context_length=c.context_length, name=c.teacher)
   own = tokenizer
   if tokenizer is None and teacher is None:
@@ -273,14 +273,6 @@ def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
   return _Distillation(
     c, whole, reader, student, init, start, phrases, held, batches, evaluate, before, own, mesh, report
   )
-
-
-def _host() -> Any:
-  """Where a whole teacher waits: only its text part is wanted on the devices, when training starts."""
-  try:
-    return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:  # JAX was told to leave the CPU out
-    return None
 
 
 def _split(config: DistillationConfig, prompts: PromptSet, profile: Profile) -> tuple[list[str], list[str]]:
@@ -350,14 +342,7 @@ def _count(variables: Variables) -> int:
 def _write(
   config: DistillationConfig, result: DistillationResult, tokenizer: Any, report: Report
 ) -> dict[str, str]:
-  """Both model directories, the numbers and the plot; name -> path."""
-  written = {}
-  for name, format in (("model", "orbax"), ("transformers", "transformers")):
-    written[name] = os.path.join(config.out, name)
-    save_pretrained(
-      written[name], result.model, result.variables, format=format, tokenizer=tokenizer, overwrite=True
-    )  # fmt: skip
-  written["numbers"] = os.path.join(config.out, "distillation.json")
+  """See `write_outcome`."""
   numbers = {
     "before": result.before,
     "after": result.after,
@@ -366,15 +351,13 @@ def _write(
     "student_text_parameters": result.student_parameters,
     "init": str(result.init),
   }
-  with open(written["numbers"], "w", encoding="utf-8") as f:
-    json.dump(numbers, f, indent=2)
-    f.write("\n")
-  plot = os.path.join(config.out, "curves.png")
-  try:
-    from sam3lt_jax.training.curves import plot_run
-
-    plot_run(os.path.join(config.out, "metrics.jsonl"), plot, "distillation")
-    written["plot"] = plot
-  except ImportError as e:
-    report(f"no plot: {e}")
-  return written
+  return write_outcome(
+    config.out,
+    result.model,
+    result.variables,
+    numbers,
+    name="distillation",
+    title="distillation",
+    tokenizer=tokenizer,
+    report=report,
+  )

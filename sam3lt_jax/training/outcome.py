@@ -1,0 +1,51 @@
+"""What a finished run leaves in its directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sam3lt_jax.checkpoints import save_pretrained
+from sam3lt_jax.model import Sam3LiteText, Variables
+
+
+def write_outcome(
+  directory: str | os.PathLike,
+  model: Sam3LiteText,
+  variables: Variables,
+  numbers: Mapping[str, Any],
+  *,
+  name: str,
+  title: str,
+  tokenizer: Any = None,
+  report: Callable[[str], Any] = print,
+) -> dict[str, str]:
+  """Writes model/ (our format), transformers/ (theirs), `name`.json with `numbers`, and curves.png.
+
+  Args:
+    title: of the plot of metrics.jsonl. Without matplotlib there is none, and `report` is told.
+    tokenizer: see `save_pretrained`.
+
+  Returns:
+    "model", "transformers", "numbers", "plot" -> path.
+  """
+  directory = os.fspath(directory)
+  written = {}
+  for part, format in (("model", "orbax"), ("transformers", "transformers")):
+    written[part] = os.path.join(directory, part)
+    save_pretrained(written[part], model, variables, format=format, tokenizer=tokenizer, overwrite=True)
+  written["numbers"] = os.path.join(directory, f"{name}.json")
+  with open(written["numbers"], "w", encoding="utf-8") as f:
+    json.dump(dict(numbers), f, indent=2)
+    f.write("\n")
+  plot = os.path.join(directory, "curves.png")
+  try:
+    from sam3lt_jax.training.curves import plot_run
+
+    plot_run(os.path.join(directory, "metrics.jsonl"), plot, title)
+    written["plot"] = plot
+  except ImportError as e:
+    report(f"no plot: {e}")
+  return written
