@@ -1,9 +1,13 @@
-"""Kinds of numbers on the command line, for argparse's `type`; a mistake says what is accepted."""
+"""What several verbs check: kinds of numbers, for argparse's `type`, and the output folder."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
+import tempfile
+
+from sam3lt_jax.cli import UserError
 
 
 def count(text: str) -> int:
@@ -27,6 +31,16 @@ def fraction(text: str) -> float:
   if not 0 <= value <= 1:
     raise argparse.ArgumentTypeError(f"must be a number within [0, 1], got {text!r}")
   return value
+
+
+def check_writable(folder: str) -> None:
+  """Makes the folder of --out; UserError if nothing can be written there."""
+  try:
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as e:
+    raise UserError(f"--out: cannot write to {folder} ({e.strerror})") from e
 
 
 def _number(text: str) -> float:

@@ -6,10 +6,9 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 
 from sam3lt_jax.cli import PROGRAM, UserError
-from sam3lt_jax.cli.arguments import count
+from sam3lt_jax.cli.arguments import check_writable, count
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     raise UserError(f"--threshold: must lie within 0 and 1, got {args.threshold}")
   records, *annotators = _load(args)
   if args.out is not None:
-    _check_out(args.out)
+    check_writable(args.out)
   if args.model.startswith(RANDOM):
     print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
   with busy(f"loading {args.model}"):
@@ -111,12 +110,3 @@ def _load(args: argparse.Namespace) -> list:
           f"--annotations: several files must all be SA-Co annotations of the same pairs; {path} is not"
         )
   return loaded
-
-
-def _check_out(folder: str) -> None:
-  try:
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as e:
-    raise UserError(f"--out: cannot write to {folder} ({e.strerror})") from e

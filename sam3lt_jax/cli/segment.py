@@ -9,13 +9,12 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
-from sam3lt_jax.cli.arguments import fraction
+from sam3lt_jax.cli.arguments import check_writable, fraction
 from sam3lt_jax.cli.progress import busy
 
 if TYPE_CHECKING:
@@ -145,15 +144,6 @@ def _check_photos(photos: Sequence[str], given: Sequence[str]) -> None:
       pass  # load_image says it better
 
 
-def _check_out(folder: str) -> None:
-  try:
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as e:
-    raise UserError(f"--out: cannot write to {folder} ({e.strerror})") from e
-
-
 def run(args: argparse.Namespace) -> int:
   photos, phrases = sort_inputs(args.inputs)
   _check_photos(photos, args.inputs)
@@ -162,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     raise UserError("a phrase is empty")
   if not phrases and not args.box:
     raise UserError(f"nothing to look for: give a phrase or --box (see {PROGRAM} segment --help)")
-  _check_out(args.out)
+  check_writable(args.out)
   predictor = _load(args)
   random = args.model.startswith(RANDOM)
   profile = predictor.model.config.profile
