@@ -41,11 +41,11 @@ VALIDATION_SCENES = 60
 class VisionRun:
   """Numbers of stage 0."""
 
-  steps: int = 2_000
-  images: int = 24
+  steps: int = 6_000
+  images: int = 8
   seed: int = 2
   optimizer: OptimizerConfig = OptimizerConfig(
-    peak_lr=1.5e-3, total_steps=2_000, warmup_steps=100, end_lr=1e-5, weight_decay=1e-2, clip_norm=1.0
+    peak_lr=1.2e-3, total_steps=6_000, warmup_steps=100, end_lr=1e-5, weight_decay=1e-2, muon_rms=1.5
   )
 
 
@@ -98,8 +98,8 @@ def pretrain_vision(run: VisionRun, directory: str) -> Any:
     total_steps=run.steps,
     directory=directory,
     mesh=parallel.make_mesh(),
-    log_every=50,
-    checkpoint_every=250,
+    log_every=100,
+    checkpoint_every=1000,
     fingerprint={"run": dataclasses.asdict(run), "scene": dataclasses.asdict(SceneConfig())},
   )
   return jax.tree.map(np.asarray, state.params["vision_encoder"])

@@ -58,8 +58,8 @@ def _config(text: TextConfig) -> Sam3LiteTextConfig:
   layers = part | {"intermediate_size": 3 * WIDTH, "dropout": 0.0}
   config = Sam3LiteTextConfig(
     vision=VisionConfig(
-      hidden_size=160, intermediate_size=480, num_hidden_layers=6, num_attention_heads=4, image_size=160,
-      patch_size=16, window_size=5, global_attn_indexes=(2, 5), pretrain_image_size=160, drop_path_rate=0.0,
+      hidden_size=160, intermediate_size=480, num_hidden_layers=6, num_attention_heads=4, image_size=120,
+      patch_size=12, window_size=5, global_attn_indexes=(2, 5), pretrain_image_size=120, drop_path_rate=0.0,
       fpn_hidden_size=WIDTH,
     ),
     text=text,

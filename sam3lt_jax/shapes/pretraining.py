@@ -30,6 +30,7 @@ ATTRIBUTES = (
 _CLASSES = tuple(len(values) for _, values in ATTRIBUTES)
 _CHANNELS = sum(_CLASSES) + 4
 _BOX_WEIGHT = 5.0
+CROWDED = SceneConfig(min_objects=4)  # scenes with few objects teach these heads little
 
 
 class DenseHeads(nn.Module):
@@ -74,7 +75,7 @@ class DenseBatches:
   """Batches by step number, of seeds that no other stage uses for anything but training."""
 
   def __init__(self, *, images: int, side: int, seed: int, scene: SceneConfig | None = None):
-    self._images, self._side, self._seed, self._scene = images, side, seed, scene or SceneConfig()
+    self._images, self._side, self._seed, self._scene = images, side, seed, scene or CROWDED
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     first = self._seed * 100_000_000 + step * self._images

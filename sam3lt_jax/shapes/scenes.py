@@ -1,8 +1,9 @@
 """Scenes of drawn shapes with exact masks. A scene depends on its seed and the configuration only.
 
 A scene has 0 to 8 objects on a textured background with unnamed clutter (lines and specks). An object is a
-kind in a colour, a pattern and a size, turned by a random angle, and may hide part of another one. Everything
-is drawn at four times the size and averaged; a pixel belongs to the topmost object that covers half of it.
+kind in a colour, a pattern and a size, turned by up to 20 degrees, and may hide part of another one.
+Everything is drawn at four times the size and averaged; a pixel belongs to the topmost object that covers
+half of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageDraw
 
-KINDS = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "moon")
+KINDS = ("circle", "ring", "square", "triangle", "star", "cross")
 COLOURS = {
   "red": (214, 40, 40),
   "orange": (247, 140, 30),
@@ -24,7 +25,8 @@ COLOURS = {
   "black": (25, 25, 28),
 }
 PATTERNS = ("plain", "striped", "dotted", "checked")
-SIZES = {"small": (0.08, 0.10), "medium": (0.12, 0.145), "large": (0.17, 0.21)}  # radius / side of the image
+SIZES = {"small": (0.10, 0.12), "medium": (0.14, 0.165), "large": (0.19, 0.23)}  # radius / side of the image
+_TILT = 0.35  # radians, the most that an object is turned either way
 _FINER = 4  # samples a pixel and axis
 
 
@@ -34,13 +36,14 @@ class SceneConfig:
 
   Attributes:
     side: pixels; scenes are square.
-    max_objects: 0 to this many, evenly drawn.
+    min_objects, max_objects: how many are tried, evenly drawn; fewer are placed where there is no room.
     min_visible: an object that would leave another (or itself) with a smaller visible share is not placed.
     family_share: share of scenes whose objects come from one to three kinds, so that kinds repeat.
     clutter: up to this many lines and as many specks.
   """
 
-  side: int = 160
+  side: int = 120
+  min_objects: int = 0
   max_objects: int = 8
   min_visible: float = 0.5
   family_share: float = 0.6
@@ -51,6 +54,8 @@ class SceneConfig:
       raise ValueError(f"side must be at least 32 pixels, got {self.side}")
     if not 0 <= self.max_objects <= 32:
       raise ValueError(f"max_objects must be 0 to 32, got {self.max_objects}")
+    if not 0 <= self.min_objects <= self.max_objects:
+      raise ValueError(f"min_objects must be 0 to max_objects = {self.max_objects}, got {self.min_objects}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +88,7 @@ def draw_scene(seed: int, config: SceneConfig = SceneConfig()) -> Scene:
   kinds = KINDS
   if rng.random() < config.family_share:
     kinds = tuple(rng.choice(KINDS, size=int(rng.integers(1, 4)), replace=False))
-  wanted = int(rng.integers(0, config.max_objects + 1))
+  wanted = int(rng.integers(config.min_objects, config.max_objects + 1))
   placed: list[tuple[dict[str, str], np.ndarray]] = []
   whole: list[int] = []  # pixels of each object before anything hid it
   for _ in range(wanted * 3):
@@ -126,9 +131,7 @@ def _draw_object(rng, kinds, side):
   left, top = max(left, 0), max(top, 0)
   size = (right - left, bottom - top)
   centre = np.array([x - left, y - top])
-  angle = (
-    rng.uniform(-0.35, 0.35) if look["kind"] in ("square", "cross", "heart") else rng.uniform(0, 2 * np.pi)
-  )
+  angle = rng.uniform(-_TILT, _TILT)
   cover = _cover(look["kind"], size, centre, radius, angle)
   paint = _paint(rng, look, size, centre, radius)
   return look, (slice(top, bottom), slice(left, right)), cover, paint
@@ -153,23 +156,18 @@ def _outlines(kind: str):
     return [(circle, 255)]
   if kind == "ring":
     return [(circle, 255), (circle * 0.5, 0)]
-  if kind == "moon":
-    return [(circle, 255), (circle * 0.85 + [0.5, 0], 0)]
   if kind == "square":
     return [(np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.78, 255)]
   if kind == "triangle":
     return [(_regular(3, [1.0]), 255)]
   if kind == "star":
     return [(_regular(5, [1.0, 0.42]), 255)]
-  if kind == "cross":
-    a, b = 0.95, 0.32
-    right = [[b, -b], [a, -b], [a, b], [b, b]]
-    quarter = np.array([[0, 1], [-1, 0]])
-    corners = [np.array(right[1:]) @ np.linalg.matrix_power(quarter, k) for k in range(4)]
-    return [(np.concatenate(corners), 255)]
-  assert kind == "heart"
-  x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-  return [(np.stack([x, -y - 2], 1) / 17.0, 255)]
+  assert kind == "cross"
+  a, b = 0.95, 0.32
+  right = [[b, -b], [a, -b], [a, b], [b, b]]
+  quarter = np.array([[0, 1], [-1, 0]])
+  corners = [np.array(right[1:]) @ np.linalg.matrix_power(quarter, k) for k in range(4)]
+  return [(np.concatenate(corners), 255)]
 
 
 def _regular(corners: int, radii: list[float]) -> np.ndarray:
@@ -189,7 +187,7 @@ def _paint(rng, look, size, centre, radius) -> np.ndarray:
   x, y = np.arange(size[0]) + 0.5 - centre[0], np.arange(size[1]) + 0.5 - centre[1]
   u = np.cos(angle) * x[None, :] + np.sin(angle) * y[:, None]
   v = np.cos(angle) * y[:, None] - np.sin(angle) * x[None, :]
-  step = np.clip(radius * rng.uniform(0.3, 0.4), 4.0, 12.0)  # half a period, in pixels
+  step = radius * rng.uniform(0.3, 0.4)  # half a period, in pixels
   if look["pattern"] == "striped":
     second = np.sin(np.pi * u / step) > 0
   elif look["pattern"] == "checked":

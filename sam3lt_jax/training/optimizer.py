@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine, clipping, accumulation, and rates by layer and by name."""
+"""AdamW (or Muon) with warm-up and cosine, clipping, accumulation, and rates by layer and by name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ Schedule = Callable[[Any], jax.Array]
 
 # Only these are stacks of which the lowest layer is farthest from the loss. "" is a tree that is one encoder.
 _TOWERS = ("", "text_encoder", "backbone")
+_LAYER_NAME = re.compile(r"layers_\d+")
 _LAYER = re.compile(r"(?:(?P<tower>.*)/)?layers_(?P<index>\d+)/.*")
 
 
@@ -34,6 +35,10 @@ class OptimizerConfig:
     weight_decay: AdamW's, for parameters of two and more dimensions. Those of one (biases, norms, layer
       scales) have none.
     b1, b2, eps: Adam's.
+    muon_rms: the matrices of layers (parameters of two dimensions under a `layers_{i}`) get, in place of
+      Adam's update, Muon's: their momentum, orthogonalised, scaled to this root mean square before the rate.
+      0.2 is about what Adam's updates have. Networks trained from nothing learn from far fewer images by it.
+      None: Adam for all of them.
     clip_norm: gradients are scaled down to this global norm; None: not clipped.
     accumulate: calls whose mean gradient makes one update.
     layer_decay: the rate of a layer `n` layers below an encoder's top is multiplied by this to the power `n`;
@@ -55,6 +60,7 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.999
   eps: float = 1e-8
+  muon_rms: float | None = None
   clip_norm: float | None = 1.0
   accumulate: int = 1
   layer_decay: float | None = None
@@ -73,6 +79,7 @@ class OptimizerConfig:
     for name in ("b1", "b2"):
       self._check(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
     self._check("eps", self.eps > 0, "a number above 0")
+    self._check("muon_rms", self.muon_rms is None or self.muon_rms > 0, "None or a number above 0")
     self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "None or a number above 0")
     self._check("accumulate", self.accumulate >= 1, "1 or more calls")
     self._check("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "None or in (0, 1]")
@@ -171,8 +178,9 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """AdamW with the rates of `config`.
 
-  In this order: mean of `accumulate` gradients, clipping of that mean, Adam, weight decay, factors by layer
-  and name, the scheduled rate. Factors hold for the weight decay as well, as with torch's parameter groups.
+  In this order: mean of `accumulate` gradients, clipping of that mean, Adam (or Muon), weight decay, factors
+  by layer and name, the scheduled rate. Factors hold for the weight decay as well, as with torch's parameter
+  groups.
 
   Args:
     config: the numbers.
@@ -192,7 +200,8 @@ def make_optimizer(
     )
 
   parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-  parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+  adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+  parts.append(adam if config.muon_rms is None else _muon_or(adam, config.muon_rms))
   if config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=has_weight_decay))
   if any(factor != 1 for factor in factors.values()):
@@ -202,6 +211,26 @@ def make_optimizer(
   if config.accumulate > 1:
     tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
   return tx, schedule
+
+
+def _muon_or(adam: optax.GradientTransformation, rms: float) -> optax.GradientTransformation:
+  """Muon for the matrices of layers, `adam` for everything else."""
+
+  def rule(path, x):
+    in_layer = any(_LAYER_NAME.fullmatch(str(part.key)) for part in path)
+    return "muon" if in_layer and jnp.ndim(x) == 2 else "adam"
+
+  def dimensions(params):  # the default marks a whole tree, which fails on the parts that are Adam's
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+
+  def to_rms(updates, _):  # an orthogonal matrix [m, n] has a root mean square of max(m, n) ** -0.5
+    return jax.tree.map(lambda x: x * (rms * max(x.shape) ** 0.5), updates)
+
+  muon = optax.contrib.scale_by_muon(weight_dimension_numbers=dimensions)
+  return optax.partition(
+    {"muon": optax.chain(muon, optax.stateless(to_rms)), "adam": adam},
+    lambda params: jax.tree_util.tree_map_with_path(rule, params),
+  )
 
 
 def has_weight_decay(params: Any) -> Any:

@@ -26,7 +26,7 @@ def answered(monkeypatch, answer):
     def __call__(self, scenes):
       for scene in scenes:
         asked = questions_about(scene)
-        found = [np.array(answer(scene, a), bool).reshape(-1, 160, 160) for a in asked]
+        found = [np.array(answer(scene, a), bool).reshape(-1, *scene.image.shape[:2]) for a in asked]
         yield scene, asked, [(masks, np.ones(len(masks), np.float32)) for masks in found]
 
   monkeypatch.setattr(evaluation, "_Answers", Answers)

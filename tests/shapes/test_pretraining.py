@@ -43,7 +43,7 @@ def test_the_loss_of_right_and_wrong_answers():
   # All edges off by 0.1, nothing known of the attributes: uniform cross entropies.
   blank = jnp.concatenate([jnp.zeros_like(jnp.concatenate(right, -1)), edges + 0.1], -1)
   loss, metrics = dense_loss([blank], classes, edges)
-  expected = 3 * np.log(9) + np.log(8) + np.log(4) + np.log(3) + 5 * 0.1
+  expected = 3 * np.log(7) + np.log(8) + np.log(4) + np.log(3) + 5 * 0.1
   assert float(loss) == pytest.approx(expected, rel=1e-5)
   assert float(metrics["edge_error"]) == pytest.approx(0.1, rel=1e-5)
 
@@ -53,6 +53,6 @@ def test_batches():
   a = batches[3]
   np.testing.assert_array_equal(a["id"], [200_000_006, 200_000_007])
   np.testing.assert_array_equal(a["classes"], batches[3]["classes"])
-  assert a["pixel_values"].shape == (2, 160, 160, 3) and a["edges"].shape == (2, 40, 40, 4)
+  assert a["pixel_values"].shape == (2, 120, 120, 3) and a["edges"].shape == (2, 40, 40, 4)
   with pytest.raises(ValueError, match="held-out"):
     DenseBatches(images=2, side=40, seed=10)[0]

@@ -21,8 +21,9 @@ def test_the_scene_of_a_seed_never_changes():
   """The bundled model's held-out scenes must stay the same scenes."""
   scene = draw_scene(1_000_000_000)
   looks = [(o.size, o.pattern, o.colour, o.kind) for o in scene.objects]
-  assert looks == [("medium", "striped", "black", "cross")]
-  np.testing.assert_allclose(scene.image.sum(), 10_064_938, rtol=1e-3)  # Pillow may round otherwise one day
+  assert looks[:2] == [("large", "plain", "green", "square"), ("small", "checked", "green", "square")]
+  assert len(looks) == 5
+  np.testing.assert_allclose(scene.image.sum(), 5_277_160, rtol=1e-3)  # Pillow may round otherwise one day
 
 
 def test_masks_are_disjoint_tight_and_visible():
@@ -30,8 +31,8 @@ def test_masks_are_disjoint_tight_and_visible():
   for seed in range(60):
     scene = draw_scene(seed)
     counts.append(len(scene.objects))
-    assert scene.image.shape == (160, 160, 3) and scene.image.dtype == np.uint8
-    together = np.zeros((160, 160), int)
+    assert scene.image.shape == (120, 120, 3) and scene.image.dtype == np.uint8
+    together = np.zeros((120, 120), int)
     for thing in scene.objects:
       together += thing.mask
       assert thing.mask.sum() > 20 and thing.box == tight_box(thing.mask)
@@ -64,7 +65,7 @@ def test_sizes_do_not_overlap():
       x1, y1, x2, y2 = thing.box
       whole = thing.mask.sum() > 0.76 * (x2 - x1) * (y2 - y1)  # pi / 4 of its box
       if thing.kind == "circle" and whole and abs((x2 - x1) - (y2 - y1)) <= 1:
-        extent[thing.size].append((x2 - x1) / 160)
+        extent[thing.size].append((x2 - x1) / 120)
   assert all(extent.values())
   assert max(extent["small"]) < min(extent["medium"]) and max(extent["medium"]) < min(extent["large"])
 
@@ -74,5 +75,9 @@ def test_configuration():
   assert draw_scene(3, dataclasses.replace(SceneConfig(), side=64)).image.shape == (64, 64, 3)
   with pytest.raises(ValueError, match="max_objects must be 0 to 32, got 50"):
     SceneConfig(max_objects=50)
+  crowded = [len(draw_scene(seed, SceneConfig(min_objects=4)).objects) for seed in range(20)]
+  assert min(crowded) >= 3 and np.mean(crowded) > 4
+  with pytest.raises(ValueError, match="min_objects must be 0 to max_objects = 8, got 9"):
+    SceneConfig(min_objects=9)
   with pytest.raises(ValueError, match="side must be at least 32"):
     SceneConfig(side=8)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,7 +55,8 @@ def test_schedule_takes_an_array_and_is_float32():
   [
     ("peak_lr", 0.0), ("peak_lr", float("nan")), ("end_lr", -1.0), ("total_steps", 0), ("warmup_steps", 11),
     ("b1", 1.0), ("b2", -0.1), ("eps", 0.0), ("clip_norm", 0.0), ("accumulate", 0), ("layer_decay", 1.5),
-    ("layer_decay", 0.0), ("ema_decay", 1.0), ("weight_decay", -0.1), ("lr_scale", (("a", -1.0),)),
+    ("layer_decay", 0.0), ("ema_decay", 1.0), ("weight_decay", -0.1), ("muon_rms", 0.0),
+    ("lr_scale", (("a", -1.0),)),
   ],
 )  # fmt: skip
 def test_a_number_out_of_range_is_named(name, value):
@@ -68,6 +70,26 @@ def test_first_update_of_adam_is_the_rate_times_the_sign():
   np.testing.assert_allclose(
     first_update(constant(), params, grads)["a"]["kernel"], [[-0.5, 0.5], [-0.5, 0.5]], rtol=1e-5
   )
+
+
+def test_muon_makes_the_matrices_of_layers_orthogonal():
+  rng = np.random.default_rng(0)
+  grads = {
+    "layers_0": {"kernel": rng.normal(size=(6, 12)), "bias": rng.normal(size=12)},
+    "head": {"kernel": rng.normal(size=(4, 4))},
+  }
+  grads = jax.tree.map(np.float32, grads)
+  params = jax.tree.map(np.ones_like, grads)
+  update = first_update(constant(muon_rms=0.2), params, grads)
+  kernel = np.array(update["layers_0"]["kernel"], np.float64)
+  assert np.sqrt((kernel**2).mean()) == pytest.approx(0.5 * 0.2, rel=0.2)  # Newton-Schulz is rough
+  singular = np.linalg.svd(kernel, compute_uv=False)
+  assert (
+    singular.max() / singular.min() < 2 < np.divide(*np.linalg.svd(grads["layers_0"]["kernel"])[1][[0, -1]])
+  )
+  assert np.sum(kernel * grads["layers_0"]["kernel"]) < 0  # downhill
+  np.testing.assert_allclose(update["layers_0"]["bias"], -0.5 * np.sign(grads["layers_0"]["bias"]), rtol=1e-5)
+  np.testing.assert_allclose(update["head"]["kernel"], -0.5 * np.sign(grads["head"]["kernel"]), rtol=1e-5)
 
 
 def test_weight_decay_is_for_matrices_only():
