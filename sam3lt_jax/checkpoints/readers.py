@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,11 +28,16 @@ _LFS = b"version https://git-lfs"
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-  """A tensor in a file: `read()` brings it into memory (or maps it). Treat what it returns as read-only."""
+  """A tensor in a file.
+
+  `read()` brings it into memory (or maps it); treat what it returns as read-only. `release()` when it was
+  copied: the pages of a mapping otherwise count as this process's memory until the file is closed.
+  """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[], np.ndarray]
+  release: Callable[[], None] = lambda: None
 
   @property
   def nbytes(self) -> int:
@@ -133,16 +140,41 @@ def _open_safetensors(path: str, stack: contextlib.ExitStack) -> dict[str, LazyT
       f"{path} is truncated or corrupted ({e}; {size} bytes on disk); download or copy it again"
     ) from e
   dtypes = _dtypes()
+  mapping = np.memmap(path, np.uint8, "r")
   tensors = {}
-  for key in file.keys():
+  for key, (start, stop) in _extents(path).items():
     view = file.get_slice(key)
     if view.get_dtype() not in dtypes:
       raise CheckpointError(f"{path}: tensor {key} has dtype {view.get_dtype()}, which cannot be read")
-    shape = tuple(view.get_shape())
+    shape, dtype = tuple(view.get_shape()), dtypes[view.get_dtype()]
     tensors[key] = LazyTensor(
-      shape, dtypes[view.get_dtype()], lambda file=file, key=key: file.get_tensor(key)
+      shape,
+      dtype,
+      functools.partial(_view, mapping, start, stop, shape, dtype),
+      functools.partial(_drop_pages, mapping),
     )
   return tensors
+
+
+def _extents(path: str) -> dict[str, tuple[int, int]]:
+  """Key -> first byte and end in a safetensors file that `safe_open` has found sound."""
+  with open(path, "rb") as f:
+    data = 8 + int.from_bytes(f.read(8), "little")
+    header = json.loads(f.read(data - 8))
+  header.pop("__metadata__", None)
+  return {key: tuple(data + at for at in entry["data_offsets"]) for key, entry in header.items()}
+
+
+def _view(mapping: np.ndarray, start: int, stop: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  part = mapping[start:stop].view(np.ndarray)
+  if start % dtype.itemsize:  # the format allows it, numpy does not
+    part = part.copy()
+  return part.view(dtype).reshape(shape)
+
+
+def _drop_pages(mapping: np.memmap) -> None:
+  if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+    mapping._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def _check_pointer(path: str) -> None:

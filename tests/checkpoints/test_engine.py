@@ -87,6 +87,14 @@ def test_leaves_are_copies_in_the_asked_dtype():
     assert not any(np.shares_memory(leaf, t) for t in given.values())
 
 
+def test_leaves_are_where_xla_takes_them_without_a_copy():
+  for shape in ((3,), (5, 7), (300, 300)):
+    for array in (np.ones(shape, np.float32), np.ones(shape, np.float32).T):
+      copy = engine._copy(array, np.float16)
+      assert copy.ctypes.data % 64 == 0 and copy.flags.c_contiguous and copy.dtype == np.float16
+      np.testing.assert_array_equal(copy, array)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_floats_are_cast(dtype):
   given = {k: v.astype(dtype) if v.dtype == np.float32 else v for k, v in tensors().items()}

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import types
 
@@ -257,3 +258,35 @@ def test_without_torch(tmp_path, monkeypatch):
     readers.open_tensors(tmp_path / "m.pt"),
   ):
     pass
+
+
+def test_what_was_released_takes_no_memory_and_can_be_read_again(tmp_path):
+  values = {"a": np.arange(4 << 20, dtype=np.float32), "b": np.arange(3, dtype=np.float32)}
+  save_file(values, tmp_path / "model.safetensors")
+
+  def resident():  # pages of files in this process, in bytes
+    with open("/proc/self/status") as f:
+      return next(int(line.split()[1]) << 10 for line in f if line.startswith("RssFile"))
+
+  if not os.path.exists("/proc/self/status"):
+    pytest.skip("needs Linux")
+  with readers.open_tensors(tmp_path) as tensors:
+    before = resident()
+    assert tensors["a"].read().sum() > 0
+    assert resident() - before > 12 << 20
+    tensors["a"].release()
+    assert resident() - before < 4 << 20
+    np.testing.assert_array_equal(tensors["a"].read(), values["a"])
+
+
+def test_tensors_may_lie_at_any_byte(tmp_path):
+  """The format does not promise alignment."""
+  byte, four = np.array([7], np.uint8), np.array([1.5, -2.0], np.float32)
+  header = {
+    "byte": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+    "four": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+  }
+  head = json.dumps(header).encode()
+  data = len(head).to_bytes(8, "little") + head + byte.tobytes() + four.tobytes()
+  (tmp_path / "odd.safetensors").write_bytes(data)
+  assert_same(read_all(tmp_path / "odd.safetensors"), {"byte": byte, "four": four})
