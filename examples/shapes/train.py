@@ -53,13 +53,14 @@ class VisionRun:
 class TeacherRun:
   """Numbers of stage 1."""
 
-  steps: int = 14_000
+  steps: int = 5_000
   images: int = 6
   questions: int = 6
   seed: int = 1
   optimizer: OptimizerConfig = OptimizerConfig(
-    peak_lr=6e-4, total_steps=14_000, warmup_steps=400, end_lr=6e-6, weight_decay=1e-3, clip_norm=1.0,
-    ema_decay=0.998,
+    peak_lr=1e-3, total_steps=5_000, warmup_steps=200, end_lr=1e-5, weight_decay=1e-3, muon_rms=1.0,
+    muon_for=r"(detr_encoder|detr_decoder|geometry_encoder)/layers_", ema_decay=0.998,
+    lr_scale=(("vision_encoder/backbone", 0.3),),
   )  # fmt: skip
   loss: DetectionLossConfig = DetectionLossConfig(
     class_weight=4.0, positive_weight=5.0, queries_scale=None, presence_weight=4.0, mask_weight=20.0,

@@ -18,7 +18,6 @@ Schedule = Callable[[Any], jax.Array]
 
 # Only these are stacks of which the lowest layer is farthest from the loss. "" is a tree that is one encoder.
 _TOWERS = ("", "text_encoder", "backbone")
-_LAYER_NAME = re.compile(r"layers_\d+")
 _LAYER = re.compile(r"(?:(?P<tower>.*)/)?layers_(?P<index>\d+)/.*")
 
 
@@ -35,10 +34,11 @@ class OptimizerConfig:
     weight_decay: AdamW's, for parameters of two and more dimensions. Those of one (biases, norms, layer
       scales) have none.
     b1, b2, eps: Adam's.
-    muon_rms: the matrices of layers (parameters of two dimensions under a `layers_{i}`) get, in place of
-      Adam's update, Muon's: their momentum, orthogonalised, scaled to this root mean square before the rate.
-      0.2 is about what Adam's updates have. Networks trained from nothing learn from far fewer images by it.
-      None: Adam for all of them.
+    muon_rms: matrices (parameters of two dimensions) whose path `muon_for` finds (`re.search`; default: those
+      of layers) get, in place of Adam's update, Muon's: their momentum, orthogonalised, scaled to this root
+      mean square before the rate. 0.2 is about what Adam's updates have. Networks trained from nothing learn
+      from far fewer images by it; it costs matrix products that do not shrink with the batch. None: Adam for
+      all of them.
     clip_norm: gradients are scaled down to this global norm; None: not clipped.
     accumulate: calls whose mean gradient makes one update.
     layer_decay: the rate of a layer `n` layers below an encoder's top is multiplied by this to the power `n`;
@@ -61,6 +61,7 @@ class OptimizerConfig:
   b2: float = 0.999
   eps: float = 1e-8
   muon_rms: float | None = None
+  muon_for: str = r"layers_\d+/"
   clip_norm: float | None = 1.0
   accumulate: int = 1
   layer_decay: float | None = None
@@ -201,7 +202,7 @@ def make_optimizer(
 
   parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
   adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-  parts.append(adam if config.muon_rms is None else _muon_or(adam, config.muon_rms))
+  parts.append(adam if config.muon_rms is None else _muon_or(adam, config))
   if config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=has_weight_decay))
   if any(factor != 1 for factor in factors.values()):
@@ -213,18 +214,18 @@ def make_optimizer(
   return tx, schedule
 
 
-def _muon_or(adam: optax.GradientTransformation, rms: float) -> optax.GradientTransformation:
-  """Muon for the matrices of layers, `adam` for everything else."""
+def _muon_or(adam: optax.GradientTransformation, config: OptimizerConfig) -> optax.GradientTransformation:
+  """Muon for the matrices that the configuration names, `adam` for everything else."""
 
   def rule(path, x):
-    in_layer = any(_LAYER_NAME.fullmatch(str(part.key)) for part in path)
-    return "muon" if in_layer and jnp.ndim(x) == 2 else "adam"
+    found = re.search(config.muon_for, "/".join(str(part.key) for part in path))
+    return "muon" if found and jnp.ndim(x) == 2 else "adam"
 
   def dimensions(params):  # the default marks a whole tree, which fails on the parts that are Adam's
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
 
   def to_rms(updates, _):  # an orthogonal matrix [m, n] has a root mean square of max(m, n) ** -0.5
-    return jax.tree.map(lambda x: x * (rms * max(x.shape) ** 0.5), updates)
+    return jax.tree.map(lambda x: x * (config.muon_rms * max(x.shape) ** 0.5), updates)
 
   muon = optax.contrib.scale_by_muon(weight_dimension_numbers=dimensions)
   return optax.partition(

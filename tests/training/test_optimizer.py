@@ -92,6 +92,16 @@ def test_muon_makes_the_matrices_of_layers_orthogonal():
   np.testing.assert_allclose(update["head"]["kernel"], -0.5 * np.sign(grads["head"]["kernel"]), rtol=1e-5)
 
 
+def test_muon_is_for_the_paths_that_are_named():
+  matrix = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+  grads = {"detr_encoder": {"layers_0": {"kernel": matrix}}, "text_encoder": {"layers_0": {"kernel": matrix}}}
+  params = jax.tree.map(np.ones_like, grads)
+  update = first_update(constant(muon_rms=0.2, muon_for="detr_.*/layers_"), params, grads)
+  adam, muon = (update[name]["layers_0"]["kernel"] for name in ("text_encoder", "detr_encoder"))
+  np.testing.assert_allclose(adam, -0.5 * np.sign(matrix), rtol=1e-5)
+  assert np.sqrt((muon**2).mean()) == pytest.approx(0.1, rel=0.2)
+
+
 def test_weight_decay_is_for_matrices_only():
   params = {"kernel": np.full((2, 3), 4.0, np.float32), "bias": np.full(3, 4.0, np.float32)}
   update = first_update(constant(weight_decay=0.1), params, {"kernel": np.zeros((2, 3)), "bias": np.zeros(3)})
