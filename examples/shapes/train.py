@@ -21,10 +21,11 @@ from sam3lt_jax import parallel, save_pretrained
 from sam3lt_jax.config import BOX_ONLY_PHRASE
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.shapes import evaluation, models
-from sam3lt_jax.shapes.data import HELD_OUT_SCENES, ShapesBatches
+from sam3lt_jax.shapes.data import HELD_OUT_SCENES, QuestionMix, ShapesBatches
 from sam3lt_jax.shapes.phrases import all_phrases
-from sam3lt_jax.shapes.pretraining import DenseBatches, make_dense_loss_fn
+from sam3lt_jax.shapes.pretraining import DenseBatches, make_dense_loss_fn, with_unit_maps
 from sam3lt_jax.shapes.scenes import SceneConfig
+from sam3lt_jax.training.detection.initialization import start_locally
 from sam3lt_jax.training.detection.losses import DetectionLossConfig, make_detection_loss_fn
 from sam3lt_jax.training.distillation.config import DistillationConfig
 from sam3lt_jax.training.distillation.run import DistillationResult, distill
@@ -53,12 +54,14 @@ class VisionRun:
 class TeacherRun:
   """Numbers of stage 1."""
 
-  steps: int = 5_000
+  steps: int = 9_000
   images: int = 6
   questions: int = 6
   seed: int = 1
+  scene: SceneConfig = SceneConfig(min_objects=2)
+  mix: QuestionMix = QuestionMix()
   optimizer: OptimizerConfig = OptimizerConfig(
-    peak_lr=1e-3, total_steps=5_000, warmup_steps=200, end_lr=1e-5, weight_decay=1e-3, muon_rms=1.0,
+    peak_lr=1e-3, total_steps=9_000, warmup_steps=200, end_lr=1e-5, weight_decay=1e-3, muon_rms=1.0,
     muon_for=r"(detr_encoder|detr_decoder|geometry_encoder)/layers_", ema_decay=0.998,
     lr_scale=(("vision_encoder/backbone", 0.3),),
   )  # fmt: skip
@@ -72,7 +75,7 @@ class TeacherRun:
 class StudentRun:
   """Numbers of stage 2, fields of `DistillationConfig`."""
 
-  steps: int = 6_000
+  steps: int = 4_000
   batch_size: int = 128
   accumulate: int = 1
   held_out: float = 0.1
@@ -103,19 +106,26 @@ def pretrain_vision(run: VisionRun, directory: str) -> Any:
     checkpoint_every=1000,
     fingerprint={"run": dataclasses.asdict(run), "scene": dataclasses.asdict(SceneConfig())},
   )
-  return jax.tree.map(np.asarray, state.params["vision_encoder"])
+  vision = jax.tree.map(np.asarray, state.params["vision_encoder"])
+  some = DenseBatches(images=32, side=models.mask_side(), seed=run.seed)[0]
+  return with_unit_maps(model, vision, some["pixel_values"])
 
 
 def train_teacher(run: TeacherRun, vision: Any, directory: str) -> tuple[Sam3LiteText, TrainState]:
   """Stage 1: all of the teacher, with the vision encoder of stage 0, else from random weights."""
   model = Sam3LiteText(models.teacher_config())
   variables = model.init_variables(jax.random.key(run.seed))
-  variables["params"]["vision_encoder"] = vision
+  variables["params"] |= {
+    "vision_encoder": vision,
+    "detr_decoder": start_locally(variables["params"]["detr_decoder"]),
+  }
   data = ShapesBatches(
     models.tokenizer(),
     images=run.images,
     questions=run.questions,
     mask_side=models.mask_side(),
+    scene=run.scene,
+    mix=run.mix,
     seed=run.seed,
   )
   loss_fn = make_detection_loss_fn(model.clone(one_to_many=True), run.loss, deterministic=True)
@@ -138,7 +148,7 @@ def train_teacher(run: TeacherRun, vision: Any, directory: str) -> tuple[Sam3Lit
     evaluate_every=1000,
     checkpoint_every=500,
     best=("eval_cgF1", "max"),
-    fingerprint={"run": dataclasses.asdict(run), "scene": dataclasses.asdict(SceneConfig())},
+    fingerprint={"run": dataclasses.asdict(run)},
   )  # fmt: skip
   return model, state
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
-from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, phrase_about
+from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, phrase_about, simple_phrase_about
 from sam3lt_jax.shapes.scenes import Scene, SceneConfig, draw_scene
 
 HELD_OUT_SEED = 1_000_000_000
@@ -47,9 +47,12 @@ class QuestionMix:
   Attributes:
     absent: phrases that match nothing. positive_box, negative_box, phrase_and_box: as in the module's table,
       asked where the scene allows it, else a phrase instead.
+    simple: of the phrases about an object, the share that names at most one thing about it ("shape",
+      "circle", "red shape"). They match more objects, and so teach more.
   """
 
   absent: float = 0.35
+  simple: float = 0.5
   positive_box: float = 0.15
   negative_box: float = 0.08
   phrase_and_box: float = 0.05
@@ -65,7 +68,8 @@ def ask(scene: Scene, rng: np.random.Generator, mix: QuestionMix = QuestionMix()
   chosen = int(rng.integers(len(things)))
   if sort == 0:
     return about_kind(scene, chosen, rng)
-  phrase = phrase_about(things[chosen], rng)
+  about = simple_phrase_about if rng.random() < mix.simple else phrase_about
+  phrase = about(things[chosen], rng)
   if sort == 1:
     phrase = dataclasses.replace(phrase, kind=None)  # a phrase that several kinds can match
   answer = tuple(i for i, t in enumerate(things) if phrase.matches(t))

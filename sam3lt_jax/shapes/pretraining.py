@@ -140,3 +140,25 @@ def make_dense_loss_fn(model: Sam3LiteText, side: int) -> tuple[Callable, Callab
     return {"vision_encoder": vision, "heads": heads.init(key, maps)["params"]}
 
   return loss_fn, init
+
+
+def with_unit_maps(model: Sam3LiteText, vision: Any, pixels: np.ndarray) -> Any:
+  """The vision encoder's parameters with every map of the neck scaled to a standard deviation of 1.
+
+  Nothing in stage 0 holds the maps' scale, and it grows (33 for the coarsest, measured). The detector reads
+  the coarsest map without a norm and adds positions of about 1 to it: where the map is thirty times as large,
+  the decoder cannot tell places apart and learns nothing.
+
+  Args:
+    vision: the parameters. pixels: float32 [B, S, S, 3], scenes to measure by.
+  """
+  variables = {"params": {"vision_encoder": vision}}
+  maps = model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+  neck = dict(vision["neck"])
+  for i, x in enumerate(maps):
+    level = dict(neck[f"fpn_layers_{i}"])
+    level["proj2"] = jax.tree.map(
+      lambda w, x=x: np.asarray(w / x.std()), level["proj2"]
+    )  # nothing follows it
+    neck[f"fpn_layers_{i}"] = level
+  return {**vision, "neck": neck}

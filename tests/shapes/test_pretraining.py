@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam3lt_jax.shapes import pretraining
-from sam3lt_jax.shapes.pretraining import DenseBatches, dense_labels, dense_loss
+from sam3lt_jax.model import Sam3LiteText
+from sam3lt_jax.shapes import models, pretraining
+from sam3lt_jax.shapes.pretraining import DenseBatches, dense_labels, dense_loss, with_unit_maps
 from sam3lt_jax.shapes.scenes import Scene, SceneObject
 
 
@@ -56,3 +58,20 @@ def test_batches():
   assert a["pixel_values"].shape == (2, 120, 120, 3) and a["edges"].shape == (2, 40, 40, 4)
   with pytest.raises(ValueError, match="held-out"):
     DenseBatches(images=2, side=40, seed=10)[0]
+
+
+def test_maps_are_brought_to_one_scale():
+  """Same directions, standard deviation 1, and the parameters given stay as they were."""
+  model = Sam3LiteText(models.teacher_config())
+  vision = model.init_variables(jax.random.key(0))["params"]["vision_encoder"]
+  vision = jax.tree.map(lambda x: np.asarray(x) * 3, vision)
+  pixels = DenseBatches(images=2, side=40, seed=2)[0]["pixel_values"]
+
+  def maps(vision):
+    variables = {"params": {"vision_encoder": vision}}
+    return model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+
+  before, after = maps(vision), maps(with_unit_maps(model, vision, pixels))
+  for a, b in zip(before, after):
+    assert abs(float(a.std()) - 1) > 0.2 and float(b.std()) == pytest.approx(1, rel=1e-4)
+    np.testing.assert_allclose(b, a / a.std(), atol=1e-4)

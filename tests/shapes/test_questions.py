@@ -18,7 +18,7 @@ from sam3lt_jax.shapes.data import (
   without_kind,
 )
 from sam3lt_jax.shapes.evaluation import questions_about
-from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, all_phrases, phrase_about
+from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, all_phrases, phrase_about, simple_phrase_about
 from sam3lt_jax.shapes.scenes import Scene, SceneObject, draw_scene
 
 
@@ -55,6 +55,13 @@ def test_words_stand_in_order():
   assert str(Phrase(colour="red")) == "red shape"
   phrases = all_phrases()
   assert len(set(phrases)) == len(phrases) == 7 * 9 * 5 * 3
+
+
+def test_simple_phrases_name_one_thing_at_most():
+  rng = np.random.default_rng(0)
+  said = {str(simple_phrase_about(SCENE.objects[0], rng)) for _ in range(200)}
+  assert said == {"shape", "circle", "red shape", "plain shape", "small shape"}
+  assert "medium" not in {str(simple_phrase_about(SCENE.objects[2], rng)) for _ in range(200)}
 
 
 def test_drawn_phrases_are_true():
