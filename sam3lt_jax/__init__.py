@@ -18,14 +18,15 @@ __version__ = "0.1.0"
 # Names are resolved on first use, so that importing the package stays fast and touches no device.
 _EXPORTS = {
   "Predictor": "predictor",
+  "PreparedFeatures": "features",
   "Profile": "config",
   "Results": "processing.results",
   "Sam3LiteText": "model",
   "Sam3LiteTextConfig": "config",
   "Sam3LiteTextOutput": "model",
   "Sam3Processor": "processing.processor",
-  "TextFeatures": "model",
-  "VisionFeatures": "model",
+  "TextFeatures": "features",
+  "VisionFeatures": "features",
   "from_pretrained": "checkpoints",
   "save_pretrained": "checkpoints",
 }

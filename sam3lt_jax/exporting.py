@@ -30,7 +30,8 @@ import numpy as np
 from sam3lt_jax import __version__, export_loader
 from sam3lt_jax.checkpoints import engine
 from sam3lt_jax.config import PADDING_LABEL
-from sam3lt_jax.model import Sam3LiteText, TextFeatures, VisionFeatures
+from sam3lt_jax.features import TextFeatures, VisionFeatures
+from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.ops import attention
 
 if TYPE_CHECKING:

@@ -8,29 +8,38 @@ Source: MobileCLIP's reparameterisation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
+  from sam3lt_jax.config import TextConfig
   from sam3lt_jax.model import Sam3LiteText, Variables
 
 
 def fuse(model: Sam3LiteText, variables: Variables) -> tuple[Sam3LiteText, Variables]:
   """(model, variables) with `config.text.fused` and no BatchNorm; the arguments are left as they are.
 
-  Equal to the unfused model at inference up to rounding (tested to 1e-5).
+  Equal to the unfused model at inference up to rounding (tested to 1e-5). Of `jax.ShapeDtypeStruct`s it gives
+  those of the fused variables.
   """
   text = model.config.text
   if text.fused or not text.use_repmixer_blocks or text.kind != "mobileclip":
     return model, variables
+  config = model.config.replace(text=dataclasses.replace(text, fused=True))
+  shapes_only = isinstance(jax.tree.leaves(variables)[0], jax.ShapeDtypeStruct)
+  fused = jax.eval_shape(functools.partial(_fuse, text), variables) if shapes_only else _fuse(text, variables)
+  return model.clone(config=config), fused
+
+
+def _fuse(text: TextConfig, variables: Variables) -> Variables:
   encoder = dict(variables["params"]["text_encoder"])
   stats = variables["batch_stats"]["text_encoder"]
   for name in {"layers_0", f"layers_{text.num_hidden_layers - 1}"}:
     encoder[name] = _fuse_block(encoder[name], stats[name], text.batch_norm_eps)
-  config = model.config.replace(text=dataclasses.replace(text, fused=True))
-  return model.clone(config=config), {"params": variables["params"] | {"text_encoder": encoder}}
+  return {"params": variables["params"] | {"text_encoder": encoder}}
 
 
 def _fuse_block(params, stats, eps):

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.config import PADDING_LABEL, Sam3LiteTextConfig
+from sam3lt_jax.features import PreparedFeatures, TextFeatures, VisionFeatures
 from sam3lt_jax.model_inputs import check_boxes, image_of_each_prompt, token_mask
 from sam3lt_jax.nn.detr_decoder import DetrDecoder
 from sam3lt_jax.nn.fusion_encoder import FusionEncoder
@@ -33,32 +34,6 @@ from sam3lt_jax.ops import boxes as box_ops
 from sam3lt_jax.ops import positions
 
 Variables = dict[str, Any]
-
-
-@flax.struct.dataclass
-class VisionFeatures:
-  """What an image becomes.
-
-  Attributes:
-    fpn_hidden_states: three maps [B, h, w, D] of 4, 2 and 1 times the token grid (288, 144, 72 at 1008 px).
-  """
-
-  fpn_hidden_states: tuple[jax.Array, ...]
-
-
-@flax.struct.dataclass
-class TextFeatures:
-  """What a phrase becomes. Names follow transformers, whose `pooler_output` is a whole sequence here.
-
-  Attributes:
-    last_hidden_state: [P, T, text width] after the text encoder's final LayerNorm.
-    pooler_output: [P, T, D] tokens projected to the detector's width; what the detector reads.
-    attention_mask: bool [P, T], True for tokens of the phrase.
-  """
-
-  last_hidden_state: jax.Array
-  pooler_output: jax.Array
-  attention_mask: jax.Array
 
 
 @flax.struct.dataclass
@@ -158,7 +133,13 @@ class Sam3LiteText(nn.Module):
       **dropout(g.dropout), **kw,
     )  # fmt: skip
     self.detr_encoder = FusionEncoder(
-      e.num_layers, e.num_attention_heads, e.intermediate_size, **dropout(e.dropout), remat=self.remat, **kw
+      e.num_layers,
+      e.num_attention_heads,
+      e.hidden_size,
+      e.intermediate_size,
+      **dropout(e.dropout),
+      remat=self.remat,
+      **kw,
     )
     self.detr_decoder = DetrDecoder(
       d.hidden_size, d.num_layers, d.num_queries, d.num_attention_heads, d.intermediate_size,
@@ -185,7 +166,7 @@ class Sam3LiteText(nn.Module):
     input_boxes: jax.Array | None = None,
     input_boxes_labels: jax.Array | None = None,
     image_index: jax.Array | None = None,
-    vision_embeds: VisionFeatures | None = None,
+    vision_embeds: VisionFeatures | PreparedFeatures | None = None,
     text_embeds: TextFeatures | jax.Array | None = None,
     deterministic: bool = True,
     update_batch_stats: bool = False,
@@ -200,7 +181,7 @@ class Sam3LiteText(nn.Module):
       input_boxes_labels: int32 [P, N], 1 positive, 0 negative, -10 padding; None: all positive.
       image_index: int32 [P], which image each prompt is for; a number beyond the images gives NaN.
         None: prompt p is for image p, a single image serves all prompts, a single prompt all images.
-      vision_embeds: in place of pixel_values, from `get_vision_features`.
+      vision_embeds: in place of pixel_values, from `get_vision_features` or `prepare`.
       text_embeds: in place of input_ids: `TextFeatures`, or its `pooler_output` [P, T, D] and attention_mask.
       deterministic: False applies dropout (rng "dropout"); where it acts follows the profile.
       update_batch_stats: True normalises RepMixer blocks by the batch and updates `batch_stats` (mutable).
@@ -210,8 +191,9 @@ class Sam3LiteText(nn.Module):
       ValueError: arguments that contradict each other, or shapes that are not as above.
     """
     taps: Taps = {} if output_intermediates else None
-    if vision_embeds is not None and not isinstance(vision_embeds, VisionFeatures):
-      raise ValueError(f"vision_embeds must be VisionFeatures, got {type(vision_embeds).__name__}")
+    if not isinstance(vision_embeds, VisionFeatures | PreparedFeatures | None):
+      got = type(vision_embeds).__name__
+      raise ValueError(f"vision_embeds must be VisionFeatures or PreparedFeatures, got {got}")
     if (pixel_values is None) == (vision_embeds is None):
       raise ValueError("pass exactly one of pixel_values and vision_embeds")
     if (input_ids is None) == (text_embeds is None):
@@ -230,6 +212,18 @@ class Sam3LiteText(nn.Module):
   def get_vision_features(self, pixel_values: jax.Array, deterministic: bool = True) -> VisionFeatures:
     """pixel_values [B, S, S, 3] in [-1, 1] -> `VisionFeatures`, to be reused over many prompts."""
     return self._vision(pixel_values, deterministic, None)
+
+  def prepare(self, vision: VisionFeatures) -> PreparedFeatures:
+    """What many prompts about the same images share, computed once: about a quarter of a prompt's work.
+
+    Equal to passing `vision` itself up to rounding. Without dropout: training with it takes `VisionFeatures`.
+    A call with more prompts than images does this by itself.
+    """
+    *finer, image = vision.fpn_hidden_states
+    B, h, w, D = image.shape
+    place = positions.map_positions(h, w, D).reshape(h * w, D)
+    mixed = self.detr_encoder.mix(image.reshape(B, h * w, D), place).reshape(image.shape)
+    return PreparedFeatures(image, mixed, self.mask_decoder.convolve(tuple(finer)))
 
   def get_text_features(
     self, input_ids: jax.Array, attention_mask: jax.Array | None = None, update_batch_stats: bool = False
@@ -305,7 +299,7 @@ class Sam3LiteText(nn.Module):
 
   def _detect(
     self,
-    vision: VisionFeatures,
+    vision: VisionFeatures | PreparedFeatures,
     text: TextFeatures,
     boxes,
     labels,
@@ -314,7 +308,14 @@ class Sam3LiteText(nn.Module):
     taps: Taps,
   ) -> Sam3LiteTextOutput:
     """Everything after the two encoders."""
-    *finer, image = image_of_each_prompt(vision.fpn_hidden_states, text.pooler_output.shape[0], image_index)
+    P = text.pooler_output.shape[0]
+    rows = P if image_index is None else image_index.shape[0]
+    if isinstance(vision, VisionFeatures) and self._shares(vision, rows, deterministic):
+      vision = self.prepare(vision)
+    prepared = isinstance(vision, PreparedFeatures)
+    maps = (*vision.convolved, vision.mixed, vision.image) if prepared else vision.fpn_hidden_states
+    *finer, image = image_of_each_prompt(maps, P, image_index)
+    mixed = finer.pop() if prepared else image
     prompts = image.shape[0]
     tokens, mask = (
       jnp.broadcast_to(a, (prompts, *a.shape[1:])) for a in (text.pooler_output, text.attention_mask)
@@ -330,7 +331,8 @@ class Sam3LiteText(nn.Module):
 
     P, h, w, D = image.shape
     flat_place = place.reshape(h * w, D)
-    encoded = self.detr_encoder(image.reshape(P, h * w, D), flat_place, tokens, mask, deterministic)
+    mixed = mixed.reshape(P, h * w, D)
+    encoded = self.detr_encoder(mixed, flat_place, tokens, mask, deterministic, prepared)
     tap(taps, "encoder_output", encoded)
     encoded = encoded.reshape(P, h, w, D)
     decoded = self.detr_decoder(encoded, place, tokens, mask, deterministic)
@@ -344,7 +346,7 @@ class Sam3LiteText(nn.Module):
     tap(taps, "decoder_boxes", boxes)
     tap(taps, "decoder_logits", logits)
     tap(taps, "decoder_presence_logits", decoded.presence_logits)
-    masks, semantic = self.mask_decoder(hidden[-1], tuple(finer), encoded, tokens, mask, taps)
+    masks, semantic = self.mask_decoder(hidden[-1], tuple(finer), encoded, tokens, mask, taps, prepared)
     return Sam3LiteTextOutput(
       pred_masks=masks,
       pred_boxes=box_ops.cxcywh_to_xyxy(boxes[-1]),
@@ -353,6 +355,11 @@ class Sam3LiteText(nn.Module):
       semantic_seg=semantic,
       intermediates=taps,
     )
+
+  def _shares(self, vision: VisionFeatures, rows: int, deterministic: bool) -> bool:
+    """Whether several prompts ask about one image, so that `prepare` pays."""
+    plain = deterministic and not self.remat and not self.is_initializing()
+    return plain and vision.fpn_hidden_states[-1].shape[0] < rows
 
   def _geometry_tokens(self, boxes, labels, image, place, deterministic: bool):
     """Box tokens and the CLS token with their mask, or None where the profile adds none without boxes."""

@@ -8,22 +8,23 @@ phrase, another number of boxes or another photo size compiles nothing.
 from __future__ import annotations
 
 import collections
-import contextlib
+import concurrent.futures
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax.config import PADDING_LABEL
-from sam3lt_jax.model import Sam3LiteText, TextFeatures, Variables, VisionFeatures
+from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+from sam3lt_jax.model import PreparedFeatures, Sam3LiteText, TextFeatures, Variables
 from sam3lt_jax.ops.interpolation import interpolation_matrix
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.results import Results
+from sam3lt_jax.programs import Program, explain_memory, return_freed_memory, shapes_of
 
 TEXT_BATCH = 8  # phrases encoded at once
 TEXT_CACHE = 4096  # phrases kept, about 16 kB each
@@ -82,10 +83,11 @@ class Predictor:
     self._box_buckets = _buckets("box_buckets", box_buckets)
     self._masks_on_device = not on_cpu if masks_on_device is None else masks_on_device
     self._phrases: collections.OrderedDict[str, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
-    self._image: tuple[VisionFeatures, tuple[int, int]] | None = None
+    self._image: tuple[PreparedFeatures, tuple[int, int]] | None = None
 
     def encode_image(variables, pixels):
-      return model.apply(variables, pixels, method="get_vision_features")
+      vision = model.apply(variables, pixels, method="get_vision_features")
+      return model.apply(variables, vision, method="prepare")
 
     def encode_text(variables, ids, mask):
       return model.apply(variables, ids, mask, method="get_text_features").pooler_output
@@ -97,9 +99,8 @@ class Predictor:
       )
       return out.pred_logits, out.presence_logits, out.pred_boxes, out.pred_masks
 
-    self._encode_image = jax.jit(encode_image)
-    self._encode_text = jax.jit(encode_text)
-    self._detect = jax.jit(detect)
+    self._encode_image, self._encode_text = Program(encode_image), Program(encode_text)
+    self._detect = Program(detect)
     self._enlarge = jax.jit(_enlarge, static_argnames="mask_order")
 
   @classmethod
@@ -116,6 +117,7 @@ class Predictor:
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
+    compile_ahead: bool = True,
     **options: Any,
   ) -> Predictor:
     """Loads a checkpoint and its processor.
@@ -126,6 +128,7 @@ class Predictor:
       dtype: what layers compute in, "float32" or "bfloat16".
       param_dtype: what parameters are stored in; default: `dtype`.
       image_size: side of the model's input in pixels, a multiple of 14; default: the configuration's (1008).
+      compile_ahead: compile what a first call with a phrase needs while the weights are read.
       options: of `Predictor`.
 
     Raises:
@@ -138,16 +141,52 @@ class Predictor:
     }  # fmt: skip
     found = sources.locate(source, **hub_options)
     local = source if found.kind == "random" else found.path
-    model, variables = from_pretrained(
-      local, config, profile, dtype, dtype if param_dtype is None else param_dtype
-    )
-    tokenizer = None
-    if os.path.isdir(local):  # beside the weights may lie a tokenizer and an image size
-      saved = Sam3Processor.from_pretrained(local, model.config.profile)
-      tokenizer = saved.tokenizer
-      image_size = saved.image_size if image_size is None else image_size
-    processor = Sam3Processor(model.config, image_size=image_size, tokenizer=tokenizer)
-    return cls(model, variables, processor, **options)
+    empty: list[Predictor] = []
+
+    def model_known(model: Sam3LiteText, shapes: Variables) -> None:
+      size, tokenizer = image_size, None
+      if os.path.isdir(local):  # beside the weights may lie a tokenizer and an image size
+        saved = Sam3Processor.from_pretrained(local, model.config.profile)
+        tokenizer = saved.tokenizer
+        size = saved.image_size if size is None else size
+      processor = Sam3Processor(model.config, image_size=size, tokenizer=tokenizer)
+      empty.append(cls(model, shapes, processor, **options))
+      if compile_ahead:
+        empty[0]._compile_ahead(background)
+
+    background = concurrent.futures.ThreadPoolExecutor(1, "sam3lt-compile")
+    try:
+      model, variables = from_pretrained(
+        local, config, profile, dtype, dtype if param_dtype is None else param_dtype, model_known=model_known
+      )
+    except BaseException:
+      background.shutdown(wait=False, cancel_futures=True)
+      raise
+    background.shutdown(wait=False)
+    (predictor,) = empty
+    predictor.variables = model.fuse(variables)[1] if predictor.model.config.text.fused else variables
+    return predictor
+
+  def _compile_ahead(self, executor: concurrent.futures.Executor) -> None:
+    """Compiles what a call with a phrase needs, in the executor's thread. `variables` may be shapes."""
+    variables, side = shapes_of(self.variables), self.processor.image_size
+    pixels = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+    image = self._encode_image.compile_in(executor, lambda: (variables, pixels))
+
+    def phrases() -> tuple:
+      inputs = self.processor(text=[BOX_ONLY_PHRASE] * TEXT_BATCH)
+      return variables, inputs["input_ids"], inputs["attention_mask"]
+
+    text = self._encode_text.compile_in(executor, phrases)
+
+    def question() -> tuple:
+      P, (_, T, D) = self._prompt_buckets[0], text().shape
+      tokens, mask = (jax.ShapeDtypeStruct((P, T, *s), d) for s, d in (((D,), text().dtype), ((), bool)))
+      boxes, labels = self.box_arrays(prompts.Prompt.parse(BOX_ONLY_PHRASE, None, None), (side, side))
+      return variables, image(), tokens, mask, boxes.repeat(P, 0), labels.repeat(P, 0)
+
+    self._detect.compile_in(executor, question)
+    executor.submit(return_freed_memory)
 
   def __call__(
     self,
@@ -229,7 +268,7 @@ class Predictor:
       postprocess.check_threshold("mask_threshold", mask_threshold),
     )
 
-  def _encode(self, image: Any) -> tuple[VisionFeatures, tuple[int, int]]:
+  def _encode(self, image: Any) -> tuple[PreparedFeatures, tuple[int, int]]:
     pixels, size = image_ops.preprocess(image, self.processor.image_size)
     with explain_memory():
       return jax.block_until_ready(self._encode_image(self.variables, pixels[None])), size
@@ -259,7 +298,7 @@ class Predictor:
 
   def _run(
     self,
-    vision: VisionFeatures,
+    vision: PreparedFeatures,
     size: tuple[int, int],
     prompt: prompts.Prompt,
     threshold: float,
@@ -358,17 +397,3 @@ def _enlarge(masks, row, query, rows, columns, mask_threshold, mask_order):
   return postprocess.upsample_and_binarise_masks(
     chosen, rows, columns, jnp.asarray(mask_threshold, jnp.float32), mask_order
   )
-
-
-@contextlib.contextmanager
-def explain_memory() -> Iterator[None]:
-  """XLA's out-of-memory error, said in one sentence with what helps."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e) and "out of memory" not in str(e).lower():
-      raise
-    raise MemoryError(
-      f"{jax.devices()[0].device_kind} has too little memory for this call; use dtype='bfloat16', fewer "
-      f"prompts at once (prompt_buckets=(1,)) or a smaller image_size ({str(e).splitlines()[0][:200]})"
-    ) from e

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax import Predictor, exporting
-from sam3lt_jax.model import TextFeatures, VisionFeatures
+from sam3lt_jax.features import TextFeatures, VisionFeatures
 from sam3lt_jax.ops import attention
 from tests import tiny
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam3lt_jax import Sam3LiteText, Sam3LiteTextConfig, TextFeatures, VisionFeatures
-from sam3lt_jax.config import TextConfig
+from sam3lt_jax import PreparedFeatures, Sam3LiteText, Sam3LiteTextConfig, TextFeatures, VisionFeatures
+from sam3lt_jax.config import PADDING_LABEL, TextConfig
 from tests import tiny
 
 # Two compilations of one function differ in the order of sums: 1e-6 of values of order 1 to 10.
@@ -213,6 +213,28 @@ def test_one_image_serves_all_prompts_and_one_prompt_all_images(encode, read, de
   assert_same(row(one_prompt, 1), detect(row(vision, 1), row(text, 0)))
   assert one_image.pred_logits.shape[0] == 3
   assert one_prompt.pred_logits.shape[0] == 2
+
+
+def test_prepared_features_change_nothing(model, variables, encode):
+  """Text, boxes and both, with one image a prompt (`index`) and without; sums run in another order."""
+  vision = encode(tiny.pixels(2))
+  prepared = tiny.jit(lambda v: model.apply(variables, v, method="prepare"))(vision)
+  assert isinstance(prepared, PreparedFeatures)
+  ids, mask = tiny.phrases(3)
+  boxes = np.full((3, 1, 4), 0.5, np.float32)
+  labels = np.array([[1], [0], [PADDING_LABEL]], np.int32)
+  kwargs = {"input_boxes": boxes, "input_boxes_labels": labels, "image_index": np.array([1, 0, 1], np.int32)}
+
+  def run(features, **kwargs):
+    return model.apply(variables, None, ids, mask, vision_embeds=features, **kwargs)
+
+  by_prompt = jax.tree.map(lambda x: x[kwargs["image_index"]], (vision, prepared))
+  plain, made_before = by_prompt
+  rest = {k: v for k, v in kwargs.items() if k != "image_index"}
+  wanted = tiny.jit(lambda v: run(v, **rest))(plain)  # a row an image: nothing is shared
+  assert_same(tiny.jit(lambda v: run(v, **kwargs))(vision), wanted, 1e-4)  # shared inside the call
+  assert_same(tiny.jit(lambda v: run(v, **kwargs))(prepared), wanted, 1e-4)
+  assert_same(tiny.jit(lambda v: run(v, **rest))(made_before), wanted, 1e-4)
 
 
 def test_intermediates(whole, model):

@@ -113,7 +113,8 @@ def test_text_features_of_another_kind(model, variables, embeds, mask, message):
 
 
 def test_vision_features_of_another_kind(model, variables):
-  refused(model, variables, "vision_embeds must be VisionFeatures, got tuple", None, IDS, vision_embeds=())
+  accepted = "vision_embeds must be VisionFeatures or PreparedFeatures, got tuple"
+  refused(model, variables, accepted, None, IDS, vision_embeds=())
 
 
 def test_lists_are_taken_for_arrays(model, variables):

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sam3lt_jax import Profile
-from sam3lt_jax.model import PADDING_LABEL, TextFeatures, VisionFeatures
+from sam3lt_jax.config import PADDING_LABEL
+from sam3lt_jax.features import TextFeatures, VisionFeatures
 from tests import tiny
 
 P, N, T, B = 3, 3, 8, 2

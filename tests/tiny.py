@@ -46,7 +46,8 @@ def compiler_options() -> dict[str, Any]:
 
 def jit(function: Callable, **kwargs: Any) -> Callable:
   """`jax.jit`, compiled in a hurry."""
-  return _jit(function, compiler_options=compiler_options(), **kwargs)
+  asked = kwargs.pop("compiler_options", None) or {}
+  return _jit(function, compiler_options=asked | compiler_options(), **kwargs)
 
 
 @contextlib.contextmanager

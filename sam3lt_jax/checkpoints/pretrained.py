@@ -38,6 +38,7 @@ def from_pretrained(
   seed: int = 0,
   device: Any = None,
   progress: bool = True,
+  model_known: Callable[[Sam3LiteText, Variables], None] | None = None,
 ) -> tuple[Sam3LiteText, Variables]:
   """Loads a checkpoint of any known layout.
 
@@ -64,6 +65,8 @@ def from_pretrained(
     seed: of random weights.
     device: a jax device or sharding for every variable. Default: the first device.
     progress: show a bar for what takes more than 2 seconds.
+    model_known: called with the model and its variables as `jax.ShapeDtypeStruct`s before weights are read,
+      for instance to compile in the meantime.
 
   Returns:
     The `Sam3LiteText` and its variables, `{"params": ...}` and for RepMixer text encoders `"batch_stats"`.
@@ -88,19 +91,25 @@ def from_pretrained(
   def place(array: np.ndarray) -> jax.Array:
     return jax.device_put(array, device)
 
+  def known(model: Sam3LiteText, target: Mapping[str, Any]) -> None:
+    if model_known is not None:
+      model_known(model, engine.unflatten(target))
+
   bar = _Bar(f"loading {os.path.basename(os.fspath(source).rstrip(os.sep))}", progress)
   with bar:
     if found.kind == "random":
       config = config or random_init.RANDOM_CONFIGS[found.path]().replace(profile=profile or "original")
       model, target = build(config, **dtypes)
+      known(model, target)
       bar.start(sum(_nbytes(x) for x in target.values()))
       leaves = random_init.random_leaves(target, seed, place, bar.advance)
     elif found.kind == "orbax":
       config = config or _own_config(found.path, profile)
       model, target = build(config, **dtypes)
+      known(model, target)
       leaves = orbax_io.load(found.path, target, device)
     else:
-      model, leaves = _load_tensors(found.path, config, profile, dtypes, place, bar)
+      model, leaves = _load_tensors(found.path, config, profile, dtypes, known, place, bar)
   return model, engine.unflatten(leaves)
 
 
@@ -130,6 +139,7 @@ def _load_tensors(
   config: Sam3LiteTextConfig | None,
   profile: Profile | None,
   dtypes: dict[str, Any],
+  known: Callable[[Sam3LiteText, Mapping[str, Any]], None],
   place: Callable[[np.ndarray], Any],
   bar: _Bar,
 ) -> tuple[Sam3LiteText, dict[str, Any]]:
@@ -155,6 +165,7 @@ def _load_tensors(
       else:
         infer.check_variant(config, shapes, layout.text_kind, path, given=given)
       model, target = build(config, **dtypes)
+      known(model, target)
       bar.start(sum(t.nbytes for t in tensors.values()))
       leaves = engine.load_tensors(layout, tensors, target, where=path, place=place, advance=bar.advance)
   except PermissionError as e:

@@ -143,7 +143,9 @@ def _write_shards(directory: str, entries: Mapping[str, engine.Entry], limit: in
   if len(shards) > 1:
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
   for name, shard in zip(names, shards):
-    save_file({e.key: e.build() for e in shard}, os.path.join(directory, name), metadata={"format": "pt"})
+    file = os.path.join(directory, name)
+    save_file({e.key: e.build() for e in shard}, file, metadata={"format": "pt"})
+    shutil.copymode(os.path.join(directory, "config.json"), file)  # safetensors writes for the owner alone
   if len(shards) > 1:
     weight_map = {e.key: name for name, shard in zip(names, shards) for e in shard}
     total = sum(e.nbytes for e in entries.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.resources
 import os
 from typing import Literal
 
@@ -16,6 +17,7 @@ ALIASES = {
   "s1": "Simon7108528/sam3-litetext-s1",
   "l": "Simon7108528/sam3-litetext-l",
 }
+BUNDLED = ("shapes",)  # directories in `assets`: nothing to download
 _RANDOM = "random:"
 
 
@@ -47,6 +49,8 @@ def locate(
     if name not in random_sources():
       raise CheckpointError(_unknown(name))
     return Located("random", name.removeprefix(_RANDOM))
+  if name in BUNDLED:
+    return _local(bundled(name))
   if os.path.exists(name):
     return _local(name)
   if "://" in name:
@@ -61,6 +65,11 @@ def locate(
       )
     )
   )
+
+
+def bundled(name: str) -> str:
+  """The directory of a model that comes with the package."""
+  return os.fspath(importlib.resources.files("sam3lt_jax") / "assets" / name)
 
 
 def random_sources() -> list[str]:
@@ -90,8 +99,8 @@ def _looks_local(name: str) -> bool:
 
 
 _ACCEPTED = (
-  "'s0', 's1', 'l', a hub id 'owner/name', a directory, a .safetensors or .pt file, or 'random:s0' for "
-  "untrained weights"
+  "'s0', 's1', 'l', 'shapes' (bundled), a hub id 'owner/name', a directory, a .safetensors or .pt file, or "
+  "'random:s0' for untrained weights"
 )
 
 
@@ -102,7 +111,7 @@ def _unknown(name: str) -> str:
     known, what = {os.path.join(parent, n): n for n in here}, "no such file or directory"
     near = [k for k, n in known.items() if n in difflib.get_close_matches(base, here, n=3)]
   else:
-    names = [*ALIASES, *random_sources(), *hub.KNOWN_REPOSITORIES]
+    names = [*ALIASES, *BUNDLED, *random_sources(), *hub.KNOWN_REPOSITORIES]
     short = {n.rpartition("/")[2].lower(): n for n in reversed(names)}  # people leave the owner out
     close = difflib.get_close_matches(name.lower(), [*map(str.lower, names), *short], n=4, cutoff=0.5)
     near = list(dict.fromkeys(short.get(c) or next(n for n in names if n.lower() == c) for c in close))[:3]

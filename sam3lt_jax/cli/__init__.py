@@ -25,6 +25,7 @@ from typing import NoReturn
 
 # verb -> (module, what it does in one line)
 VERBS = {
+  "demo": ("sam3lt_jax.cli.demo", "see it work: a drawn scene and a small model that comes with the package"),
   "segment": ("sam3lt_jax.cli.segment", "find, outline and score all that matches a phrase in photos"),
   "info": ("sam3lt_jax.cli.info", "a model's parts, their parameters and bytes, and its profile"),
   "batch": ("sam3lt_jax.cli.batch", "segment a large set of images: restarts, devices, hosts"),

@@ -24,9 +24,10 @@ from jax.sharding import PartitionSpec as P
 
 from sam3lt_jax import parallel
 from sam3lt_jax.config import BOX_ONLY_PHRASE
-from sam3lt_jax.model import TextFeatures, VisionFeatures
-from sam3lt_jax.predictor import Predictor, explain_memory
+from sam3lt_jax.features import TextFeatures, VisionFeatures
+from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing import postprocess, prompts
+from sam3lt_jax.programs import explain_memory, jit
 
 BUCKETS = (1, 4, 16, 32)  # questions that run together, where there is an accelerator
 LARGEST_BATCH = 16  # images a device, when the program's memory decides
@@ -166,9 +167,12 @@ class Forward:
     lead = tokens.shape[:2]
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     spread = lambda m: flat(jnp.broadcast_to(m[:, None], (*lead, *m.shape[1:])))  # noqa: E731
+    vision = VisionFeatures(tuple(maps))
+    if lead[1] > 1:  # what the prompts share, once an image
+      vision = self._model.apply(variables, vision, method="prepare")
     out = self._model.apply(
       variables,
-      vision_embeds=VisionFeatures(tuple(spread(m) for m in maps)),
+      vision_embeds=jax.tree.map(spread, vision),
       text_embeds=TextFeatures(flat(tokens), flat(tokens), flat(mask)),
       input_boxes=flat(boxes),
       input_boxes_labels=flat(labels),
@@ -187,7 +191,7 @@ class Forward:
         lazy = jax.pmap(function, axis_name="data", devices=list(self.mesh.devices.flat))
       else:
         split = (self._batch_sharding,) * len(arguments)
-        lazy = jax.jit(
+        lazy = jit(
           function, in_shardings=(self._variable_shardings, *split), out_shardings=self._batch_sharding
         )
       with explain_memory():

@@ -56,7 +56,7 @@ def load(config: JobConfig) -> tuple[Predictor, str]:
   """The configuration's predictor and the digest of its weights."""
   options = {"profile": config.profile, "dtype": config.dtype, "image_size": config.image_size}
   with _where_it_fits(config):
-    loaded = Predictor.from_pretrained(config.model, **options, fuse=False)
+    loaded = Predictor.from_pretrained(config.model, **options, fuse=False, compile_ahead=False)
     weights = digest(loaded)  # before folding, whose rounding may depend on the platform
     predictor = Predictor(loaded.model, loaded.variables, loaded.processor)
   if config.model_parallel > 1 and jax.default_backend() != "cpu":

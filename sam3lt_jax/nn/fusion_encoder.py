@@ -24,6 +24,7 @@ class FusionEncoder(nn.Module):
 
   num_layers: int
   num_heads: int
+  features: int
   mlp_hidden: int
   dropout: float = 0.0
   attention_dropout: float = 0.0
@@ -32,19 +33,29 @@ class FusionEncoder(nn.Module):
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
-  @nn.compact
-  def __call__(self, image, positions, prompt, prompt_mask, deterministic: bool = True) -> jax.Array:
-    """image: [P, S, D]; positions: [S, D]; prompt: [P, L, D]; prompt_mask: bool [P, L]. Returns [P, S, D]."""
-    if self.remat and not self.is_initializing():
+  def setup(self):
+    self.layers = [self._layer() for _ in range(self.num_layers)]
+
+  def __call__(
+    self, image, positions, prompt, prompt_mask, deterministic: bool = True, mixed: bool = False
+  ) -> jax.Array:
+    """image: [P, S, D]; positions: [S, D]; prompt: [P, L, D]; prompt_mask: bool [P, L]; mixed: the image
+    comes from `mix`. Returns [P, S, D].
+    """
+    if self.remat and not self.is_initializing() and not mixed:
       return self._scanned(image, positions, prompt, prompt_mask, deterministic)
-    for i in range(self.num_layers):
-      layer = self._layer(name=f"layers_{i}")
-      image = self._call(layer, image, positions, prompt, prompt_mask, deterministic)
+    for i, layer in enumerate(self.layers):
+      image = self._call(layer, image, positions, prompt, prompt_mask, deterministic, mixed and i == 0)
     return image
+
+  def mix(self, image, positions) -> jax.Array:
+    """What the first layer does before it looks at the prompt, without dropout: [B, S, D] -> [B, S, D]."""
+    return self.layers[0].mix(image, positions)
 
   def _layer(self, **fields) -> PreNormLayer:
     return PreNormLayer(
       self.num_heads,
+      self.features,
       self.mlp_hidden,
       self.dropout,
       self.attention_dropout,
@@ -54,9 +65,11 @@ class FusionEncoder(nn.Module):
       **fields,
     )
 
-  def _call(self, layer, image, positions, prompt, prompt_mask, deterministic: bool) -> jax.Array:
+  def _call(self, layer, image, positions, prompt, prompt_mask, deterministic: bool, mixed: bool = False):
     mask = prompt_mask[:, None, None, :]
-    return layer(image, prompt, prompt, positions=positions, cross_mask=mask, deterministic=deterministic)
+    return layer(
+      image, prompt, prompt, positions=positions, cross_mask=mask, deterministic=deterministic, mixed=mixed
+    )
 
   def _scanned(self, image, positions, prompt, prompt_mask, deterministic: bool) -> jax.Array:
     block = self._layer(remat=True, parent=None)

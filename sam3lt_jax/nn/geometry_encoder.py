@@ -67,6 +67,7 @@ class GeometryEncoder(nn.Module):
     for i in range(self.num_layers):
       tokens = PreNormLayer(
         self.num_heads,
+        D,
         self.mlp_hidden,
         self.dropout,
         self.attention_dropout,

@@ -120,22 +120,56 @@ class Conv(nn.Module):
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
-  @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """x: [B, H, W, D_in] -> [B, H', W', features]."""
-    k, D = self.kernel_size, x.shape[-1]
-    kernel = self.param(
-      "kernel", nn.initializers.xavier_uniform(), (k, k, D, self.features), self.param_dtype
-    )
-    bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
-    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    if k == 1:
+    kernel, bias = self._params(x.shape[-1])
+    x = x.astype(self.dtype)
+    if self.kernel_size == 1:
       y = _dot_f32(x, kernel[0, 0], (((3,), (0,)), ((), ())))
     else:
       y = jax.lax.conv_general_dilated(
         x, kernel, (1, 1), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
       )
-    return y + bias.astype(self.dtype)
+    return y + bias
+
+  def of_doubled(self, x: jax.Array) -> jax.Array:
+    """The 3x3 convolution, without bias, of x with every cell repeated: [B, H, W, D] -> [B, 2H, 2W, F].
+
+    Of three neighbours in the doubled map two are the same cell, so a 2x2 kernel of sums does: 4/9 of the
+    products. Which sums depends on the place in the pair: [k0, k1 + k2] first, [k0 + k1, k2] second.
+    """
+    kernel, _ = self._params(x.shape[-1])
+    B, H, W, D = x.shape
+    kernel = kernel.astype(jnp.float32)
+    sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)  # [place, tap, k]
+    kernel = jnp.einsum("auk,bvl,kldf->uvdabf", sums, sums, kernel).reshape(2, 2, D, -1).astype(self.dtype)
+    y = jax.lax.conv_general_dilated(
+      x.astype(self.dtype), kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    y = y.reshape(B, H + 1, W + 1, 2, 2, self.features)
+    pairs = [jnp.stack([y[:, a : a + H, b : b + W, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
+    return jnp.stack(pairs, axis=2).reshape(B, 2 * H, 2 * W, self.features)
+
+  def read_by(self, queries: jax.Array, x: jax.Array) -> jax.Array:
+    """The products of queries [B, Q, features] with every cell of the 1x1 convolution of x [B, H, W, D]:
+    float32 [B, Q, H, W].
+
+    The kernel goes to the queries, which are fewer than the cells: the convolved map is never computed.
+    """
+    kernel, bias = self._params(x.shape[-1])
+    q = queries.astype(self.dtype)
+    turned = jnp.einsum("bqf,df->bqd", q, kernel[0, 0], preferred_element_type=jnp.float32).astype(self.dtype)
+    y = jnp.einsum("bqd,bhwd->bqhw", turned, x.astype(self.dtype), preferred_element_type=jnp.float32)
+    return y + (q @ bias).astype(jnp.float32)[:, :, None, None]
+
+  @nn.compact
+  def _params(self, D: int) -> tuple[jax.Array, jax.Array]:
+    k = self.kernel_size
+    kernel = self.param(
+      "kernel", nn.initializers.xavier_uniform(), (k, k, D, self.features), self.param_dtype
+    )
+    bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+    return kernel.astype(self.dtype), bias.astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -253,6 +287,7 @@ class PreNormLayer(nn.Module):
   """
 
   num_heads: int
+  features: int
   mlp_hidden: int
   dropout: float = 0.0  # after each attention and after the MLP
   attention_dropout: float = 0.0
@@ -261,7 +296,17 @@ class PreNormLayer(nn.Module):
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    attention = {"num_heads": self.num_heads, "dropout": self.attention_dropout, **kw}
+    self.layer_norm1 = LayerNorm(**kw)
+    self.self_attn = Attention(remat=self.remat, **attention)
+    self.layer_norm2 = LayerNorm(**kw)
+    self.cross_attn = Attention(**attention)
+    self.layer_norm3 = LayerNorm(**kw)
+    self.mlp = Mlp(self.mlp_hidden, self.features, nn.relu, self.mlp_dropout, **kw)
+    self.drop = nn.Dropout(self.dropout)
+
   def __call__(
     self,
     x: jax.Array,
@@ -272,24 +317,21 @@ class PreNormLayer(nn.Module):
     self_mask: jax.Array | None = None,
     cross_mask: jax.Array | None = None,
     deterministic: bool = True,
+    mixed: bool = False,
   ) -> jax.Array:
     """x: [B, T, D]; keys, values: [B, S, D] of the context; positions: [T, D], joins the queries and keys of
-    the self-attention only; self_mask: bool [B, 1, 1, T]; cross_mask: bool [B, 1, 1, S]. Returns [B, T, D].
+    the self-attention only; self_mask: bool [B, 1, 1, T]; cross_mask: bool [B, 1, 1, S]; mixed: x comes from
+    `mix`, the self-attention is done. Returns [B, T, D].
     """
-    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    if not mixed:
+      x = self.mix(x, positions, self_mask, deterministic)
+    h = self.cross_attn(self.layer_norm2(x), keys, values, cross_mask, deterministic=deterministic)
+    x = x + self.drop(h, deterministic=deterministic)
+    return x + self.drop(self.mlp(self.layer_norm3(x), deterministic), deterministic=deterministic)
 
-    def drop(x):
-      return nn.Dropout(self.dropout)(x, deterministic=deterministic)
-
-    def attend(name, *args, remat=False):
-      layer = Attention(self.num_heads, dropout=self.attention_dropout, remat=remat, name=name, **kw)
-      return drop(layer(*args, deterministic=deterministic))
-
-    h = LayerNorm(name="layer_norm1", **kw)(x)
+  def mix(self, x, positions=None, self_mask=None, deterministic: bool = True) -> jax.Array:
+    """The first third, which the context has no part in; arguments as above."""
+    h = self.layer_norm1(x)
     q = h if positions is None else h + positions.astype(h.dtype)
-    x = x + attend("self_attn", q, q, h, self_mask, remat=self.remat)
-    h = LayerNorm(name="layer_norm2", **kw)(x)
-    x = x + attend("cross_attn", h, keys, values, cross_mask)
-    h = LayerNorm(name="layer_norm3", **kw)(x)
-    h = Mlp(self.mlp_hidden, x.shape[-1], nn.relu, self.mlp_dropout, name="mlp", **kw)(h, deterministic)
-    return x + drop(h)
+    h = self.self_attn(q, q, h, self_mask, deterministic=deterministic)
+    return x + self.drop(h, deterministic=deterministic)

@@ -34,18 +34,27 @@ class PixelDecoder(nn.Module):
       for _ in range(self.num_stages)
     ]
 
-  def __call__(self, maps: tuple[jax.Array, ...]) -> jax.Array:
-    """maps: [P, h, w, D], finest first, each twice the next. Returns the finest size."""
+  def __call__(self, maps: tuple[jax.Array, ...], convolved: bool = False) -> jax.Array:
+    """maps: [P, h, w, D], finest first, each twice the next; convolved: those before the last come from
+    `convolve`. Returns the finest size.
+    """
     x = maps[-1]
     for stage, finer in enumerate(reversed(maps[:-1])):
-      x = self._stage(stage, resize.nearest_double(x) + finer)
+      if convolved:
+        x = self.conv_layers[stage].of_doubled(x) + finer
+      else:
+        x = self.conv_layers[stage](resize.nearest_double(x) + finer)
+      x = nn.relu(self.norms[stage](x))
     if self.is_initializing():
       for stage in range(len(maps) - 1, self.num_stages):
-        self._stage(stage, x)
+        self.norms[stage](self.conv_layers[stage](x))
     return x
 
-  def _stage(self, stage: int, x: jax.Array) -> jax.Array:
-    return nn.relu(self.norms[stage](self.conv_layers[stage](x)))
+  def convolve(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The backbone's maps [B, h, w, D], finest first, each through the convolution that it would be added
+    before: a convolution is linear, so that the sum can as well be taken behind it.
+    """
+    return tuple(self.conv_layers[len(maps) - 1 - i](x) for i, x in enumerate(maps))
 
 
 class MaskDecoder(nn.Module):
@@ -58,7 +67,16 @@ class MaskDecoder(nn.Module):
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    D = self.features
+    self.prompt_cross_attn_norm = LayerNorm(**kw)
+    self.prompt_cross_attn = Attention(self.num_heads, **kw)
+    self.pixel_decoder = PixelDecoder(D, self.num_stages, self.num_groups, **kw)
+    self.instance_projection = Conv(D, 1, **kw)
+    self.mask_embedder = ReluMlp((D, D, D), prefix="layers_", first=0, **kw)
+    self.semantic_projection = Conv(1, 1, **kw)
+
   def __call__(
     self,
     queries: jax.Array,
@@ -67,32 +85,30 @@ class MaskDecoder(nn.Module):
     prompt: jax.Array,
     prompt_mask: jax.Array,
     taps: Taps = None,
+    convolved: bool = False,
   ) -> tuple[jax.Array, jax.Array]:
     """Masks of every query.
 
     Args:
       queries: [P, Q, D], the decoder's last hidden states.
-      maps: the finer levels of the neck, [P, h, w, D], finest first, without x1.
+      maps: the finer levels of the neck, [P, h, w, D], finest first, without x1; convolved: from `convolve`.
       encoded: [P, h, w, D], the encoder's output at x1.
       prompt: [P, L, D]; prompt_mask: bool [P, L].
 
     Returns:
       pred_masks [P, Q, h, w] and semantic_seg [P, 1, h, w], float32 logits. Taps: pixel_embed.
     """
-    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     P, H, W, D = encoded.shape
     flat = encoded.reshape(P, H * W, D)
-    h = LayerNorm(name="prompt_cross_attn_norm", **kw)(flat)
-    h = Attention(self.num_heads, name="prompt_cross_attn", **kw)(
-      h, prompt, prompt, prompt_mask[:, None, None, :]
-    )
+    h = self.prompt_cross_attn_norm(flat)
+    h = self.prompt_cross_attn(h, prompt, prompt, prompt_mask[:, None, None, :])
     encoded = (flat + h).reshape(P, H, W, D)
-    pixel = PixelDecoder(self.features, self.num_stages, self.num_groups, name="pixel_decoder", **kw)(
-      (*maps, encoded)
-    )
+    pixel = self.pixel_decoder((*maps, encoded), convolved)
     tap(taps, "pixel_embed", pixel)
-    instance = Conv(self.features, 1, name="instance_projection", **kw)(pixel)
-    mask_embedder = ReluMlp((D, D, D), prefix="layers_", first=0, name="mask_embedder", **kw)
-    masks = jnp.einsum("pqd,phwd->pqhw", mask_embedder(queries), instance, preferred_element_type=jnp.float32)
-    semantic = Conv(1, 1, name="semantic_projection", **kw)(pixel)
+    masks = self.instance_projection.read_by(self.mask_embedder(queries), pixel)
+    semantic = self.semantic_projection(pixel)
     return masks, semantic.astype(jnp.float32).transpose(0, 3, 1, 2)
+
+  def convolve(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """See `PixelDecoder.convolve`."""
+    return self.pixel_decoder.convolve(maps)

@@ -100,6 +100,10 @@ class VitBlock(nn.Module):
     return nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3))(branch, deterministic=deterministic)
 
 
+# Blocks of equal fields and shapes are traced and lowered once, not 28 and 4 times.
+TracedOnce = nn.jit(VitBlock, rngs=False, static_argnums=(2,))
+
+
 class PatchEmbeddings(nn.Module):
   """Pixels to patches; a module of its own so that the parameter sits where checkpoints have it."""
 
@@ -166,14 +170,16 @@ class VitTrunk(nn.Module):
     x = LayerNorm(self.epsilon, name="layer_norm", **kw)(x)
     if self.remat and taps is None and not self.is_initializing():
       return self._scanned(x, deterministic)
+    keep_all = deterministic or not self.drop_path
+    kind = TracedOnce if keep_all and not self.is_initializing() else VitBlock
     for i in range(self.num_layers):
-      block = self._block(i, drop_path=self._rate(i), name=f"layers_{i}")
-      x = block(x, deterministic)
+      rate = 0.0 if keep_all else self._rate(i)
+      x = self._block(i, kind, drop_path=rate, name=f"layers_{i}")(x, keep_all)
       tap(taps, f"vit_block_{i}", x)
     return x
 
-  def _block(self, i: int, **fields: Any) -> VitBlock:
-    return VitBlock(
+  def _block(self, i: int, kind: type[VitBlock] = VitBlock, **fields: Any) -> VitBlock:
+    return kind(
       num_heads=self.num_heads,
       mlp_hidden=self.mlp_hidden,
       window=0 if i in self.global_layers else self.window,

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
+from sam3lt_jax.ops import kernels
+
 # Score matrices up to this many bytes are computed in one piece; larger ones are computed head by head
 # and in blocks of queries, which XLA:CPU needs to stay in its caches (5184 tokens, 16 heads, float32 on
 # 2 cores: 3.4 s in one piece, 0.74 s blocked) and which bounds the memory everywhere.
@@ -54,7 +56,7 @@ def attend(
     bias: float32 [B, N, T, S], added to the scaled scores.
     dropout_rate: share of attention weights dropped, applied when `dropout_key` is given.
     blocked: head by head and in query blocks (True), in one piece (False), or chosen by size and
-      platform (None). Both give the same result up to rounding.
+      platform (None), kernels of `ops.kernels` among them. All give the same result up to rounding.
     remat: one head after the other, each computed again in the backward pass, which then holds the weights of
       one head and not of all. `blocked` has no effect then.
 
@@ -75,6 +77,10 @@ def attend(
     raise ValueError("blocked=True cannot drop attention weights; use blocked=False or None")
   if blocked is None:
     platforms = _platforms.get() or (jax.default_backend(),)
+    if mask is None and bias is None and not dropping:
+      kernel = kernels.chosen(q, k, platforms)
+      if kernel is not None:
+        return kernel(q, k, v)
     blocked = "cpu" in platforms and not dropping and _is_large(4 * B * N * T * S)
     if blocked and len(platforms) > 1:
       plain, in_blocks = (functools.partial(_attend_with, blocked=b) for b in (False, True))

@@ -208,10 +208,15 @@ class Sam3Processor:
     for phrase in phrases:
       if not phrase.strip():
         warnings.warn(f"text {phrase!r} is empty: it names nothing to look for", stacklevel=3)
+    if self.tokenizer.pruned:  # an unknown word is many tokens: it is to be named, not cut off
+      self._check_vocabulary(phrases, self.tokenizer(phrases, truncation=False)[0])
     ids, mask = self.tokenizer(phrases, truncation=truncation)
+    self._check_vocabulary(phrases, ids)
+    return ids, mask
+
+  def _check_vocabulary(self, phrases: list[str], ids: np.ndarray) -> None:
     if self._vocab_size is not None and ids.max() >= self._vocab_size:
       raise ValueError(self._beyond_the_vocabulary(phrases, ids))
-    return ids, mask
 
   def _beyond_the_vocabulary(self, phrases: list[str], ids: np.ndarray) -> str:
     if self.tokenizer.pruned:
@@ -355,6 +360,8 @@ def _to_jax(out: ProcessorOutput) -> ProcessorOutput:
 def _download(source: str) -> str:
   from sam3lt_jax.checkpoints import hub, sources
 
+  if source in sources.BUNDLED:
+    return sources.bundled(source)
   source = sources.ALIASES.get(source.lower(), source)
   if hub.parse_source(source) is None:
     raise FileNotFoundError(f"source: there is no file, directory or hub id {source!r}")

@@ -11,14 +11,24 @@ Seeds below `HELD_OUT_SEED` are for training; the 500 from it on are never train
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
 from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, phrase_about, simple_phrase_about
-from sam3lt_jax.shapes.scenes import Scene, SceneConfig, draw_scene
+from sam3lt_jax.shapes.scenes import (
+  COLOURS,
+  KINDS,
+  PATTERNS,
+  SIZES,
+  Scene,
+  SceneConfig,
+  SceneObject,
+  draw_scene,
+)
 
+ATTRIBUTES = {"kind": KINDS, "colour": tuple(COLOURS), "pattern": PATTERNS, "size": tuple(SIZES)}
 HELD_OUT_SEED = 1_000_000_000
 HELD_OUT_SCENES = 500
 MAX_BOXES = 2
@@ -121,13 +131,19 @@ class ShapesBatches:
     scene: SceneConfig | None = None,
     mix: QuestionMix | None = None,
     seed: int = 0,
+    labels: Callable[[Scene], Mapping[str, np.ndarray]] | None = None,
   ):
-    """tokenize: phrases to (ids, mask), a `ClipTokenizer`; images, questions: a batch, an image."""
+    """
+    Args:
+      tokenize: phrases to (ids, mask), a `ClipTokenizer`. images, questions: a batch, an image.
+      labels: more arrays of every scene, stacked into the batch under their names.
+    """
     scene, mix = scene or SceneConfig(), mix or QuestionMix()
     if scene.side % mask_side:
       raise ValueError(f"mask_side must divide the scene's side {scene.side}, got {mask_side}")
     self._tokenize, self._images, self._questions = tokenize, images, questions
     self._mask_side, self._scene, self._mix, self._seed = mask_side, scene, mix, seed
+    self._labels = labels
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     rows = range(step * self._images, (step + 1) * self._images)
@@ -139,7 +155,9 @@ class ShapesBatches:
     for s, scene in zip(seeds, scenes):
       rng = np.random.default_rng([s, 11])
       asked.append([ask(scene, rng, self._mix) for _ in range(self._questions)])
-    return to_batch(scenes, asked, self._tokenize, self._mask_side, self._scene.max_objects)
+    batch = to_batch(scenes, asked, self._tokenize, self._mask_side, self._scene.max_objects)
+    more = [self._labels(scene) for scene in scenes] if self._labels else [{}]
+    return batch | {name: np.stack([labels[name] for labels in more]) for name in more[0]}
 
 
 def to_batch(
@@ -161,6 +179,8 @@ def to_batch(
     "target_boxes": np.full((B, K, slots, 4), 0.5, np.float32),
     "target_masks": np.zeros((B, K, slots, mask_side, mask_side), np.uint8),
     "target_valid": np.zeros((B, K, slots), bool),
+    "phrase_attributes": np.full((B, K, len(ATTRIBUTES)), -1, np.int32),
+    "target_attributes": np.zeros((B, K, slots, len(ATTRIBUTES)), np.int32),
     "prompt_valid": np.ones((B, K), bool),
     "exhaustive": np.ones((B, K), bool),
     "id": np.array([s.seed for s in scenes], np.int64),
@@ -169,8 +189,10 @@ def to_batch(
     if scene.objects:
       masks = shrink(np.stack([t.mask for t in scene.objects]), mask_side)
       boxes = _cxcywh(np.array([t.box for t in scene.objects], np.float32)) / S
+      attributes = np.array([attribute_indices(t) for t in scene.objects], np.int32)
     for k, q in enumerate(questions):
       n, m = len(q.boxes), len(q.answer)
+      batch["phrase_attributes"][b, k] = named_attributes(q.text)
       if n:
         batch["input_boxes"][b, k, :n] = _cxcywh(np.array(q.boxes, np.float32)) / S
         batch["input_boxes_labels"][b, k, :n] = q.labels
@@ -179,8 +201,20 @@ def to_batch(
         batch["target_boxes"][b, k, :m] = boxes[chosen]
         batch["target_masks"][b, k, :m] = masks[chosen]
         batch["target_valid"][b, k, :m] = True
+        batch["target_attributes"][b, k, :m] = attributes[chosen]
   batch["target_has_mask"] = batch["target_valid"].copy()
   return batch
+
+
+def attribute_indices(thing: SceneObject) -> list[int]:
+  """Which value of each of `ATTRIBUTES` the object has."""
+  return [values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()]
+
+
+def named_attributes(text: str) -> list[int]:
+  """Which value of each of `ATTRIBUTES` a phrase asks for; -1 where it leaves the attribute open."""
+  words = text.split()
+  return [next((i for i, v in enumerate(values) if v in words), -1) for values in ATTRIBUTES.values()]
 
 
 def shrink(masks: np.ndarray, side: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.evaluation.cgf1 import CgF1
-from sam3lt_jax.model import Sam3LiteText, Variables, VisionFeatures
+from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.postprocess import binary_masks
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
 from sam3lt_jax.shapes.data import (
@@ -134,10 +134,10 @@ class _Answers:
     def forward(variables, batch):
       def call(model):
         K = batch["input_ids"].shape[1]
-        maps = model.get_vision_features(batch["pixel_values"]).fpn_hidden_states
+        vision = model.prepare(model.get_vision_features(batch["pixel_values"]))
         names = ("input_ids", "attention_mask", "input_boxes", "input_boxes_labels")
         flat = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in names}
-        out = model(vision_embeds=VisionFeatures(tuple(jnp.repeat(m, K, axis=0) for m in maps)), **flat)
+        out = model(vision_embeds=jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), vision), **flat)
         return jax.nn.sigmoid(out.pred_logits) * jax.nn.sigmoid(out.presence_logits), out.pred_masks
 
       return model.apply(variables, method=call)

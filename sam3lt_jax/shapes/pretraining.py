@@ -18,18 +18,15 @@ import numpy as np
 import optax
 
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.shapes.data import HELD_OUT_SEED
-from sam3lt_jax.shapes.scenes import COLOURS, KINDS, PATTERNS, SIZES, Scene, SceneConfig, draw_scene
+from sam3lt_jax.shapes import data
+from sam3lt_jax.shapes.scenes import Scene, SceneConfig, draw_scene
 
-ATTRIBUTES = (
-  ("kind", (None, *KINDS)),
-  ("colour", tuple(COLOURS)),
-  ("pattern", PATTERNS),
-  ("size", tuple(SIZES)),
-)
+# As the questions', but for the kind "no object", which comes first.
+ATTRIBUTES = tuple({**data.ATTRIBUTES, "kind": (None, *data.ATTRIBUTES["kind"])}.items())
 _CLASSES = tuple(len(values) for _, values in ATTRIBUTES)
 _CHANNELS = sum(_CLASSES) + 4
 _BOX_WEIGHT = 5.0
+HEADS = "dense_heads"  # beside the model's own parameters
 CROWDED = SceneConfig(min_objects=4)  # scenes with few objects teach these heads little
 
 
@@ -51,8 +48,8 @@ class DenseHeads(nn.Module):
     return out
 
 
-def dense_labels(scene: Scene, side: int) -> tuple[np.ndarray, np.ndarray]:
-  """(classes int32 [side, side, 4], edges float32 [side, side, 4]) of a scene.
+def dense_labels(scene: Scene, side: int) -> dict[str, np.ndarray]:
+  """What the heads have to say of a scene: classes int32 [side, side, 4], edges float32 [side, side, 4].
 
   classes: index of kind (0: no object), colour, pattern, size. edges: distances from the pixel to the left,
   top, right and bottom of its object's box, in sides of the scene. Both 0 where there is no object. A pixel
@@ -68,7 +65,7 @@ def dense_labels(scene: Scene, side: int) -> tuple[np.ndarray, np.ndarray]:
     classes[here] = [values.index(getattr(thing, name)) for name, values in ATTRIBUTES]
     x1, y1, x2, y2 = (v / size for v in thing.box)
     edges[here] = np.stack([x - x1, y - y1, x2 - x, y2 - y], -1)[here]
-  return classes, edges
+  return {"classes": classes, "edges": edges}
 
 
 class DenseBatches:
@@ -79,14 +76,14 @@ class DenseBatches:
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     first = self._seed * 100_000_000 + step * self._images
-    if first + self._images > HELD_OUT_SEED:
-      raise ValueError(f"step {step} would reach the held-out scenes (seeds from {HELD_OUT_SEED} on)")
+    if first + self._images > data.HELD_OUT_SEED:
+      raise ValueError(f"step {step} would reach the held-out scenes (seeds from {data.HELD_OUT_SEED} on)")
     scenes = [draw_scene(first + i, self._scene) for i in range(self._images)]
     labels = [dense_labels(scene, self._side) for scene in scenes]
     return {
       "pixel_values": np.stack([s.image for s in scenes]).astype(np.float32) / 127.5 - 1.0,
-      "classes": np.stack([c for c, _ in labels]),
-      "edges": np.stack([e for _, e in labels]),
+      "classes": np.stack([here["classes"] for here in labels]),
+      "edges": np.stack([here["edges"] for here in labels]),
       "id": np.array([s.seed for s in scenes], np.int64),
     }
 
@@ -116,6 +113,22 @@ def dense_loss(maps: list[jax.Array], classes: jax.Array, edges: jax.Array) -> t
   return total / len(maps), metrics
 
 
+def make_dense_extra(side: int, weight: float) -> Callable:
+  """Stage 0's loss as an `extra` of `make_detection_loss_fn`.
+
+  It keeps a vision encoder that learns on with the detector from forgetting. For batches with `dense_labels`
+  and parameters that hold the heads of stage 0 beside the model's, under `HEADS`.
+  """
+  heads = DenseHeads(side)
+
+  def extra(model, params, vision, output, batch):
+    maps = heads.apply({"params": params[HEADS]}, vision.fpn_hidden_states)
+    loss, metrics = dense_loss(maps, batch["classes"], batch["edges"])
+    return weight * loss, {f"dense_{name}": value for name, value in metrics.items()}
+
+  return extra
+
+
 def make_dense_loss_fn(model: Sam3LiteText, side: int) -> tuple[Callable, Callable[[Any, jax.Array], Any]]:
   """(loss_fn for `make_train_step`, init): parameters {"vision_encoder": ..., "heads": ...}.
 
@@ -142,23 +155,25 @@ def make_dense_loss_fn(model: Sam3LiteText, side: int) -> tuple[Callable, Callab
   return loss_fn, init
 
 
-def with_unit_maps(model: Sam3LiteText, vision: Any, pixels: np.ndarray) -> Any:
-  """The vision encoder's parameters with every map of the neck scaled to a standard deviation of 1.
+def with_unit_maps(model: Sam3LiteText, vision: Any, heads: Any, pixels: np.ndarray) -> tuple[Any, Any]:
+  """The vision encoder's parameters with every map of the neck scaled to a standard deviation of 1, and heads
+  that read from them what they did before.
 
   Nothing in stage 0 holds the maps' scale, and it grows (33 for the coarsest, measured). The detector reads
   the coarsest map without a norm and adds positions of about 1 to it: where the map is thirty times as large,
   the decoder cannot tell places apart and learns nothing.
 
   Args:
-    vision: the parameters. pixels: float32 [B, S, S, 3], scenes to measure by.
+    vision, heads: the parameters after stage 0. pixels: float32 [B, S, S, 3], scenes to measure by.
   """
   variables = {"params": {"vision_encoder": vision}}
   maps = model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
-  neck = dict(vision["neck"])
+  neck, heads = dict(vision["neck"]), dict(heads)
   for i, x in enumerate(maps):
-    level = dict(neck[f"fpn_layers_{i}"])
+    level, head, scale = dict(neck[f"fpn_layers_{i}"]), heads[f"head_{i}"], float(x.std())
     level["proj2"] = jax.tree.map(
-      lambda w, x=x: np.asarray(w / x.std()), level["proj2"]
+      lambda w, by=scale: np.asarray(w / by), level["proj2"]
     )  # nothing follows it
     neck[f"fpn_layers_{i}"] = level
-  return {**vision, "neck": neck}
+    heads[f"head_{i}"] = {**head, "kernel": np.asarray(head["kernel"] * scale)}
+  return {**vision, "neck": neck}, heads

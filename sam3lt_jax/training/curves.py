@@ -33,13 +33,14 @@ def read_series(path: str | os.PathLike[str]) -> Series:
   return series
 
 
-def panels(names: list[str]) -> dict[str, list[str]]:
+def panels(series: Series) -> dict[str, list[str]]:
   """title -> names: losses, evaluation, other metrics of training, learning rate, gradient norm, speed.
 
-  No panel has more than six; a family of eval metrics that are losses is drawn apart from scores.
+  No panel has more than six; eval metrics that are losses are drawn apart from scores, and what goes beyond 1
+  apart from shares, which would all lie on the ground beside it.
   """
   groups: dict[str, list[str]] = {}
-  for name in names:
+  for name, (_, values) in series.items():
     is_loss = name == "loss" or name.endswith("_loss") or name.startswith("loss_")
     if name.startswith("eval_"):
       title = "evaluation: losses" if "loss" in name else "evaluation"
@@ -47,9 +48,14 @@ def panels(names: list[str]) -> dict[str, list[str]]:
       title = {"learning_rate": "learning rate", "grad_norm": "gradient norm"}.get(name, "images a second")
     else:
       title = "losses" if is_loss else "training metrics"
+    if title in ("evaluation", "training metrics") and max(map(abs, values)) > 1:
+      title += " beyond 1"
     groups.setdefault(title, []).append(name)
   split: dict[str, list[str]] = {}
-  order = ["losses", "evaluation: losses", "evaluation", "training metrics"]
+  order = [
+    "losses", "evaluation: losses", "evaluation", "evaluation beyond 1", "training metrics",
+    "training metrics beyond 1",
+  ]  # fmt: skip
   for title in sorted(groups, key=lambda t: (order.index(t) if t in order else len(order), t)):
     found = groups[title]
     for i in range(0, len(found), _LINES):
@@ -80,7 +86,7 @@ def plot_run(metrics: str | os.PathLike[str], output: str | os.PathLike[str], ti
   """
   series = read_series(metrics)
   Figure = _figure_class()
-  groups = panels(list(series))
+  groups = panels(series)
   columns = min(2, len(groups))
   rows = -(-len(groups) // columns)
   figure = Figure(figsize=(6.4 * columns, 3.2 * rows), layout="constrained")

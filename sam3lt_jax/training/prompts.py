@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sam3lt_jax.config import Profile
+from sam3lt_jax.config import BOX_ONLY_PHRASE, Profile
 from sam3lt_jax.processing.tokenizer import ClipTokenizer, clean_original
 from sam3lt_jax.training import prompt_files
 from sam3lt_jax.training.prompt_files import Bad
@@ -155,7 +155,8 @@ def split_prompts(
 
   A phrase's side follows from `seed` and a hash of its words alone, so adding or removing others moves none.
   Case, spacing and the order of words do not count: training on shuffled words (the consistency loss) would
-  otherwise show the student its held-out phrases.
+  otherwise show the student its held-out phrases. "visual" is never held out: the model reads it wherever
+  there are boxes and no phrase.
 
   Args:
     held_out: expected share of phrases held out, in [0, 1); the share of a small set varies around it.
@@ -171,7 +172,8 @@ def split_prompts(
   for phrase in phrases:
     words = " ".join(sorted(clean_phrase(phrase, profile).split()))
     digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
-    sides[int.from_bytes(digest, "big") < limit].append(phrase)
+    away = int.from_bytes(digest, "big") < limit and words != BOX_ONLY_PHRASE
+    sides[away].append(phrase)
   return sides
 
 

@@ -157,6 +157,12 @@ def test_shard_sizes(size, count):
   assert save._shard_bytes(size) == count
 
 
+def test_weights_are_readable_as_the_rest_is(tmp_path, tiny_s1):
+  save_pretrained(tmp_path / "m", *tiny_s1, format="transformers")
+  modes = {os.stat(tmp_path / "m" / name).st_mode for name in ("config.json", "model.safetensors")}
+  assert len(modes) == 1
+
+
 def test_bad_arguments_of_save(tmp_path, tiny_s1):
   for size in (0, -1, "big", "0MB"):
     with pytest.raises(ValueError, match="max_shard_size must be"):

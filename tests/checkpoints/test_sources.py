@@ -63,7 +63,7 @@ def test_random_model_runs(tiny):
     ("sam3-litetext-s0x", r"unknown model .*'Simon7108528/sam3-litetext-s0'"),
     ("random:s9", r"unknown model 'random:s9'; did you mean .*'random:s0'"),
     ("tiny", r"unknown model 'tiny'; did you mean 'random:tiny'"),
-    ("zzzzzz", r"unknown model 'zzzzzz'; accepted: 's0', 's1', 'l', a hub id"),
+    ("zzzzzz", r"unknown model 'zzzzzz'; accepted: 's0', 's1', 'l', 'shapes' \(bundled\), a hub id"),
     ("./nowhere", r"no such file or directory './nowhere'"),
     ("model.pt", r"no such file or directory 'model\.pt'"),
     ("", r"source must name a checkpoint"),

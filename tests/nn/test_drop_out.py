@@ -102,12 +102,13 @@ def test_without_rates_training_is_inference():
   model, variables = tiny.load(config)
 
   def program(model, **kwargs):
-    return str(jax.make_jaxpr(lambda v: model.apply(v, **inputs(), **kwargs))(variables))
+    return jax.jit(lambda v: model.apply(v, **inputs(), **kwargs)).lower(variables).as_text()
 
   inference = program(model)
   assert program(model.clone(config=config.replace(**still)), deterministic=False) == inference
   assert program(model, rngs={"dropout": jax.random.key(0)}) == inference  # a key alone does nothing
-  assert "random_bits" not in inference
+  assert "threefry" not in inference
+  assert "threefry" in program(model, deterministic=False, rngs={"dropout": jax.random.key(0)})
 
 
 def test_vision_features_for_training_drop_paths():

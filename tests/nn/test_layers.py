@@ -221,6 +221,20 @@ def test_group_norm_of_the_pixel_decoder_is_torchs():
   np.testing.assert_allclose(run(decoder, params, maps), wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4, 1)])
+def test_convolution_of_a_doubled_map(shape):
+  """2x2 kernels of sums on the small map = the 3x3 kernel on the doubled one, borders included."""
+  from sam3lt_jax.nn.layers import Conv
+  from sam3lt_jax.ops.resize import nearest_double
+
+  conv, x = Conv(5, 3), normal(2, *shape, 4)
+  params = conv.init(jax.random.key(0), x)["params"]  # with a bias of zeros
+  wanted = conv.apply({"params": params}, nearest_double(x))
+  got = conv.apply({"params": params}, x, method="of_doubled")
+  assert got.shape == (2, 2 * shape[0], 2 * shape[1], 5)
+  np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
 def test_batch_norm_moves_by_a_tenth():
   """torch's momentum 0.1 of the new value is flax's 0.9 of the old one."""
   block = text_encoder.MobileOneBlock(3, 1e-5)
@@ -244,3 +258,15 @@ def test_no_layer_relies_on_flaxs_own_defaults():
     for name in ("nn.LayerNorm", "nn.Dense(", "nn.Conv(", "nn.gelu(x)", "nn.MultiHead"):
       assert name not in source, f"{file.name} uses flax's {name}"
   assert nn.LayerNorm().epsilon != layers.LayerNorm().epsilon
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_queries_that_read_a_convolved_map_need_not_convolve_it(dtype, tolerance):
+  from sam3lt_jax.nn.layers import Conv
+
+  x, queries = normal(2, 4, 5, 3), normal(2, 7, 6, seed=1)
+  params = {"kernel": normal(1, 1, 3, 6, seed=2), "bias": normal(6, seed=3)}
+  wanted = np.einsum("bqf,bhwf->bqhw", queries, Conv(6, 1).apply({"params": params}, x))
+  got = Conv(6, 1, dtype=dtype).apply({"params": params}, queries, x, method="read_by")
+  assert got.dtype == np.float32 and got.shape == (2, 7, 4, 5)
+  np.testing.assert_allclose(got, wanted, atol=tolerance)

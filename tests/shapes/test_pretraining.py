@@ -21,7 +21,7 @@ def scene() -> Scene:
 
 
 def test_labels_by_hand():
-  classes, edges = dense_labels(scene(), 4)  # cells of 40 pixels, centres at 20, 60, 100, 140
+  classes, edges = dense_labels(scene(), 4).values()  # cells of 40 pixels, centres at 20, 60, 100, 140
   inside = np.zeros((4, 4), bool)
   inside[1, 2:] = True
   np.testing.assert_array_equal(classes[..., 0] > 0, inside)
@@ -33,7 +33,7 @@ def test_labels_by_hand():
 
 
 def test_the_loss_of_right_and_wrong_answers():
-  classes, edges = dense_labels(scene(), 4)
+  classes, edges = dense_labels(scene(), 4).values()
   classes, edges = jnp.array(classes)[None], jnp.array(edges)[None]
   right = [
     50.0 * jnp.eye(len(values))[classes[..., i]] for i, (_, values) in enumerate(pretraining.ATTRIBUTES)
@@ -61,7 +61,7 @@ def test_batches():
 
 
 def test_maps_are_brought_to_one_scale():
-  """Same directions, standard deviation 1, and the parameters given stay as they were."""
+  """Same directions, standard deviation 1, what the heads read stays, and so do the parameters given."""
   model = Sam3LiteText(models.teacher_config())
   vision = model.init_variables(jax.random.key(0))["params"]["vision_encoder"]
   vision = jax.tree.map(lambda x: np.asarray(x) * 3, vision)
@@ -71,7 +71,13 @@ def test_maps_are_brought_to_one_scale():
     variables = {"params": {"vision_encoder": vision}}
     return model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
 
-  before, after = maps(vision), maps(with_unit_maps(model, vision, pixels))
+  before = maps(vision)
+  heads = pretraining.DenseHeads(40).init(jax.random.key(1), before)["params"]
+  scaled, scaled_heads = with_unit_maps(model, vision, heads, pixels)
+  after = maps(scaled)
   for a, b in zip(before, after):
     assert abs(float(a.std()) - 1) > 0.2 and float(b.std()) == pytest.approx(1, rel=1e-4)
     np.testing.assert_allclose(b, a / a.std(), atol=1e-4)
+  read = pretraining.DenseHeads(40).apply
+  for a, b in zip(read({"params": heads}, before), read({"params": scaled_heads}, after)):
+    np.testing.assert_allclose(b, a, atol=1e-4 * float(abs(a).max()))

@@ -31,16 +31,20 @@ def test_series_of_a_file(tmp_path):
 
 def test_panels_keep_kinds_apart_and_hold_six_at_most():
   names = ["loss", "dice_loss", "grad_norm", "eval_cosine", "eval_loss", "learning_rate", "images_per_second"]
-  assert curves.panels(["accuracy", *names]) == {
+  series = {name: ([1, 2], [0.5, 1.0]) for name in ["accuracy", *names]}
+  series |= {"eval_cgF1": ([2], [61.0]), "grams": ([1], [-3.0])}
+  assert curves.panels(series) == {
     "losses": ["loss", "dice_loss"],
     "evaluation: losses": ["eval_loss"],
     "evaluation": ["eval_cosine"],
+    "evaluation beyond 1": ["eval_cgF1"],
     "training metrics": ["accuracy"],
+    "training metrics beyond 1": ["grams"],
     "gradient norm": ["grad_norm"],
     "images a second": ["images_per_second"],
     "learning rate": ["learning_rate"],
   }
-  many = curves.panels([f"m{i}" for i in range(8)])
+  many = curves.panels({f"m{i}": ([1], [0.1]) for i in range(8)})
   assert many == {"training metrics": [f"m{i}" for i in range(6)], "training metrics (2)": ["m6", "m7"]}
 
 

@@ -212,6 +212,11 @@ def test_split_is_stable_and_blind_to_case_and_word_order():
     P.split_prompts(phrases, 1.0)
 
 
+def test_what_stands_for_boxes_alone_is_never_held_out():
+  phrases = ["visual", *(f"thing {i}" for i in range(50))]
+  assert all("visual" in P.split_prompts(phrases, 0.9, seed)[0] for seed in range(5))
+
+
 def test_split_of_known_phrases():
   """A hash that changed between versions would leak held-out phrases into training."""
   assert P.split_prompts(PHRASES, 0.5) == (PHRASES[:3], PHRASES[3:])

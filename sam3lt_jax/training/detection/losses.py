@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.model import Sam3LiteText, Sam3LiteTextOutput, VisionFeatures
+from sam3lt_jax.model import Sam3LiteText, Sam3LiteTextOutput
 from sam3lt_jax.ops import boxes as box_ops
 from sam3lt_jax.training.detection.matcher import (
   MatcherConfig,
@@ -242,6 +242,7 @@ def make_detection_loss_fn(
   merge: Callable[[Any, Any], Any] = lambda params, frozen: params,
   update_batch_stats: bool = False,
   deterministic: bool = False,
+  extra: Callable[..., tuple[jax.Array, Metrics]] | None = None,
 ) -> Callable:
   """`loss_fn(params, frozen, batch_stats, batch, key)` for `training.step.make_train_step`.
 
@@ -249,6 +250,9 @@ def make_detection_loss_fn(
     merge: (trainable parameters, `frozen`) -> the model's whole parameter tree (frozen parts, LoRA).
     update_batch_stats: RepMixer blocks normalise by the batch and update their statistics.
     deterministic: True trains without dropout.
+    extra: another loss, (bound model, merged parameters, `VisionFeatures` of the batch's images, output with
+      intermediates, batch) -> (loss float32 [], metrics), added to the model's own. It may call the model's
+      parts and use parameters of its own beside the model's.
 
   Each image is encoded once and its maps are repeated for its K prompts. Batches: `training.data.batches`.
   """
@@ -260,20 +264,22 @@ def make_detection_loss_fn(
 
     def call(model: Sam3LiteText):
       B, K = batch["input_ids"].shape[:2]
-      maps = model.get_vision_features(batch["pixel_values"], deterministic).fpn_hidden_states
+      vision = model.get_vision_features(batch["pixel_values"], deterministic)
       flat = {k: batch[k].reshape(B * K, *batch[k].shape[2:]) for k in _PROMPT_KEYS}
-      return model(
-        vision_embeds=VisionFeatures(tuple(jnp.repeat(m, K, axis=0) for m in maps)),
+      output = model(
+        vision_embeds=jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), vision),
         deterministic=deterministic,
         update_batch_stats=update_batch_stats,
         output_intermediates=True,
         **flat,
       )
+      return output, (0.0, {}) if extra is None else extra(model, variables["params"], vision, output, batch)
 
     result = model.apply(variables, rngs={"dropout": drop}, mutable=mutable, method=call)
-    output, new_stats = result if update_batch_stats else (result, {"batch_stats": batch_stats})
+    result, new_stats = result if update_batch_stats else (result, {"batch_stats": batch_stats})
+    output, (more, told) = result
     loss, metrics = detection_loss(output, DetectionTargets.from_batch(batch), config, points)
-    return loss, (metrics, new_stats["batch_stats"])
+    return loss + more, (metrics | told, new_stats["batch_stats"])
 
   return loss_fn
 

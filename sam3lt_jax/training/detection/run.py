@@ -182,7 +182,7 @@ def _load(source: Any, config: FinetuneConfig, profile: Any, processor: Sam3Proc
       raise ValueError("processor is for (model, variables); a checkpoint brings its own")
     return Predictor.from_pretrained(
       source, profile=profile, dtype=config.dtype, param_dtype="float32", image_size=config.image_size,
-      fuse=False,
+      fuse=False, compile_ahead=False,
     )  # fmt: skip
   model, variables = source
   processor = processor or Sam3Processor(model.config, image_size=config.image_size)

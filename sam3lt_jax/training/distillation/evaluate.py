@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax.model import Sam3LiteText, Variables, VisionFeatures
+from sam3lt_jax.features import VisionFeatures
+from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.training.distillation import text_part
 from sam3lt_jax.training.distillation.losses import cosine_similarity

@@ -87,7 +87,7 @@ def fusion_encoder():
   rng = np.random.default_rng(0)
   image, place, prompt = (rng.normal(size=s).astype(np.float32) for s in ((2, 9, 8), (9, 8), (2, 3, 8)))
   mask = np.array([[1, 1, 1], [1, 1, 0]], bool)
-  return FusionEncoder(3, 2, 12), (image, place, prompt, mask)
+  return FusionEncoder(3, 2, 8, 12), (image, place, prompt, mask)
 
 
 def decoder():
@@ -209,21 +209,29 @@ def test_dropout_draws_anew_in_every_layer_and_needs_a_key():
 
 
 def test_gradient_with_dropout_is_that_of_the_same_draw():
-  """The backward pass must repeat the forward's random bits: compare with a difference quotient."""
+  """The backward pass must repeat the forward's random bits: compare with a difference quotient.
+
+  The median of seven draws: a single one can lie so near a ReLU's kink that the quotient crosses it.
+  """
   plain, inputs = fusion_encoder()
   encoder = plain.clone(remat=True, dropout=0.3, attention_dropout=0.3, mlp_dropout=0.3)
   params = tiny.jit(plain.init)(jax.random.key(0), *inputs)["params"]
   weigh = np.random.default_rng(2).normal(size=inputs[0].shape).astype(np.float32)
 
-  def loss(params):
-    out = encoder.apply({"params": params}, *inputs, False, rngs={"dropout": jax.random.key(3)})
+  def loss(params, key):
+    out = encoder.apply({"params": params}, *inputs, False, rngs={"dropout": key})
     return jnp.vdot(out, weigh)
 
-  gradient = tiny.jit(jax.grad(loss))(params)
-  length = np.sqrt(sum(float(jnp.vdot(g, g)) for g in jax.tree.leaves(gradient)))
-  run = tiny.jit(loss)
-  moved = [run(jax.tree.map(lambda p, g, t=t: p + t / length * g, params, gradient)) for t in (-2e-3, 2e-3)]
-  np.testing.assert_allclose((moved[1] - moved[0]) / 4e-3, length, rtol=0.01)
+  run, gradient_of = tiny.jit(loss), tiny.jit(jax.grad(loss))
+  ratios = []
+  for key in jax.random.split(jax.random.key(3), 7):
+    gradient = gradient_of(params, key)
+    length = np.sqrt(sum(float(jnp.vdot(g, g)) for g in jax.tree.leaves(gradient)))
+    step = 2e-3 / length
+    ahead = jax.tree.map(lambda p, g, step=step: p + step * g, params, gradient)
+    behind = jax.tree.map(lambda p, g, step=step: p - step * g, params, gradient)
+    ratios.append(float(run(ahead, key) - run(behind, key)) / 4e-3 / length)
+  np.testing.assert_allclose(np.median(ratios), 1, rtol=0.003)
 
 
 def test_taps_still_come_out():

@@ -1,0 +1,145 @@
+"""What remains of a training run: `python -m examples.shapes.record --run runs/shapes --out docs/shapes`.
+
+Copies each stage's configuration (seeds among it) and log, draws its curves, renders answers about held-out
+scenes, and writes a page with the results and the time that every stage took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+
+import numpy as np
+from PIL import Image
+
+from examples.shapes.train import STAGES, OutlineRun, RefinementRun, StudentRun, TeacherRun, VisionRun
+from sam3lt_jax import Predictor
+from sam3lt_jax.shapes.evaluation import held_out_scenes, questions_about
+from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
+from sam3lt_jax.training.curves import plot_run
+
+ROWS_A_STEP = {
+  "vision": VisionRun().images,
+  "teacher": TeacherRun().images,
+  "refinement": RefinementRun().images,
+  "outlines": OutlineRun().images,
+  "student": StudentRun().batch_size,
+}
+GOALS = {
+  "f1": (">=", 0.90), "mask_iou": (">=", 0.85), "presence_accuracy": (">=", 0.95), "box_f1": (">=", 0.75),
+  "negative_box_removed": ("=", 1.0),
+}  # fmt: skip
+MEANING = {
+  "cgF1": "SA-Co's measure over all phrases, of 100",
+  "pmF1": "F1 of masks, mean over IoU 0.5 to 0.95, phrases that are present",
+  "IL_MCC": "Matthews correlation of present and absent",
+  "f1": "F1 of masks at IoU 0.5, phrases that are present",
+  "mask_iou": "mean IoU of matched masks",
+  "presence_accuracy": "present or absent told right, all phrases",
+  "box_f1": "one positive box alone: F1 of the others of its kind",
+  "negative_box_f1": "a phrase and a negative box: F1 of what remains",
+  "negative_box_removed": "... and the share of the boxed kind that is left out",
+}
+PICTURES = 9
+SIDE = 360  # pixels a picture
+
+
+def stage_folder(run: str, stage: str) -> str:
+  """Where `examples.shapes.train` keeps a stage's log."""
+  return os.path.join(run, stage, "run") if stage == "student" else os.path.join(run, stage)
+
+
+def hours(metrics: str, rows_a_step: int) -> float:
+  """Time in steps, from the speeds logged: without compilation, evaluation and pauses."""
+  with open(metrics, encoding="utf-8") as f:
+    rows = [json.loads(line) for line in f]
+  seconds, last = 0.0, 0
+  for row in sorted((r for r in rows if "images_per_second" in r), key=lambda r: r["step"]):
+    seconds += max(row["step"] - last, 0) * rows_a_step / row["images_per_second"]
+    last = row["step"]
+  return seconds / 3600
+
+
+def pictures(model: str) -> Image.Image:
+  """Held-out scenes, each with what the model finds for a phrase that is present."""
+  predictor = Predictor.from_pretrained(model)
+  sheet = Image.new("RGB", (3 * SIDE, (PICTURES + 2) // 3 * SIDE), "white")
+  crowded = (scene for scene in held_out_scenes() if len(scene.objects) >= 4)
+  for i, small in zip(range(PICTURES), crowded):
+    scene = draw_scene(small.seed, SceneConfig(side=SIDE))
+    text = questions_about(scene)[0].question.text
+    sheet.paste(predictor(scene.image, text=text).render(scene.image), (i % 3 * SIDE, i // 3 * SIDE))
+  return sheet
+
+
+def page(teacher: dict, student: dict, spent: dict[str, float], sizes: dict[str, int]) -> str:
+  """The results as Markdown."""
+  cores, today = os.cpu_count(), datetime.date.today().isoformat()
+  lines = [
+    "# The bundled model: how it was made, and what it reaches", "",
+    "Written by `python -m examples.shapes.record` from a run of `python -m examples.shapes.train`, on"
+    f" {cores} cores of an {processor()}, {today}.",
+    "The measures are of 500 held-out scenes, score threshold 0.5"
+    f" ({student['questions_present']} phrases present, {student['questions_absent']} absent,"
+    f" {student['questions_box']} positive boxes, {student['questions_negative_box']} negative boxes).", "",
+    "| measure | teacher | student (ships) | goal | what it is |", "| --- | --- | --- | --- | --- |",
+  ]  # fmt: skip
+  for name, meaning in MEANING.items():
+    digits = 2 if name == "cgF1" else 4
+    goal = " ".join(map(str, GOALS[name])) if name in GOALS else ""
+    if name == "cgF1":
+      goal = f">= 98.1% of the teacher's; {student[name] / teacher[name]:.1%}"
+    lines.append(f"| {name} | {teacher[name]:.{digits}f} | {student[name]:.{digits}f} | {goal} | {meaning} |")
+  lines += ["", "| stage | hours | its log, settings and curves |", "| --- | --- | --- |"]
+  for stage, time in spent.items():
+    files = f"[log]({stage}.jsonl), [settings]({stage}.json), [curves]({stage}.png)"
+    lines.append(f"| {stage} | {time:.2f} | {files} |")
+  fewer = 1 - sizes["student"] / sizes["teacher"]
+  lines += [
+    f"| all | {sum(spent.values()):.2f} | steps only, without compilation and evaluation |", "",
+    f"The student's text encoder has {sizes['student']:,} parameters, {fewer:.1%} fewer than the teacher's"
+    f" {sizes['teacher']:,}.", "",
+    "Held-out scenes and what the student finds for one phrase each:", "", "![answers](answers.jpg)", "",
+  ]  # fmt: skip
+  return "\n".join(lines)
+
+
+def processor() -> str:
+  """The processor's name, where the system tells."""
+  try:
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+      return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+  except (OSError, StopIteration):
+    return platform.machine()
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--run", default="runs/shapes", help="the folder given to examples.shapes.train")
+  parser.add_argument("--out", default="docs/shapes", help="where the record is written")
+  args = parser.parse_args()
+  os.makedirs(args.out, exist_ok=True)
+  spent = {}
+  for stage in STAGES:
+    folder = stage_folder(args.run, stage)
+    metrics = os.path.join(folder, "metrics.jsonl")
+    spent[stage] = hours(metrics, ROWS_A_STEP[stage])
+    shutil.copyfile(metrics, os.path.join(args.out, f"{stage}.jsonl"))
+    shutil.copyfile(os.path.join(folder, "config.json"), os.path.join(args.out, f"{stage}.json"))
+    plot_run(metrics, os.path.join(args.out, f"{stage}.png"), f"shapes: {stage}")
+  found = {}
+  for name in ("teacher", "student", "sizes"):
+    with open(os.path.join(args.run, f"{name}.json"), encoding="utf-8") as f:
+      found[name] = json.load(f)
+  pictures(os.path.join(args.run, "model")).save(os.path.join(args.out, "answers.jpg"), quality=90)
+  with open(os.path.join(args.out, "README.md"), "w", encoding="utf-8") as f:
+    f.write(page(found["teacher"], found["student"], spent, found["sizes"]))
+  print(f"wrote {args.out}: {np.sum(list(spent.values())):.2f} hours of training")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,55 @@
+"""The bundled model: it loads from the package, answers about scenes nobody trained on, and stays small."""
+
+import os
+
+import numpy as np
+import pytest
+
+from sam3lt_jax import Predictor
+from sam3lt_jax.checkpoints import from_pretrained, sources
+from sam3lt_jax.shapes import evaluation, models
+
+# Floors under what the 500 held-out scenes gave when it was made (docs/shapes/README.md has the figures).
+FLOORS = {
+  "f1": 0.92,
+  "mask_iou": 0.85,
+  "presence_accuracy": 0.97,
+  "box_f1": 0.88,
+  "negative_box_f1": 0.89,
+  "negative_box_removed": 0.91,
+}
+SLACK = 0.06  # of 40 scenes against 500
+
+
+@pytest.fixture(scope="module")
+def loaded():
+  return from_pretrained("shapes", progress=False)
+
+
+def measured(loaded, count):
+  scenes = list(evaluation.held_out_scenes(count))
+  return evaluation.evaluate(*loaded, models.tokenizer(), scenes)
+
+
+def test_forty_scenes(loaded):
+  found = measured(loaded, 40)
+  short = {k: found[k] for k, floor in FLOORS.items() if found[k] < floor - SLACK}
+  assert not short
+
+
+@pytest.mark.full
+def test_all_held_out_scenes(loaded):
+  found = measured(loaded, evaluation.HELD_OUT_SCENES)
+  short = {k: found[k] for k, floor in FLOORS.items() if found[k] < floor}
+  assert not short
+
+
+def test_size():
+  folder = sources.bundled("shapes")
+  assert sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)) < 10e6
+
+
+def test_predictor(loaded):
+  scene = next(s for s in evaluation.held_out_scenes() if len(s.objects) > 3)
+  results = Predictor.from_pretrained("shapes")(scene.image, text="shape")
+  assert len(results) and results.masks.shape[1:] == scene.image.shape[:2] and np.all(results.scores > 0.5)
