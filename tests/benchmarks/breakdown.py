@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.config import PADDING_LABEL
+from sam3lt_jax.nn import vision_encoder
 from sam3lt_jax.processing import images as image_ops
 from tests.benchmarks import flops, timing
 from tests.benchmarks.sides import Ours
@@ -148,7 +150,9 @@ def record(
           arrays["/".join(path)] = [x for x in leaves if isinstance(x, jax.Array)]
       return next_function(*args, **kwargs)
 
-    with nn.intercept_methods(interceptor):
+    # Blocks traced once run within a transform of flax, whose modules have no path here; plain ones do.
+    plain = mock.patch.object(vision_encoder, "TracedOnce", vision_encoder.VitBlock)
+    with plain, nn.intercept_methods(interceptor):
       model.apply(variables, pixels, ids, mask, input_boxes=boxes, input_boxes_labels=labels)
     return arrays
 

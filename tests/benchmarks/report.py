@@ -27,8 +27,8 @@ with a `*` was measured while other programs took more than a tenth of the machi
   out the mapped checkpoint file, which the system may drop at any time.
 - The profile times each part of this library alone on the inputs it gets inside the model. FLOPs count matrix
   products and convolutions; the share is of the fastest product that torch or jax reached on that machine.
-- A comparison with keras-hub's SAM 3 on its JAX backend is left out: it is no dependency of this library, not
-  even of its tests.
+- "Beside keras-hub" comes from `python -m tests.benchmarks.beside_keras_hub`: keras-hub's SAM 3 on its JAX
+  backend, in an environment of its own, in turn with this library; its column is "reference" there.
 - The command's GPU path has not been run: there was no GPU at hand.
 
 {BEGIN}
@@ -43,6 +43,7 @@ _TITLES = {
   "end_to_end": "End to end",
   "start": "Start",
   "memory": "Memory",
+  "keras_hub": "Beside keras-hub",
 }
 
 

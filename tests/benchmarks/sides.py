@@ -29,20 +29,21 @@ class Ours:
     import jax
 
     from sam3lt_jax import Predictor
+    from sam3lt_jax.programs import jit
 
     self.how = "jit"
     self._jax = jax
     self.predictor = Predictor.from_pretrained(workload.directory, dtype=dtype)
     self.model, self.variables = self.predictor.model, self.predictor.variables
     apply = self.model.apply
-    self._vision = jax.jit(lambda v, x: apply(v, x, method="get_vision_features"))
-    self._text = jax.jit(lambda v, ids, mask: apply(v, ids, mask, method="get_text_features"))
-    self._detect = jax.jit(
+    self._vision = jit(lambda v, x: apply(v, x, method="get_vision_features"))
+    self._text = jit(lambda v, ids, mask: apply(v, ids, mask, method="get_text_features"))
+    self._detect = jit(
       lambda v, vision, text, boxes, labels: apply(
         v, vision_embeds=vision, text_embeds=text, input_boxes=boxes, input_boxes_labels=labels
       )
     )
-    self._forward = jax.jit(apply)
+    self._forward = jit(apply)
     self._unseen = itertools.count(1)
 
   def pixels(self, array: np.ndarray) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from sam3lt_jax import Sam3LiteTextConfig
-from tests.benchmarks import compare, flops, report, timing, workload
+from tests.benchmarks import beside_keras_hub, compare, flops, report, timing, workload
 from tests.benchmarks.timing import OURS, REFERENCE, Row
 from tests.reference import import_torch_reference
 
@@ -199,3 +200,12 @@ def test_the_page_is_written_and_can_be_put_together_again(finished, capsys):
   assert compare.main(["--load", f"{folder}/run.json", "--write", f"{folder}/again.md"]) == 0
   assert (folder / "again.md").read_text() == page
   assert capsys.readouterr().out.strip() in page
+
+
+def test_beside_keras_hub_says_what_is_missing(tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    beside_keras_hub.main(["--python", str(tmp_path / "nowhere")])
+  assert "--python must be an interpreter" in capsys.readouterr().err
+  without = beside_keras_hub.Side(beside_keras_hub.KERAS, sys.executable, "tiny", "float32")
+  with pytest.raises(SystemExit, match="keras-hub ended with status 1"):
+    without.call()
