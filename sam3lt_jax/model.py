@@ -358,8 +358,12 @@ class Sam3LiteText(nn.Module):
 
   def _shares(self, vision: VisionFeatures, rows: int, deterministic: bool) -> bool:
     """Whether several prompts ask about one image, so that `prepare` pays."""
-    plain = deterministic and not self.remat and not self.is_initializing()
-    return plain and vision.fpn_hidden_states[-1].shape[0] < rows
+    if not deterministic or self.remat or self.is_initializing():
+      return False
+    try:
+      return bool(vision.fpn_hidden_states[-1].shape[0] < rows)
+    except jax.errors.InconclusiveDimensionOperation:  # a symbolic number of prompts may turn out to be one
+      return False
 
   def _geometry_tokens(self, boxes, labels, image, place, deterministic: bool):
     """Box tokens and the CLS token with their mask, or None where the profile adds none without boxes."""
