@@ -2,12 +2,11 @@
 
 An image is encoded once and prompted many times. Every array inside `jit` has one of a few declared shapes
 (images are resized to one size; phrases, boxes and prompts are padded to buckets and masked), so another
-phrase, another number of boxes or another photo size compiles nothing.
+phrase, another number of boxes or another photo size compiles nothing new once its bucket was used.
 """
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import os
 from collections.abc import Sequence
@@ -20,14 +19,13 @@ import numpy as np
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
 from sam3lt_jax.model import PreparedFeatures, Sam3LiteText, TextFeatures, Variables
 from sam3lt_jax.ops.interpolation import interpolation_matrix
+from sam3lt_jax.phrase_encoder import PhraseEncoder, pad_rows
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.results import Results
 from sam3lt_jax.programs import Program, explain_memory, return_freed_memory, shapes_of
 
-TEXT_BATCH = 8  # phrases encoded at once
-TEXT_CACHE = 4096  # phrases kept, about 16 kB each
 MASK_TILE = 512  # pixels; full-size masks leave an accelerator in tiles of one compiled shape
 MASK_BATCH = 8  # masks a tile
 
@@ -46,6 +44,7 @@ class Predictor:
   Attributes:
     model, variables: what runs. RepMixer blocks are folded (`Sam3LiteText.fuse`) unless `fuse=False`.
     processor: the `Sam3Processor` in use; its profile's threshold and mask order are the defaults.
+    phrases: the `PhraseEncoder` in use, which keeps the features of phrases.
   """
 
   def __init__(
@@ -82,15 +81,12 @@ class Predictor:
     self._prompt_buckets = _buckets("prompt_buckets", prompt_buckets)
     self._box_buckets = _buckets("box_buckets", box_buckets)
     self._masks_on_device = not on_cpu if masks_on_device is None else masks_on_device
-    self._phrases: collections.OrderedDict[str, tuple[np.ndarray, np.ndarray]] = collections.OrderedDict()
+    self.phrases = PhraseEncoder(model, self.processor)
     self._image: tuple[PreparedFeatures, tuple[int, int]] | None = None
 
     def encode_image(variables, pixels):
       vision = model.apply(variables, pixels, method="get_vision_features")
       return model.apply(variables, vision, method="prepare")
-
-    def encode_text(variables, ids, mask):
-      return model.apply(variables, ids, mask, method="get_text_features").pooler_output
 
     def detect(variables, vision, tokens, mask, boxes, labels):
       text = TextFeatures(tokens, tokens, mask)
@@ -99,8 +95,7 @@ class Predictor:
       )
       return out.pred_logits, out.presence_logits, out.pred_boxes, out.pred_masks
 
-    self._encode_image, self._encode_text = Program(encode_image), Program(encode_text)
-    self._detect = Program(detect)
+    self._encode_image, self._detect = Program(encode_image), Program(detect)
     self._enlarge = jax.jit(_enlarge, static_argnames="mask_order")
 
   @classmethod
@@ -172,12 +167,7 @@ class Predictor:
     variables, side = shapes_of(self.variables), self.processor.image_size
     pixels = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
     image = self._encode_image.compile_in(executor, lambda: (variables, pixels))
-
-    def phrases() -> tuple:
-      inputs = self.processor(text=[BOX_ONLY_PHRASE] * TEXT_BATCH)
-      return variables, inputs["input_ids"], inputs["attention_mask"]
-
-    text = self._encode_text.compile_in(executor, phrases)
+    text = self.phrases.compile_ahead(executor, variables)
 
     def question() -> tuple:
       P, (_, T, D) = self._prompt_buckets[0], text().shape
@@ -276,25 +266,11 @@ class Predictor:
   def use_variables(self, variables: Any) -> None:
     """Other weights of the same shapes, as after a training step; nothing is compiled anew."""
     self.variables = variables
-    self._phrases.clear()
+    self.phrases.forget()
 
   def text_features(self, phrases: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Features [P, T, D] and mask bool [P, T] of P phrases, each computed once and kept."""
-    new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._phrases]
-    for start in range(0, len(new), TEXT_BATCH):
-      batch = new[start : start + TEXT_BATCH]
-      inputs = self.processor(text=batch)
-      ids, mask = (_pad_rows(inputs[k], TEXT_BATCH) for k in ("input_ids", "attention_mask"))
-      with explain_memory():
-        features = np.asarray(self._encode_text(self.variables, ids, mask))
-      for i, phrase in enumerate(batch):
-        self._phrases[phrase] = features[i], mask[i].astype(bool)
-    rows = [self._phrases[phrase] for phrase in phrases]
-    for phrase in phrases:
-      self._phrases.move_to_end(phrase)
-    while len(self._phrases) > TEXT_CACHE:
-      self._phrases.popitem(last=False)
-    return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+    return self.phrases(self.variables, phrases)
 
   def _run(
     self,
@@ -317,8 +293,8 @@ class Predictor:
         out = self._detect(
           self.variables,
           vision,
-          _pad_rows(tokens[chunk], bucket),
-          _pad_rows(mask[chunk], bucket),
+          pad_rows(tokens[chunk], bucket),
+          pad_rows(mask[chunk], bucket),
           np.repeat(boxes, bucket, axis=0),
           np.repeat(labels, bucket, axis=0),
         )
@@ -368,7 +344,7 @@ class Predictor:
     columns = interpolation_matrix(w, W, -(-W // MASK_TILE) * MASK_TILE)
     for start in range(0, len(row), MASK_BATCH):
       n = min(MASK_BATCH, len(row) - start)
-      at = [_pad_rows(index[start : start + n], MASK_BATCH) for index in (row, query)]
+      at = [pad_rows(index[start : start + n], MASK_BATCH) for index in (row, query)]
       for y in range(0, H, MASK_TILE):
         for x in range(0, W, MASK_TILE):
           tile = self._enlarge(
@@ -384,11 +360,6 @@ def _buckets(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
   if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
     raise ValueError(f"{name} must be ascending positive sizes, got {sizes}")
   return sizes
-
-
-def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
-  """Repeats the first row up to `rows`; rows are independent, so the copies change nothing."""
-  return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])
 
 
 def _enlarge(masks, row, query, rows, columns, mask_threshold, mask_order):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3lt_jax import Predictor, Profile, Results, Sam3Processor, save_pretrained
-from sam3lt_jax import predictor as predictor_module
+from sam3lt_jax import Predictor, Profile, Results, Sam3Processor, phrase_encoder, save_pretrained
 from tests import tiny
 
 compilations = []
@@ -34,8 +33,9 @@ def sibling(base):
   def make(**options):
     with tiny.hurry():
       other = Predictor(base.model, base.variables, **{"processor": base.processor, "fuse": False} | options)
-    for name in ("_encode_image", "_encode_text", "_detect"):
+    for name in ("_encode_image", "_detect"):
       setattr(other, name, getattr(base, name))
+    other.phrases.programs = base.phrases.programs
     return other
 
   return make
@@ -223,7 +223,8 @@ def test_another_phrase_box_count_or_photo_size_compiles_nothing(sibling):
 
 def test_a_phrase_is_encoded_once(base, sibling, monkeypatch):
   predictor, calls = sibling(), []
-  monkeypatch.setattr(predictor, "_encode_text", lambda *args: calls.append(1) or base._encode_text(*args))
+  counted = {n: lambda *args, p=p: calls.append(1) or p(*args) for n, p in base.phrases.programs.items()}
+  monkeypatch.setattr(predictor.phrases, "programs", counted)
   first = predictor(PHOTO, ["a dog", "a dog", "a cat"], **ALL)
   assert len(calls) == 1
   assert_same(predictor(PHOTO, ["a dog", "a dog", "a cat"], **ALL), first, atol=0)
@@ -234,13 +235,13 @@ def test_a_phrase_is_encoded_once(base, sibling, monkeypatch):
 
 
 def test_the_phrase_cache_forgets_the_oldest(base, sibling, monkeypatch):
-  monkeypatch.setattr(predictor_module, "TEXT_CACHE", 2)
+  monkeypatch.setattr(phrase_encoder, "KEPT", 2)
   predictor = sibling()
   wanted = base(PHOTO, ["a", "b", "c"], **ALL)
   assert_same(predictor(PHOTO, ["a", "b", "c"], **ALL), wanted, atol=0)  # more at once than are kept
-  assert list(predictor._phrases) == ["b", "c"]
+  assert list(predictor.phrases) == ["b", "c"]
   predictor(PHOTO, ["b", "d"], **ALL)
-  assert list(predictor._phrases) == ["b", "d"]
+  assert list(predictor.phrases) == ["b", "d"]
   assert_same(predictor(PHOTO, ["a", "b", "c"], **ALL), wanted, atol=1e-5)
 
 

@@ -103,14 +103,19 @@ def test_buckets_ascend(sizes):
     )
 
 
-@pytest.mark.parametrize("function", ["_encode_image", "_encode_text", "_detect"])
+@pytest.mark.parametrize("function", ["_encode_image", "phrases", "_detect"])
 def test_no_device_memory_says_what_to_lower(base, monkeypatch, function):
+  def replace(program):
+    if function == "phrases":
+      monkeypatch.setattr(base.phrases, "programs", dict.fromkeys(base.phrases.lengths, program))
+    else:
+      monkeypatch.setattr(base, function, program)
 
   def fail(*_args, message="RESOURCE_EXHAUSTED: Out of memory allocating 123456789 bytes.\nlong dump"):
     raise jax.errors.JaxRuntimeError(message)
 
-  monkeypatch.setattr(base, function, fail)
+  replace(fail)
   message = r"too little memory .*dtype='bfloat16'.*prompt_buckets.*image_size.*123456789 bytes\.\)$"
   refused(message, base, PHOTO, "not seen before", error=MemoryError)
-  monkeypatch.setattr(base, function, lambda *_: fail(message="INTERNAL: something else"))
+  replace(lambda *_: fail(message="INTERNAL: something else"))
   refused("INTERNAL: something else", base, PHOTO, "not seen before", error=jax.errors.JaxRuntimeError)

@@ -31,8 +31,9 @@ NAMES = {"jit(encode_image)", "jit(encode_text)", "jit(detect)"}
 )  # text encoders with and without RepMixer blocks
 def test_a_first_call_compiles_nothing_more(source, compiled, caplog):
   predictor = Predictor.from_pretrained(source)
-  for name in ("_encode_image", "_encode_text", "_detect"):
-    assert getattr(predictor, name)._early.exception() is None
+  phrases = predictor.phrases
+  for program in (predictor._encode_image, phrases.programs[phrases.lengths[0]], predictor._detect):
+    assert program._early.exception() is None
   assert set(compiled()) >= NAMES
   caplog.clear()
   predictor(PHOTO, text="shape")

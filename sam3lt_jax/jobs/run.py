@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sam3lt_jax import phrase_encoder
 from sam3lt_jax.config import BOX_ONLY_PHRASE
 from sam3lt_jax.jobs import files, ledger, reading, setup
 from sam3lt_jax.jobs.forward import Forward
@@ -27,7 +28,7 @@ from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.sources import list_items
 from sam3lt_jax.jobs.summary import Summary
 from sam3lt_jax.jobs.summary import write as write_summary
-from sam3lt_jax.predictor import TEXT_CACHE, Predictor
+from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing import postprocess
 
 MAX_FAILURES = 0.5
@@ -202,7 +203,7 @@ class _Job:
     try:
       # Before the devices start, which would wait for it. Where images have their own questions one is enough
       # to compile the program; the others are encoded as they come.
-      phrases = questions.phrases[: 1 if questions.per_image else TEXT_CACHE] or (BOX_ONLY_PHRASE,)
+      phrases = questions.phrases[: 1 if questions.per_image else phrase_encoder.KEPT] or (BOX_ONLY_PHRASE,)
       predictor.text_features(phrases)
       self.forward = Forward(
         predictor,

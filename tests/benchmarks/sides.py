@@ -37,7 +37,11 @@ class Ours:
     self.model, self.variables = self.predictor.model, self.predictor.variables
     apply = self.model.apply
     self._vision = jit(lambda v, x: apply(v, x, method="get_vision_features"))
-    self._text = jit(lambda v, ids, mask: apply(v, ids, mask, method="get_text_features"))
+    self._text = jit(
+      lambda v, ids, mask, length: apply(v, ids, mask, method="get_text_features", length=length),
+      static_argnums=3,
+    )
+    self._prepare = jit(lambda v, vision: apply(v, vision, method="prepare"))
     self._detect = jit(
       lambda v, vision, text, boxes, labels: apply(
         v, vision_embeds=vision, text_embeds=text, input_boxes=boxes, input_boxes_labels=labels
@@ -54,15 +58,23 @@ class Ours:
 
   boxes = ids
 
+  def length(self, tokens: tuple[np.ndarray, np.ndarray]) -> int:
+    """How many tokens of these phrases are computed, as `Predictor` chooses."""
+    return self.predictor.phrases.length_of(np.asarray(tokens[1]))
+
   def vision(self, pixels: Any) -> Any:
     return self._jax.block_until_ready(self._vision(self.variables, pixels))
 
-  def text(self, ids: Any) -> Any:
-    return self._jax.block_until_ready(self._text(self.variables, *ids))
+  def text(self, ids: Any, length: int | None = None) -> Any:
+    return self._jax.block_until_ready(self._text(self.variables, *ids, length))
 
   def row(self, text: Any, i: int) -> Any:
     """One phrase of several."""
     return self._jax.tree.map(lambda x: x[i : i + 1], text)
+
+  def prepare(self, vision: Any) -> Any:
+    """What phrases about one image share."""
+    return self._prepare(self.variables, vision)
 
   def detect(self, vision: Any, text: Any, boxes: Any = (None, None)) -> Any:
     return self._jax.block_until_ready(self._detect(self.variables, vision, text, *boxes))
@@ -144,11 +156,18 @@ class Reference:
     with self._torch.inference_mode():
       return self._done(self._vision(pixels))
 
-  def text(self, ids: Any) -> Any:
+  def length(self, tokens: tuple[np.ndarray, np.ndarray]) -> None:
+    """The reference computes every token."""
+
+  def text(self, ids: Any, length: None = None) -> Any:
     """The features with the mask, which the reference wants again at detection."""
     with self._torch.inference_mode():
       out = self._done(self.model.get_text_features(input_ids=ids[0], attention_mask=ids[1]))
     return types.SimpleNamespace(pooler_output=out.pooler_output, mask=ids[1])
+
+  def prepare(self, vision: Any) -> Any:
+    """The reference shares the features themselves."""
+    return vision
 
   def row(self, text: Any, i: int) -> Any:
     row = slice(i, i + 1)

@@ -143,8 +143,8 @@ def test_where_boxes_bring_a_token_they_run_apart():
 
 def test_a_phrase_is_encoded_once(three, predictor, monkeypatch):
   asked = []
-  encode = predictor._encode_text
-  monkeypatch.setattr(predictor, "_encode_text", lambda *a: asked.append(a) or encode(*a))
+  counted = {n: lambda *a, p=p: asked.append(a) or p(*a) for n, p in predictor.phrases.programs.items()}
+  monkeypatch.setattr(predictor.phrases, "programs", counted)
   new = [(Question("never seen"),)] * 3
   run(three, PHOTOS[:3], new)
   run(three, PHOTOS[:3], new)

@@ -12,11 +12,11 @@ from tests.jobs.ledgers import TAILS, start
 
 
 def test_killed_at_random_moments(tmp_path):
-  """15 lives of a job of 60 small shards, each SIGKILLed; some wounds get a torn tail besides."""
+  """15 lives of a job of 120 small shards, each SIGKILLed; some wounds get a torn tail besides."""
   seed = random.randrange(10**6)
   print(f"seed {seed}")  # shown by pytest where the test fails
   rng = random.Random(seed)
-  number, size, log = 240, 4, tmp_path / "log"
+  number, size, log = 480, 4, tmp_path / "log"
   directory = tmp_path / "job"
   torn = at_work = 0
   for _ in range(15):

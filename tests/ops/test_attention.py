@@ -11,12 +11,14 @@ from sam3lt_jax.ops import attention
 from tests import tiny
 
 # B, T, S, N, H. 192 queries make three blocks of 64 under the fixture below.
-SHAPES = [(2, 192, 20, 3, 8), (1, 128, 128, 2, 4), (3, 5, 7, 2, 8), (1, 1, 4, 1, 4)]
+# Rows of the first go one by one, of the last two by two, of the rest together.
+SHAPES = [(2, 192, 20, 3, 8), (1, 128, 128, 2, 4), (3, 5, 7, 2, 8), (1, 1, 4, 1, 4), (4, 128, 12, 2, 8)]
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   monkeypatch.setattr(attention, "MAX_QUERY_BLOCK", 64)
+  monkeypatch.setattr(attention, "MAX_BLOCK_BYTES", 8000)
 
 
 def inputs(shape, *, mask=None, bias=False, seed=0, dtype=np.float32):
@@ -63,7 +65,8 @@ def test_two_keys_by_hand():
 @pytest.mark.parametrize(
   "shape, mask, bias",
   [(SHAPES[0], mask, bias) for mask in (None, "keys", "pairs") for bias in (False, True)]
-  + [(shape, "pairs", True) for shape in SHAPES[1:]],
+  + [(shape, "pairs", True) for shape in SHAPES[1:]]
+  + [(SHAPES[-1], "keys", True)],
 )
 def test_is_the_definition(shape, mask, bias, blocked):
   q, k, v, allowed, added = inputs(shape, mask=mask, bias=bias)
@@ -190,6 +193,11 @@ def test_equals_torch(kind, blocked):
   heads_first = [torch.from_numpy(np.array(a)).transpose(1, 2) for a in (q, k, v)]
   wanted = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=added)
   np.testing.assert_allclose(attend(q, k, v, mask, bias, blocked), wanted.transpose(1, 2).numpy(), atol=2e-6)
+
+
+def test_rows_share_a_block_within_its_size():
+  assert [attention.row_block(B, 4 * 64 * S) for B, S in ((2, 20), (4, 12), (3, 7), (6, 6))] == [1, 2, 3, 3]
+  assert attention.row_block(5, 10**9) == 1 and attention.row_block(7, 2000) == 1
 
 
 def test_blocked_attention_refuses_dropout():
