@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
+
 from sam3lt_jax.checkpoints import engine, orbax_io, tables
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.pretrained import abstract_leaves
@@ -39,8 +41,8 @@ def save_pretrained(
 ) -> None:
   """Writes a checkpoint that `from_pretrained` loads, in one piece: a crash leaves no half of one.
 
-  All is written to a hidden directory beside the target and then renamed. One process; in a job of several
-  hosts use Orbax's own checkpointer.
+  All is written to a hidden directory beside the target and then renamed. Under several processes all of them
+  call it with the same arguments, as Orbax wants it, and the first one writes.
 
   Args:
     directory: the target on a local disk. Made where it does not exist.
@@ -71,19 +73,26 @@ def save_pretrained(
   leaves = engine.flatten(variables)
   orbax_io.compare(leaves, abstract_leaves(model), "variables")
   parent, name = os.path.split(target)
-  os.makedirs(parent, exist_ok=True)
-  unfinished = os.path.join(parent, f".{name}.saving-{uuid.uuid4().hex[:8]}")
-  os.mkdir(unfinished)
+  several, leads = jax.process_count() > 1, jax.process_index() == 0
+  mark = "all" if several else uuid.uuid4().hex[:8]  # all processes have to name the same directory
+  unfinished = os.path.join(parent, f".{name}.saving-{mark}")
+  if leads:
+    if several:
+      shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(unfinished)
   try:
     if format == "orbax":
-      model.config.to_json(os.path.join(unfinished, "config.json"))
       orbax_io.save(unfinished, variables)
-    else:
-      write_transformers(unfinished, model.config, leaves, limit)
-    _write_tokenizer(unfinished, tokenizer, model.config, bundled=format == "transformers")
-    _publish(unfinished, target)
+    if leads:
+      if format == "orbax":
+        model.config.to_json(os.path.join(unfinished, "config.json"))
+      else:
+        write_transformers(unfinished, model.config, leaves, limit)
+      _write_tokenizer(unfinished, tokenizer, model.config, bundled=format == "transformers")
+      _publish(unfinished, target)
   finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if leads:
+      shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _target(directory: str | os.PathLike, overwrite: bool) -> str:

@@ -43,6 +43,37 @@ def check_writable(folder: str) -> None:
     raise UserError(f"--out: cannot write to {folder} ({e.strerror})") from e
 
 
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+  """The option that `join_hosts` reads."""
+  parser.add_argument(
+    "--hosts",
+    action="store_true",
+    help="train together with the same command on other hosts that see --out, too: found by"
+    " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else by what Slurm, Open MPI, GKE or a"
+    " TPU slice tells",
+  )
+
+
+def join_hosts(args: argparse.Namespace) -> bool:
+  """Waits for the others where --hosts asks for it. Whether this process is the one that talks.
+
+  Raises:
+    ValueError: the others did not come, or the variables contradict each other.
+  """
+  if not args.hosts:
+    return True
+  import jax
+
+  from sam3lt_jax import parallel
+
+  parallel.start_distributed(auto="JAX_COORDINATOR_ADDRESS" not in os.environ)
+  return jax.process_index() == 0
+
+
+def say_nothing(line: str) -> None:
+  """The `report` of a process that does not talk."""
+
+
 def _number(text: str) -> float:
   """NaN, which compares false, for what is no number."""
   try:

@@ -7,7 +7,7 @@ import os
 import sys
 
 from sam3lt_jax.cli import PROGRAM, UserError
-from sam3lt_jax.cli.arguments import count, positive
+from sam3lt_jax.cli.arguments import add_hosts, count, join_hosts, positive, say_nothing
 from sam3lt_jax.cli.segment import RANDOM
 
 _EPILOG = """\
@@ -19,6 +19,9 @@ examples:
       --prompts noun_phrases.json lvis_v1_train.json --export-features features --out run
   compare teacher and student on a photo at the end:
     sam3lt distill --prompts phrases.txt --out run --eval-image street.jpg --eval-phrase "yellow bus"
+  the first of two machines that see one folder (the other: JAX_PROCESS_ID=1); --batch is of all devices:
+    JAX_COORDINATOR_ADDRESS=first:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 \\
+      sam3lt distill --prompts phrases.json --batch 512 --hosts --out shared/run
   see a run of a minute with nothing downloaded (random weights: the result means nothing):
     sam3lt distill --teacher random:tiny --student tiny-s1 --prompts phrases.txt --steps 50 --out run
 the same command again goes on with a run that was stopped
@@ -75,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="compare student and teacher on it at the end; repeatable")  # fmt: skip
   add("--eval-phrase", action="append", default=[], metavar="PHRASE",
       help="what to ask of the photos; repeatable (default: eight held-out phrases)")  # fmt: skip
+  add_hosts(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,12 +87,25 @@ def run(args: argparse.Namespace) -> int:
       raise UserError(f"--eval-image: no such photo: {photo}")
   if args.eval_phrase and not args.eval_image:
     raise UserError("--eval-phrase without --eval-image: there is nothing to ask it of")
-  if args.teacher.startswith(RANDOM):
+  config = _config(args)
+  leads = join_hosts(args)
+  if args.teacher.startswith(RANDOM) and leads:
     print(f"{PROGRAM}: RANDOM WEIGHTS: the teacher knows nothing, nor will the student", file=sys.stderr)
 
   from sam3lt_jax.training.distillation.run import distill
 
-  result = distill(_config(args), images=args.eval_image, phrases=args.eval_phrase or None)
+  result = distill(
+    config,
+    images=args.eval_image,
+    phrases=args.eval_phrase or None,
+    report=None if leads else say_nothing,
+  )
+  if leads:
+    _show(result)
+  return 0
+
+
+def _show(result) -> None:
   share = 1 - result.student_parameters / result.teacher_parameters
   print(
     f"text encoder: {result.student_parameters:,} parameters, the teacher's {result.teacher_parameters:,}"
@@ -106,7 +123,6 @@ def run(args: argparse.Namespace) -> int:
   if result.agreement is not None:
     print(f"against the teacher: {result.agreement}")
   print(f"wrote {', '.join(result.written.values())}")
-  return 0
 
 
 def _config(args: argparse.Namespace):

@@ -7,7 +7,7 @@ import os
 import sys
 
 from sam3lt_jax.cli import PROGRAM, UserError
-from sam3lt_jax.cli.arguments import count, positive
+from sam3lt_jax.cli.arguments import add_hosts, count, join_hosts, positive, say_nothing
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM
 
@@ -95,13 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--evaluate-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
   add("--checkpoint-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
   add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+  add_hosts(run)
 
 
 def run(args: argparse.Namespace) -> int:
   _check(args)
   config = _config(args)
   records, validation = _records(args)
-  if args.model.startswith(RANDOM):
+  leads = join_hosts(args)
+  if args.model.startswith(RANDOM) and leads:
     print(f"{PROGRAM}: RANDOM WEIGHTS: the model starts knowing nothing", file=sys.stderr)
 
   from sam3lt_jax.training.detection.run import finetune
@@ -117,8 +119,10 @@ def run(args: argparse.Namespace) -> int:
     evaluate_every=args.evaluate_every,
     checkpoint_every=args.checkpoint_every,
     fingerprint={"annotations": _facts(args.annotations), "held_out": args.held_out, "iou": args.iou},
+    report=None if leads else say_nothing,
   )
-  print(f"wrote {', '.join(result.written.values())}")
+  if leads:
+    print(f"wrote {', '.join(result.written.values())}")
   return 0
 
 

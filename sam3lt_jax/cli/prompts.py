@@ -93,5 +93,5 @@ def _load(args: argparse.Namespace):
   with busy(f"loading {args.model}"):
     from sam3lt_jax.predictor import Predictor
 
-    predictor = Predictor.from_pretrained(args.model, profile=args.profile)
+    predictor = Predictor.from_pretrained(args.model, profile=args.profile, compile_ahead=False)
   return predictor.processor.tokenizer, predictor.model, predictor.variables

@@ -26,6 +26,7 @@ import jax
 from sam3lt_jax.checkpoints import orbax_io
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
 from sam3lt_jax.checkpoints.errors import CheckpointError
+from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.parallel import is_key
 from sam3lt_jax.training import integrity
 from sam3lt_jax.training.integrity import Damaged
@@ -69,7 +70,7 @@ class TrainCheckpoints:
     if self._lead:
       os.makedirs(self.directory, exist_ok=True)
       self._tidy()
-    _barrier("sam3lt-checkpoints-open")
+    barrier("sam3lt-checkpoints-open")
     self._best_known = self._best_value()
 
   # ------------------------------------------------------------------ what is there
@@ -133,7 +134,7 @@ class TrainCheckpoints:
     if self._lead:
       shutil.rmtree(writing, ignore_errors=True)
       self._guard(step, os.makedirs, writing)
-    _barrier(f"sam3lt-checkpoint-{step}")
+    barrier(f"sam3lt-checkpoint-{step}")
     metrics = {name: float(x) for name, x in (metrics or {}).items() if math.isfinite(x)}
     if self.is_best(metrics):
       self._best_known = metrics[self.best[0]]
@@ -223,7 +224,7 @@ class TrainCheckpoints:
       CheckpointError: no such step, or it is damaged and there is none before it.
     """
     self.wait()
-    _barrier("sam3lt-checkpoints-restore")  # the leading process may still be renaming
+    barrier("sam3lt-checkpoints-restore")  # the leading process may still be renaming
     if step is not None:
       if step not in self.steps():
         known = ", ".join(map(str, self.steps())) or "none"
@@ -274,11 +275,11 @@ class TrainCheckpoints:
     return jax.tree.unflatten(structure, new)
 
   def _set_aside(self, steps: Iterable[int]) -> None:
-    _barrier("sam3lt-checkpoints-read")
+    barrier("sam3lt-checkpoints-read")
     for step in steps if self._lead else ():
       shutil.rmtree(self._path(step) + _DAMAGED, ignore_errors=True)
       os.rename(self._path(step), self._path(step) + _DAMAGED)
-    _barrier("sam3lt-checkpoints-set-aside")
+    barrier("sam3lt-checkpoints-set-aside")
     self._best_known = self._best_value()
 
   def _path(self, step: int) -> str:
@@ -332,10 +333,3 @@ def _key_impl(like: Any) -> Any:
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
   sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(name)

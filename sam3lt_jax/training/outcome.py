@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from sam3lt_jax.checkpoints import save_pretrained
 from sam3lt_jax.model import Sam3LiteText, Variables
 
@@ -24,18 +26,22 @@ def write_outcome(
 ) -> dict[str, str]:
   """Writes model/ (our format), transformers/ (theirs), `name`.json with `numbers`, and curves.png.
 
+  Under several processes all of them call it, and the first one writes.
+
   Args:
     title: of the plot of metrics.jsonl. Without matplotlib there is none, and `report` is told.
     tokenizer: see `save_pretrained`.
 
   Returns:
-    "model", "transformers", "numbers", "plot" -> path.
+    "model", "transformers", "numbers", "plot" -> path; of the first process only.
   """
   directory = os.fspath(directory)
   written = {}
   for part, format in (("model", "orbax"), ("transformers", "transformers")):
     written[part] = os.path.join(directory, part)
     save_pretrained(written[part], model, variables, format=format, tokenizer=tokenizer, overwrite=True)
+  if jax.process_index():
+    return {}
   written["numbers"] = os.path.join(directory, f"{name}.json")
   with open(written["numbers"], "w", encoding="utf-8") as f:
     json.dump(dict(numbers), f, indent=2)

@@ -4,7 +4,7 @@
   python -m tests.benchmarks.compare --parts vision text --dtype bfloat16 --repeats 3
   python -m tests.benchmarks.compare --load a.json b.json --write docs/benchmarks.md     # measures nothing
 
-Tables go to stdout, progress to stderr. --json is rewritten after every part, so a run that is cut short
+Tables go to stdout, progress to stderr. --json is rewritten after every row, so a run that is cut short
 keeps what it had; --load puts a page together from several runs of fewer --parts.
 """
 
@@ -79,7 +79,8 @@ def _one_process(workload, dtype: str, args: argparse.Namespace, run, add) -> No
     return
   loaded = sides.load(workload, dtype)
   for part in chosen:
-    add(parts.run(part, workload, loaded, dtype, args.repeats, run.rows))
+    for row in parts.run(part, workload, loaded, dtype, args.repeats, run.rows):
+      add([row])
   if "profile" in args.parts:
     from tests.benchmarks import breakdown
 

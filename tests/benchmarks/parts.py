@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ def end_to_end(workload: Workload, sides: Sequence[Side], dtype: str, repeats: i
 
 def scaling(
   workload: Workload, sides: Sequence[Side], dtype: str, repeats: int, done: Sequence[Row] = ()
-) -> list[Row]:
+) -> Iterator[Row]:
   """Seconds against the number of phrases, boxes and images, and against the resolution.
 
   done: rows of this run; what they hold is not measured again.
@@ -132,28 +132,21 @@ def scaling(
   scale, config = workload.scale, workload.config
   pixels = workload.pixels(1)
   images = [s.vision(s.pixels(pixels)) for s in sides]
-  rows = []
   name = "scaling: detection by phrases"
   for count in scale.scaling_phrases:
     what = f"detection, {_plural(count, 'phrase')}"
     known = next((row for row in done if (row.what, row.dtype) == (what, dtype)), None)
     if known is not None:
-      rows.append(dataclasses.replace(known, part=name, what=str(count), note=""))
+      yield dataclasses.replace(known, part=name, what=str(count), note="")
     else:
-      rows.append(measure(name, str(count), dtype, _detections(workload, sides, images, count), repeats))
+      yield measure(name, str(count), dtype, _detections(workload, sides, images, count), repeats)
   for count in scale.scaling_boxes:
     calls = {}
     for side, image in zip(sides, images):
       phrase = side.text(side.ids(workload.tokens(1)))
       boxes = side.boxes(workload.boxes(1, count)) if count else (None, None)
       calls[side.whose, side.how] = functools.partial(side.detect, image, phrase, boxes)
-    rows.append(measure("scaling: detection of one phrase by boxes", str(count), dtype, calls, repeats))
-  for count in scale.scaling_images:
-    batch = workload.pixels(count)
-    calls = {(s.whose, s.how): functools.partial(s.vision, s.pixels(batch)) for s in sides}
-    if count > 1:
-      calls |= {(s.whose, f"{s.how}, one by one"): _vision_each(s, batch) for s in sides}
-    rows.append(measure("scaling: vision encoder by images", str(count), dtype, calls, repeats))
+    yield measure("scaling: detection of one phrase by boxes", str(count), dtype, calls, repeats)
   try:
     for resolution in scale.scaling_sides:
       image = workload.pixels(1, resolution)
@@ -163,11 +156,16 @@ def scaling(
         run = side.at_resolution(resolution).forward
         calls[side.whose, side.how] = functools.partial(run, side.pixels(image), tokens)
       name = "scaling: whole model, one image and phrase, by pixels a side"
-      rows.append(measure(name, str(resolution), dtype, calls, repeats))
+      yield measure(name, str(resolution), dtype, calls, repeats)
   finally:
     for side in sides:
       side.at_resolution(config.vision.image_size)
-  return rows
+  for count in scale.scaling_images:
+    batch = workload.pixels(count)
+    calls = {(s.whose, s.how): functools.partial(s.vision, s.pixels(batch)) for s in sides}
+    if count > 1:
+      calls |= {(s.whose, f"{s.how}, one by one"): _vision_each(s, batch) for s in sides}
+    yield measure("scaling: vision encoder by images", str(count), dtype, calls, repeats)
 
 
 def _vision_each(side: Side, batch: np.ndarray) -> Callable[[], None]:
@@ -184,7 +182,7 @@ def _plural(count: int, noun: str) -> str:
   return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-PARTS: dict[str, Callable[..., list[Row]]] = {
+PARTS: dict[str, Callable[..., Iterable[Row]]] = {
   "vision": vision,
   "text": text,
   "detect": detect,
@@ -195,8 +193,8 @@ PARTS: dict[str, Callable[..., list[Row]]] = {
 
 def run(
   part: str, workload: Workload, sides: Sequence[Side], dtype: str, repeats: int, done: Sequence[Row]
-) -> list[Row]:
-  """The rows of one of `PARTS`; `done`: those that this run has already."""
+) -> Iterable[Row]:
+  """The rows of one of `PARTS`, as they come; `done`: those that this run has already."""
   say(f"{part}, {dtype}")
   if part == "scaling":
     return scaling(workload, sides, dtype, repeats, done)

@@ -22,6 +22,7 @@ PHRASE = "coffee cup"
 PROFILE = "transformers"  # what the reference computes: same ids, same context of 32 tokens
 SEED = 0
 KEPT = 10  # detections that one phrase keeps, so that post-processing has an ordinary amount of work
+SPREAD = 3.0  # standard deviation of the queries' class logits, of which the model clamps what is beyond 12
 VOCABULARY = 49408  # of the real tokenizer, also at the tiny size
 SIZES = ("s0", "s1", "l", "tiny")
 _ADJECTIVES = ("red", "small", "wooden", "old", "striped", "shiny", "open", "round")
@@ -112,16 +113,16 @@ def _processor(config: Sam3LiteTextConfig, side: int | None = None) -> Sam3Proce
 
 
 def prepare(size: str, directory: str) -> Workload:
-  """Draws the weights, writes checkpoint, tokenizer and photos into `directory`, finds the threshold."""
+  """Draws the weights, spreads the scores, writes checkpoint, tokenizer and photos into `directory`."""
   from convert import torch_reference
 
   ref = torch_reference.import_reference()
   data = {k: v for k, v in config(size).to_json().items() if k != "sam3lt_jax"}
   model = torch_reference.randomise_(torch_reference.build_model(ref.Sam3LiteTextConfig(**data)), SEED)
+  workload = Workload(size, directory, _photos(directory), 0.0)
+  threshold = _spread_scores(model, workload)
   model.save_pretrained(directory)
   _processor(config(size)).tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  workload = Workload(size, directory, _photos(directory), 0.0)
-  threshold = _threshold(model, workload)
   del model
   gc.collect()
   return dataclasses.replace(workload, threshold=threshold)
@@ -139,18 +140,33 @@ def _photos(directory: str) -> tuple[str, ...]:
   return tuple(paths)
 
 
-def _threshold(model, workload: Workload) -> float:
-  """Between the last score that is kept and the next one."""
+def _spread_scores(model, workload: Workload) -> float:
+  """Makes scores differ between queries; returns the threshold that keeps `KEPT` of the first photo.
+
+  Random weights score all queries nearly alike, less apart than bfloat16 resolves: one side would keep all of
+  them there and the other none, and their post-processing would not be the same work. So the projection of
+  the queries is centred and scaled, which does the same to the class logits.
+  """
   import torch
 
   inputs = _processor(workload.config)(images=workload.photos[0], text=PHRASE)
   tensors = {k: torch.from_numpy(np.array(v)) for k, v in inputs.model_inputs.items()}
   tensors["pixel_values"] = tensors["pixel_values"].permute(0, 3, 1, 2)
   ints = {k: v.long() for k, v in tensors.items() if not v.is_floating_point()}
+  projection, projected = model.dot_product_scoring.query_proj, []
+  hook = projection.register_forward_hook(lambda module, args, out: projected.append(out))
   with torch.inference_mode():
     out = model(**(tensors | ints))
-  scores = (out.pred_logits.sigmoid() * out.presence_logits.sigmoid())[0].float()
-  ranked = np.sort(scores.numpy())[::-1]
+    hook.remove()
+    logits = out.pred_logits[0]
+    factor = SPREAD / logits.std()
+    mean = projected[0][-1].reshape(-1, projected[0].shape[-1]).mean(dim=0)
+  with torch.no_grad():
+    projection.bias.copy_(factor * (projection.bias - mean))
+    projection.weight.mul_(factor)
+  presence = torch.sigmoid(out.presence_logits[0])
+  scores = torch.sigmoid(factor * (logits - logits.mean())) * presence
+  ranked = np.sort(scores.float().numpy())[::-1]
   kept = min(KEPT, len(ranked) // 2)
   return float((ranked[kept - 1] + ranked[kept]) / 2)
 

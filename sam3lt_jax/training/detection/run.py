@@ -272,9 +272,7 @@ class _Run:
     )
     if before is not None:
       self.report(f"cgF1 on held-out images: {before['cgF1']:.2f} before, {result.after['cgF1']:.2f} after")
-    if jax.process_index() == 0:
-      result = dataclasses.replace(result, written=self.write(result, int(state.step)))
-    return result
+    return dataclasses.replace(result, written=self.write(result, int(state.step)))
 
   def write(self, result: FinetuneResult, step: int) -> dict[str, str]:
     """See `write_outcome`."""

@@ -127,9 +127,7 @@ def distill(
     student_parameters=_count(variables),
     written={},
   )
-  if jax.process_index() == 0:
-    result = dataclasses.replace(result, written=_write(config, result, run.own_tokenizer, report))
-  return result
+  return dataclasses.replace(result, written=_write(config, result, run.own_tokenizer, report))
 
 
 @dataclasses.dataclass
