@@ -104,9 +104,8 @@ def _agreement(workload: Workload, sides: Sequence[Side], images: Sequence[Any])
   )
 
 
-def end_to_end(workload: Workload, sides: Sequence[Side], dtype: str, repeats: int) -> list[Row]:
+def end_to_end(workload: Workload, sides: Sequence[Side], dtype: str, repeats: int) -> Iterator[Row]:
   """Image files and one phrase to boxes, scores and full-size masks as numpy arrays."""
-  rows = []
   for count in workload.scale.batches:
     paths = [workload.photos[i % len(workload.photos)] for i in range(count)]
     calls: Calls = {}
@@ -118,8 +117,7 @@ def end_to_end(workload: Workload, sides: Sequence[Side], dtype: str, repeats: i
     kept = {side.whose: side.end_to_end(paths[:1], PHRASE, workload.threshold) for side in sides}
     note = ", ".join(f"{whose} keeps {n}" for whose, n in kept.items()) + " instances in the first photo"
     what = f"file to results, {_plural(count, 'image')}, one phrase"
-    rows.append(measure("end_to_end", what, dtype, calls, repeats, note if count == 1 else ""))
-  return rows
+    yield measure("end_to_end", what, dtype, calls, repeats, note if count == 1 else "")
 
 
 def scaling(
@@ -132,14 +130,6 @@ def scaling(
   scale, config = workload.scale, workload.config
   pixels = workload.pixels(1)
   images = [s.vision(s.pixels(pixels)) for s in sides]
-  name = "scaling: detection by phrases"
-  for count in scale.scaling_phrases:
-    what = f"detection, {_plural(count, 'phrase')}"
-    known = next((row for row in done if (row.what, row.dtype) == (what, dtype)), None)
-    if known is not None:
-      yield dataclasses.replace(known, part=name, what=str(count), note="")
-    else:
-      yield measure(name, str(count), dtype, _detections(workload, sides, images, count), repeats)
   for count in scale.scaling_boxes:
     calls = {}
     for side, image in zip(sides, images):
@@ -160,6 +150,14 @@ def scaling(
   finally:
     for side in sides:
       side.at_resolution(config.vision.image_size)
+  name = "scaling: detection by phrases"
+  for count in scale.scaling_phrases:
+    what = f"detection, {_plural(count, 'phrase')}"
+    known = next((row for row in done if (row.what, row.dtype) == (what, dtype)), None)
+    if known is not None:
+      yield dataclasses.replace(known, part=name, what=str(count), note="")
+    else:
+      yield measure(name, str(count), dtype, _detections(workload, sides, images, count), repeats)
   for count in scale.scaling_images:
     batch = workload.pixels(count)
     calls = {(s.whose, s.how): functools.partial(s.vision, s.pixels(batch)) for s in sides}

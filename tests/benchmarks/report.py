@@ -29,6 +29,10 @@ with a `*` was measured while other programs took more than a tenth of the machi
   products and convolutions; the share is of the fastest product that torch or jax reached on that machine.
 - "Beside keras-hub" comes from `python -m tests.benchmarks.beside_keras_hub`: keras-hub's SAM 3 on its JAX
   backend, in an environment of its own, in turn with this library; its column is "reference" there.
+- "Text encoder": this library leaves out padding that no token of a phrase depends on, as `Predictor` does;
+  the row "every token" computes it. Profiles in which tokens attend to padding (`original`) gain nothing.
+- Ratios belong to a machine: how fast torch's and jax's own matrix products are there stands above the
+  profile.
 - The command's GPU path has not been run: there was no GPU at hand.
 
 {BEGIN}
