@@ -130,13 +130,6 @@ def scaling(
   scale, config = workload.scale, workload.config
   pixels = workload.pixels(1)
   images = [s.vision(s.pixels(pixels)) for s in sides]
-  for count in scale.scaling_boxes:
-    calls = {}
-    for side, image in zip(sides, images):
-      phrase = side.text(side.ids(workload.tokens(1)))
-      boxes = side.boxes(workload.boxes(1, count)) if count else (None, None)
-      calls[side.whose, side.how] = functools.partial(side.detect, image, phrase, boxes)
-    yield measure("scaling: detection of one phrase by boxes", str(count), dtype, calls, repeats)
   try:
     for resolution in scale.scaling_sides:
       image = workload.pixels(1, resolution)
@@ -164,6 +157,13 @@ def scaling(
     if count > 1:
       calls |= {(s.whose, f"{s.how}, one by one"): _vision_each(s, batch) for s in sides}
     yield measure("scaling: vision encoder by images", str(count), dtype, calls, repeats)
+  for count in scale.scaling_boxes:
+    calls = {}
+    for side, image in zip(sides, images):
+      phrase = side.text(side.ids(workload.tokens(1)))
+      boxes = side.boxes(workload.boxes(1, count)) if count else (None, None)
+      calls[side.whose, side.how] = functools.partial(side.detect, image, phrase, boxes)
+    yield measure("scaling: detection of one phrase by boxes", str(count), dtype, calls, repeats)
 
 
 def _vision_each(side: Side, batch: np.ndarray) -> Callable[[], None]:

@@ -31,6 +31,8 @@ with a `*` was measured while other programs took more than a tenth of the machi
   backend, in an environment of its own, in turn with this library; its column is "reference" there.
 - "Text encoder": this library leaves out padding that no token of a phrase depends on, as `Predictor` does;
   the row "every token" computes it. Profiles in which tokens attend to padding (`original`) gain nothing.
+- Where torchvision's operators do not load (see each run's heading), the reference pools boxes by a slow
+  stand-in in Python: its times with boxes say nothing there.
 - Ratios belong to a machine: how fast torch's and jax's own matrix products are there stands above the
   profile.
 - The command's GPU path has not been run: there was no GPU at hand.
