@@ -24,11 +24,10 @@ def is_saved(directory: str) -> bool:
 def save(directory: str, variables: Mapping[str, Any]) -> None:
   """Writes the variables under `directory`; Orbax itself renames when all is on disk.
 
-  Under several processes all of them call this, and the first one writes.
+  Under several processes all of them call this once the directory is there, and the first one writes.
   """
   from orbax.checkpoint import v1 as ocp
 
-  barrier("sam3lt-save")  # the directory is there
   if jax.process_count() > 1:  # arrays of one process's devices are the same in all of them
     variables = jax.tree.map(np.asarray, variables)
   ocp.save(os.path.abspath(os.path.join(directory, VARIABLES)), unflatten(flatten(variables)))

@@ -80,6 +80,7 @@ def save_pretrained(
     if several:
       shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
+  orbax_io.barrier("sam3lt-save")  # all have looked at the target, and the directory is there
   try:
     if format == "orbax":
       orbax_io.save(unfinished, variables)

@@ -64,7 +64,10 @@ def metrics(directory):
   return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
 
 
-def assert_one_run(one, two, said):
+def assert_one_run(argv, one, two):
+  """Runs the command in one process and in two, and compares. Returns what the first of the two said."""
+  run([*argv, one], 1)
+  said = run([*argv, two], PROCESSES)
   (trained, evaluated), (trained_two, evaluated_two) = metrics(one), metrics(two)
   assert len(trained) == len(trained_two) >= 4 and len(evaluated) == len(evaluated_two) >= 1
   for a, b in zip(trained, trained_two):
@@ -75,6 +78,7 @@ def assert_one_run(one, two, said):
   for text in ("step ", "loss", "cosine", "cgF1", "wrote"):  # XLA itself talks on stdout
     assert text not in second
   assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+  return first
 
 
 @pytest.mark.full
@@ -86,10 +90,8 @@ def test_distill(tmp_path):
     f" --steps 4 --batch 16 --accumulate 2 --held-out 0.2 --dtype float32"
     f" --export-features {tmp_path}/features --out"
   ).split()
-  one, two = tmp_path / "one", tmp_path / "two"
-  run([*argv, one], 1)
-  said = run([*argv, two], PROCESSES)
-  assert_one_run(one, two, said)
+  two = tmp_path / "two"
+  assert_one_run(argv, tmp_path / "one", two)
   # The run of two goes on in one, which finds nothing left to do.
   (again,) = run([*argv, two], 1)
   assert "nothing is left to do: all 4 steps are done" in again
@@ -103,11 +105,8 @@ def test_finetune(tmp_path):
     f"finetune --model {tmp_path}/tiny --annotations {annotations} --images {images} --steps 4 --batch 4"
     f" --prompts 1 --objects 2 --held-out 0.34 --no-dropout --freeze vision text geometry encoder --out"
   ).split()
-  one, two = tmp_path / "one", tmp_path / "two"
-  run([*argv, one], 1)
-  said = run([*argv, two], PROCESSES)
-  assert_one_run(one, two, said)
-  assert "cgF1 on held-out images: " in said[0]
+  first = assert_one_run(argv, tmp_path / "one", tmp_path / "two")
+  assert "cgF1 on held-out images: " in first
 
 
 def test_the_others_must_be_found(monkeypatch, tmp_path, capsys):
