@@ -31,14 +31,19 @@ def open_plan(directory, number=20, shard_size=4, **options):
   return Plan.open(directory, make_items(number), FINGERPRINT, shard_size, **options)
 
 
-def finish(plan, process=0, count=1, batch=2, pause=0.0, log=None):
-  """Works on every shard that is missing and not in other hands; logs each id that it makes a record of."""
+def finish(plan, process=0, count=1, batch=2, pause=0.0, log=None, last=None):
+  """Works on every shard that is missing and not in other hands; logs each id that it makes a record of.
+
+  Of the item named `last` it never makes one: it waits there until it is killed.
+  """
   for shard in plan.missing(process, count):
     try:
       with ShardWriter(plan, shard, process) as writer:
         todo = [item for item in shard.items if item.id not in writer.done]
         for start in range(0, len(todo), batch):
           some = todo[start : start + batch]
+          while last in [item.id for item in some]:
+            time.sleep(1)
           if log is not None:
             os.write(log, "".join(f"{item.id}\n" for item in some).encode())
           time.sleep(pause)
@@ -48,10 +53,10 @@ def finish(plan, process=0, count=1, batch=2, pause=0.0, log=None):
       continue
 
 
-def life(directory, number, shard_size, process=0, count=1, batch=2, pause=0.0, log=None):
+def life(directory, number, shard_size, process=0, count=1, batch=2, pause=0.0, log=None, last=None):
   """The whole life of a process."""
   descriptor = None if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-  finish(open_plan(directory, number, shard_size), process, count, batch, pause, descriptor)
+  finish(open_plan(directory, number, shard_size), process, count, batch, pause, descriptor, last)
 
 
 STEPS = ("open", "pwrite", "fsync", "ftruncate", "replace", "unlink", "close")

@@ -21,8 +21,21 @@ pytestmark = pytest.mark.full  # long: CI runs it
 _PAUSE = 0.002  # seconds a batch
 
 
+class Endless(toy.Data):
+  """The batch of the last step never comes: however slowly the kill comes, it meets a run at work."""
+
+  def __init__(self, last: int):
+    super().__init__(_PAUSE)
+    self.last = last
+
+  def __getitem__(self, step):
+    while step >= self.last:
+      time.sleep(1)
+    return super().__getitem__(step)
+
+
 def life(directory, steps, every):
-  toy.run(directory, steps, every=every, pause=_PAUSE, keep=3)
+  toy.run(directory, steps, every=every, data=Endless(steps - 1), keep=3)
 
 
 def progress(directory):
@@ -42,13 +55,16 @@ def kill_and_restart(directory, kills, steps, every, rng):
   context.set_forkserver_preload(["tests.training.toy", "orbax.checkpoint.v1"])
   ends, half_written = [], 0
   like = jax.eval_shape(lambda: toy.start()[0])
-  for _ in range(kills):
+  for left in reversed(range(kills)):
     process = context.Process(target=life, args=(directory, steps, every), daemon=True)
     before = progress(directory)
     process.start()
     # Some lives end while starting, the others after a few steps, somewhere between two of them.
-    wanted, limit = before + rng.randrange(-4, 8), time.monotonic() + 60
-    while progress(directory) <= wanted and process.is_alive() and time.monotonic() < limit:
+    wanted, limit = min(before + rng.randrange(-4, 8), steps - 5), time.monotonic() + 60
+    # The last one leaves a checkpoint, so that there is something to go on from.
+    while process.is_alive() and time.monotonic() < limit:
+      if progress(directory) > wanted and (left or steps_there(directory)):
+        break
       time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.05) if wanted > before else rng.uniform(0, 1))
     process.kill()
