@@ -1,15 +1,17 @@
 """Applies a layout table: keys of a file -> leaves of our tree, and back. Knows no names of its own.
 
 Both directions first work out every key, leaf and shape, and refuse with one error that lists all that does
-not fit; only then is a tensor read or written, one at a time. Shapes alone (`jax.ShapeDtypeStruct`) do as
-well.
+not fit; only then are tensors read, a few at a time, or written, one at a time. Shapes alone
+(`jax.ShapeDtypeStruct`) do as well.
 
 A tree is flat here: `{"params/text_encoder/projection/kernel": leaf, ...}`; see `flatten` and `unflatten`.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ from sam3lt_jax.checkpoints.rules import TRANSFORMS, Layout, Rule, fill
 Shape = tuple[int, ...]
 _TILE = 256
 _ALIGNMENT = 64
+_THREADS = min(4, os.cpu_count() or 1)  # numpy copies outside the interpreter's lock
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -157,14 +160,15 @@ def load_tensors(
   place: Callable[[np.ndarray], Any] | None = None,
   advance: Callable[[int], Any] | None = None,
 ) -> dict[str, Any]:
-  """Reads a file's tensors into the leaves of a model, one tensor at a time.
+  """Reads a file's tensors into the leaves of a model, a few tensors at a time in threads.
 
   Args:
     layout: the table.
     tensors: key -> a `LazyTensor` or a numpy array.
     target: flat tree of the model's leaves, anything with `shape` and `dtype`; sets the leaves' dtypes.
     where: names the file in errors.
-    place: called with each finished leaf, a fresh array in memory; its result is kept. Default: the array.
+    place: called with each finished leaf, a fresh array in memory, from several threads; its result is kept.
+      Default: the array.
     advance: called after each tensor with its size in bytes, for a progress bar.
 
   Returns:
@@ -180,21 +184,32 @@ def load_tensors(
   by_key: dict[str, list[tuple[str, Source]]] = {}
   for leaf, source in sources.items():
     by_key.setdefault(source.key, []).append((leaf, source))
-  out: dict[str, Any] = {}
-  for key, leaves in by_key.items():
-    tensor = tensors[key]
+
+  def load(key: str) -> tuple[dict[str, Any], int]:
+    tensor, leaves = tensors[key], by_key[key]
     value = tensor.read() if hasattr(tensor, "read") else np.asarray(tensor)
     parts = TRANSFORMS[leaves[0][1].rule.transform].forward(value)
+    loaded = {}
     for leaf, source in leaves:
       # Always a copy: what the file's mapping holds must not be seen through the model's arrays.
       array = _copy(parts[source.part], target[leaf].dtype)
-      out[leaf] = array if place is None else place(array)
+      loaded[leaf] = array if place is None else place(array)
     size = value.nbytes
     if hasattr(tensor, "release"):
       del value, parts
       tensor.release()
-    if advance is not None:
-      advance(size)
+    return loaded, size
+
+  out: dict[str, Any] = {}
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    try:
+      for loaded, size in pool.map(load, by_key):
+        out |= loaded
+        if advance is not None:
+          advance(size)
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
   return {leaf: out[leaf] for leaf in target}
 
 
