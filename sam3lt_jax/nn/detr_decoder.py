@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from sam3lt_jax.nn import repeat
 from sam3lt_jax.nn.layers import Attention, Dtype, LayerNorm, Mlp, ReluMlp
+from sam3lt_jax.ops import attention, positions
 from sam3lt_jax.ops import boxes as box_ops
-from sam3lt_jax.ops import positions
 
 
 @flax.struct.dataclass
@@ -54,28 +54,28 @@ class DecoderLayer(nn.Module):
 
     Args:
       x: [P, 1 + Q, D], presence token first. query_pos: the same shape, zero for the presence token.
-      image, image_with_pos: [P, S, D]. bias: float32 [P, N, 1 + Q, S].
+      image, image_with_pos: [P, S, D]. bias: [P, N, 1 + Q, S] as a `GridBias`.
       prompt: [P, L, D]; prompt_mask: bool [P, L].
 
     Returns:
       [P, 1 + Q, D]
     """
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    attention = {"num_heads": self.num_heads, "dropout": self.attention_dropout, **kw}
+    options = {"num_heads": self.num_heads, "dropout": self.attention_dropout, **kw}
 
     def add(x, update, norm):
       return LayerNorm(name=norm, **kw)(x + nn.Dropout(self.dropout)(update, deterministic=deterministic))
 
     q, v = (a[:, : self.talking] for a in (x + query_pos, x))
-    h = Attention(name="self_attn", **attention)(q, q, v, deterministic=deterministic)
+    h = Attention(name="self_attn", **options)(q, q, v, deterministic=deterministic)
     h = jnp.pad(h, ((0, 0), (0, x.shape[1] - h.shape[1]), (0, 0)))
     x = add(x, h, "self_attn_layer_norm")
     mask = prompt_mask[:, None, None, :]
-    h = Attention(name="text_cross_attn", **attention)(
+    h = Attention(name="text_cross_attn", **options)(
       x + query_pos, prompt, prompt, mask, deterministic=deterministic
     )
     x = add(x, h, "text_cross_attn_layer_norm")
-    h = Attention(name="vision_cross_attn", **attention)(
+    h = Attention(name="vision_cross_attn", **options)(
       x + query_pos, image_with_pos, image, bias=bias, deterministic=deterministic
     )
     x = add(x, h, "vision_cross_attn_layer_norm")
@@ -204,11 +204,10 @@ class DetrDecoder(nn.Module):
       logits = jnp.clip(logits, -self.presence_clamp, self.presence_clamp)
     return logits
 
-  def _position_bias(self, boxes: jax.Array, height: int, width: int) -> jax.Array:
-    """[P, Q, 4] cxcywh -> float32 [P, N, 1 + Q, H * W]; zero row for the presence token."""
+  def _position_bias(self, boxes: jax.Array, height: int, width: int) -> attention.GridBias:
+    """[P, Q, 4] cxcywh -> bias [P, N, 1 + Q, H * W]; zero row for the presence token."""
     x = self.box_rpb_embed_x(box_ops.relative_position_log(boxes, width, axis=0))  # [P, Q, W, N]
     y = self.box_rpb_embed_y(box_ops.relative_position_log(boxes, height, axis=1))  # [P, Q, H, N]
     x, y = (a.astype(jnp.float32).transpose(0, 3, 1, 2) for a in (x, y))  # [P, N, Q, W or H]
-    bias = y[..., :, None] + x[..., None, :]
-    bias = bias.reshape(*bias.shape[:3], height * width)
-    return jnp.pad(bias, ((0, 0), (0, 0), (1, 0), (0, 0)))
+    x, y = (jnp.pad(a, ((0, 0), (0, 0), (1, 0), (0, 0))) for a in (x, y))
+    return attention.GridBias(vertical=y, horizontal=x)

@@ -250,10 +250,10 @@ class Attention(nn.Module):
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    bias: jax.Array | attention.GridBias | None = None,
     deterministic: bool = True,
   ) -> jax.Array:
-    """query: [B, T, D]; key, value: [B, S, D]; mask: bool [B, 1, 1 or T, S]; bias: [B, N, T, S].
+    """query: [B, T, D]; key, value: [B, S, D]; mask: bool [B, 1, 1 or T, S]; bias: see `attend`.
 
     Returns [B, T, D] in dtype.
     """

@@ -10,24 +10,51 @@ import contextvars
 import functools
 from collections.abc import Iterator, Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.ops import kernels
 
 # Score matrices up to this many bytes are computed in one piece; larger ones are computed head by head
-# and in blocks of queries, which XLA:CPU needs to stay in its caches (5184 tokens, 16 heads, float32 on
-# 2 cores: 3.4 s in one piece, 0.74 s blocked) and which bounds the memory everywhere.
-BLOCK_ABOVE_BYTES = 32 << 20
+# and in blocks of queries, which XLA:CPU needs to stay in its caches and which bounds the memory everywhere.
+# In float32 on 2 cores of an AMD EPYC with 32 MB of last-level cache: 5184 tokens, 16 heads, 3.4 s in one
+# piece, 0.74 s blocked; 201 queries to 5184 tokens, 8 heads (32 MB), 25 ms and 6 ms; 576 tokens, 16 heads
+# (20 MB), 15 ms and 7 ms; 5184 queries to 32 tokens, 8 heads (5 MB), 2.2 ms and 2.8 ms.
+BLOCK_ABOVE_BYTES = 8 << 20
 MAX_QUERY_BLOCK = 864
-# Rows of a batch share a block as long as its scores are no larger than this. In float32 on 2 cores of an AMD
-# EPYC with 32 MB of last-level cache: 9 windows of 576 tokens, 16 heads, 63 ms in threes, 72 ms together,
-# 76 ms one by one; 4 images of 5184 tokens, 8 heads, 0.43 s one by one, 1.5 s together.
+# Rows of a batch share a block as long as its scores are no larger than this. On the same machine: 9 windows
+# of 576 tokens, 16 heads, 63 ms in threes, 72 ms together, 76 ms one by one; 4 images of 5184 tokens, 8
+# heads, 0.43 s one by one, 1.5 s together.
 MAX_BLOCK_BYTES = 8 << 20
 # Finite, so that a row whose keys are all masked gives an average of its values and not NaN.
 MASKED_LOGIT = -1e30
 # What the traced program will run on; None: on this process's own backend.
 _platforms: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("platforms", default=None)
+
+
+class GridBias(flax.struct.PyTreeNode):
+  """A bias that is a sum over the two axes of a grid of keys, S = H * W in rows of W.
+
+  Key h * W + w gets vertical[..., h] + horizontal[..., w]. Written out for 201 queries, 8 heads and 72 x 72
+  keys it is 33 MB; blocks write out their own part only, where it stays in the caches.
+
+  Attributes:
+    vertical: float32 [B, N, T, H].
+    horizontal: float32 [B, N, T, W].
+  """
+
+  vertical: jax.Array
+  horizontal: jax.Array
+
+  def dense(self) -> jax.Array:
+    """float32 [B, N, T, H * W]."""
+    bias = self.vertical[..., :, None] + self.horizontal[..., None, :]
+    return bias.reshape(*bias.shape[:-2], bias.shape[-2] * bias.shape[-1])
+
+
+def _dense(bias: jax.Array | GridBias) -> jax.Array:
+  return bias.dense() if isinstance(bias, GridBias) else bias
 
 
 @contextlib.contextmanager
@@ -46,7 +73,7 @@ def attend(
   v: jax.Array,
   *,
   mask: jax.Array | None = None,
-  bias: jax.Array | None = None,
+  bias: jax.Array | GridBias | None = None,
   dropout_rate: float = 0.0,
   dropout_key: jax.Array | None = None,
   blocked: bool | None = None,
@@ -57,7 +84,7 @@ def attend(
   Args:
     q: [B, T, N, H]. k, v: [B, S, N, H]; all of one dtype.
     mask: bool, broadcastable to [B, 1, T, S] (four axes, the second of size 1); True = attend.
-    bias: float32 [B, N, T, S], added to the scaled scores.
+    bias: float32 [B, N, T, S], or a `GridBias` that stands for one; added to the scaled scores.
     dropout_rate: share of attention weights dropped, applied when `dropout_key` is given.
     blocked: head by head and in query blocks (True), in one piece (False), or chosen by size and
       platform (None), kernels of `ops.kernels` among them. All give the same result up to rounding.
@@ -94,7 +121,7 @@ def attend(
     return _attend_blocked(q, k, v, mask, bias)
   logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
   if bias is not None:
-    logits = logits + bias
+    logits = logits + _dense(bias)
   if mask is not None:
     logits = jnp.where(mask, logits, MASKED_LOGIT)
   weights = jax.nn.softmax(logits, axis=-1)
@@ -129,7 +156,8 @@ def _attend_blocked(q, k, v, mask, bias):
   q = split(q).reshape(B // rows, rows, blocks, size, N, H).transpose(4, 0, 2, 1, 3, 5)
   k, v = (split(x).transpose(3, 0, 1, 2, 4) for x in (k, v))
   if bias is not None:
-    bias = split(bias).reshape(B // rows, rows, N, blocks, size, S).transpose(2, 0, 3, 1, 4, 5)
+    by_query = lambda x: split(x).reshape(B // rows, rows, N, blocks, size, x.shape[-1])  # noqa: E731
+    bias = jax.tree.map(lambda x: by_query(x).transpose(2, 0, 3, 1, 4, 5), bias)
   if mask is not None:
     mask = jnp.broadcast_to(mask[:, 0], (B, mask.shape[2], S))
     if mask.shape[1] == T and T > 1:
@@ -137,7 +165,7 @@ def _attend_blocked(q, k, v, mask, bias):
     else:
       mask = jnp.broadcast_to(split(mask)[:, None], (B // rows, blocks, rows, 1, S))
     mask = jnp.broadcast_to(mask, (N, *mask.shape))
-  together = lambda x: None if x is None else x.reshape(-1, *x.shape[2:])  # noqa: E731
+  together = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
 
   def one_head(head):
     q_h, k_h, v_h, bias_h, mask_h = head
@@ -146,7 +174,7 @@ def _attend_blocked(q, k, v, mask, bias):
       q_b, bias_b, mask_b = block
       logits = jnp.einsum("bth,bsh->bts", q_b, k_h, preferred_element_type=jnp.float32)
       if bias_b is not None:
-        logits = logits + bias_b
+        logits = logits + _dense(bias_b)
       if mask_b is not None:
         logits = jnp.where(mask_b, logits, MASKED_LOGIT)
       weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -156,7 +184,7 @@ def _attend_blocked(q, k, v, mask, bias):
 
     return jax.lax.map(one_block, (q_h, bias_h, mask_h))
 
-  out = jax.lax.map(one_head, tuple(together(x) for x in (q, k, v, bias, mask)))
+  out = jax.lax.map(one_head, jax.tree.map(together, (q, k, v, bias, mask)))
   out = out.reshape(N, B // rows, blocks, rows, size, H)
   return out.transpose(1, 3, 2, 4, 0, 5).reshape(B, T, N, H)
 
@@ -165,7 +193,7 @@ def _attend_by_head(q, k, v, mask, bias, dropout_rate, dropout_key):
   """`attend`, one head at a time, under `jax.checkpoint`."""
   heads = {name: jnp.moveaxis(x, 2, 0)[:, :, :, None] for name, x in (("q", q), ("k", k), ("v", v))}
   if bias is not None:
-    heads["bias"] = jnp.moveaxis(bias, 1, 0)[:, :, None]
+    heads["bias"] = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], bias)
   if dropout_key is not None:
     heads["dropout_key"] = jax.random.split(dropout_key, q.shape[2])
 

@@ -22,7 +22,7 @@ def small_blocks(monkeypatch):
 
 
 def inputs(shape, *, mask=None, bias=False, seed=0, dtype=np.float32):
-  """q, k, v, mask, bias. `mask`: "keys" [B, 1, 1, S], "pairs" [1, 1, T, S] or None."""
+  """q, k, v, mask, bias. mask: "keys" [B, 1, 1, S], "pairs" [1, 1, T, S] or None; bias: True/"grid"."""
   B, T, S, N, H = shape
   rng = np.random.default_rng(seed)
   q, k, v = (rng.normal(size=(B, n, N, H)).astype(np.float32) for n in (T, S, S))
@@ -32,6 +32,9 @@ def inputs(shape, *, mask=None, bias=False, seed=0, dtype=np.float32):
     allowed = rng.random(shapes[mask]) < 0.6
     allowed[..., 0] = True
   added = rng.normal(size=(B, N, T, S)).astype(np.float32) if bias else None
+  if bias == "grid":  # of two rows of keys, or one
+    rows = 2 if S % 2 == 0 else 1
+    added = attention.GridBias(added[..., :rows], added[..., : S // rows])
   return (*(jnp.asarray(a, dtype) for a in (q, k, v)), allowed, added)
 
 
@@ -45,7 +48,11 @@ def by_hand(q, k, v, mask=None, bias=None):
   """The definition, in float64."""
   q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
   logits = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-  if bias is not None:
+  if isinstance(bias, attention.GridBias):
+    width = bias.horizontal.shape[-1]
+    for s in range(logits.shape[-1]):
+      logits[..., s] += bias.vertical[..., s // width] + bias.horizontal[..., s % width]
+  elif bias is not None:
     logits = logits + bias
   if mask is not None:
     logits = np.where(mask, logits, -np.inf)
@@ -64,8 +71,8 @@ def test_two_keys_by_hand():
 @pytest.mark.parametrize("blocked", [False, True])
 @pytest.mark.parametrize(
   "shape, mask, bias",
-  [(SHAPES[0], mask, bias) for mask in (None, "keys", "pairs") for bias in (False, True)]
-  + [(shape, "pairs", True) for shape in SHAPES[1:]]
+  [(SHAPES[0], mask, bias) for mask in (None, "keys", "pairs") for bias in (False, True, "grid")]
+  + [(shape, "pairs", bias) for shape in SHAPES[1:] for bias in (True, "grid")]
   + [(SHAPES[-1], "keys", True)],
 )
 def test_is_the_definition(shape, mask, bias, blocked):
@@ -94,18 +101,26 @@ def test_large_scores_are_blocked_on_a_cpu_and_agree(monkeypatch):
   np.testing.assert_allclose(attention.attend(q, k, v), plain, atol=1e-6)
 
 
-def test_gradients_agree_in_blocks():
-  q, k, v, allowed, added = inputs(SHAPES[0], mask="keys", bias=True)
+@pytest.mark.parametrize("bias", [True, "grid"])
+def test_gradients_agree_in_blocks(bias):
+  q, k, v, allowed, added = inputs(SHAPES[0], mask="keys", bias=bias)
   allowed = jnp.asarray(allowed)
 
   def loss(args, blocked):
     q, k, v, bias = args
     return jnp.sum(jnp.sin(attention.attend(q, k, v, mask=allowed, bias=bias, blocked=blocked)))
 
-  args = (q, k, v, jnp.asarray(added))
+  args = (q, k, v, jax.tree.map(jnp.asarray, added))
   plain, blocks = (tiny.jit(jax.grad(functools.partial(loss, blocked=b)))(args) for b in (False, True))
-  for a, b in zip(plain, blocks):
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(blocks), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("bias", [True, "grid"])
+def test_head_by_head_agrees(bias):
+  q, k, v, allowed, added = inputs(SHAPES[0], mask="keys", bias=bias)
+  one_head = attention.attend(q, k, v, mask=jnp.asarray(allowed), bias=added, remat=True)
+  np.testing.assert_allclose(one_head, attend(q, k, v, allowed, added), atol=1e-6)
 
 
 @pytest.mark.parametrize("blocked", [False, True])
