@@ -46,6 +46,8 @@ def compiler_options() -> dict[str, Any]:
 
 def jit(function: Callable, **kwargs: Any) -> Callable:
   """`jax.jit`, compiled in a hurry."""
+  if isinstance(jax.numpy.zeros(()), jax.core.Tracer):
+    return _jit(function, **kwargs)  # inside another's trace, which alone takes options
   asked = kwargs.pop("compiler_options", None) or {}
   return _jit(function, compiler_options=asked | compiler_options(), **kwargs)
 
@@ -53,6 +55,7 @@ def jit(function: Callable, **kwargs: Any) -> Callable:
 @contextlib.contextmanager
 def hurry() -> Iterator[None]:
   """`jax.jit` is the one above: for library code that calls it at its top level."""
+  compiler_options()  # found out here, outside of any trace
   jax.jit, before = jit, jax.jit
   try:
     yield
