@@ -11,7 +11,6 @@ leaves whole ones. The directory is on a file system with renames (a local disk,
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -28,7 +27,7 @@ from sam3lt_jax.checkpoints.engine import flatten, unflatten
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.parallel import is_key
-from sam3lt_jax.training import integrity
+from sam3lt_jax.training import disk, integrity
 from sam3lt_jax.training.integrity import Damaged
 
 _STATE, _WRITING, _DAMAGED, _OLD = "state", ".writing", ".damaged", ".old"
@@ -66,7 +65,7 @@ class TrainCheckpoints:
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
     self._lead = jax.process_index() == 0
-    logging.getLogger("absl").addFilter(_told_twice)  # the same one again is not added
+    disk.quiet_orbax()
     if self._lead:
       os.makedirs(self.directory, exist_ok=True)
       self._tidy()
@@ -159,14 +158,15 @@ class TrainCheckpoints:
       raise error
 
   def check(self) -> None:
-    """As `wait`, if the last save has ended; returns at once if it has not."""
-    if self._thread is not None and not self._thread.is_alive():
+    """As `wait`, if the last save has ended or failed; returns at once if it has not."""
+    if self._thread is not None and (self._error is not None or not self._thread.is_alive()):
       self.wait()
 
   def _guard(self, step: int, function: Callable, *args: Any) -> Any:
     try:
       return function(*args)
     except Exception as e:
+      self._discard(step)
       raise self._write_error(step, e) from e
 
   def _finish(self, step: int, response: Any, manifest: dict[str, Any]) -> None:
@@ -175,8 +175,10 @@ class TrainCheckpoints:
       if self._lead:
         self._seal(step, manifest)
     except Exception as e:
-      self._error = self._write_error(step, e)
-      self._error.__cause__ = e
+      error = self._write_error(step, e)
+      error.__cause__ = e
+      self._error = error  # before the next line, which takes a moment: `check` ends the run now
+      self._discard(step)
 
   def _seal(self, step: int, manifest: dict[str, Any]) -> None:
     writing = self._path(step) + _WRITING
@@ -190,12 +192,14 @@ class TrainCheckpoints:
         os.rename(self._path(old), self._path(old) + _OLD)
         shutil.rmtree(self._path(old) + _OLD, ignore_errors=True)
 
-  def _write_error(self, step: int, e: Exception) -> CheckpointError:
+  def _discard(self, step: int) -> None:
     if self._lead:
-      shutil.rmtree(self._path(step) + _WRITING, ignore_errors=True)
+      disk.remove(self.directory, f"{step}{_WRITING}")
+
+  def _write_error(self, step: int, e: Exception) -> CheckpointError:
     good = self.steps()
     last = f"the last good checkpoint is {self._path(good[-1])}" if good else "no checkpoint is there"
-    reason = "no space is left on its disk" if integrity.is_disk_full(e) else _reason(e)
+    reason = "no space is left on its disk" if disk.is_disk_full(e) else _reason(e)
     return CheckpointError(
       f"{self.directory}: the checkpoint of step {step} is not written: {reason}; {last}"
     )
@@ -290,11 +294,6 @@ def _compare_dtypes(stored: Mapping[str, Any], target: Mapping[str, Any], path: 
   for name, x in target.items():
     if stored[name].dtype != x.dtype:  # Orbax would convert it, and the run would go on a little differently
       raise CheckpointError(f"{path}: {name} is {stored[name].dtype} there, and {x.dtype} in this run")
-
-
-def _told_twice(record: logging.LogRecord) -> bool:
-  # Orbax logs what its thread raises, a traceback of 60 lines, and then raises it to us.
-  return "_SignalingThread.run() raised an exception" not in str(record.msg)
 
 
 def _reason(e: Exception) -> str:

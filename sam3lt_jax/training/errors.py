@@ -12,11 +12,15 @@ class TrainingStopped(ValueError):
 
 
 class NonFiniteLoss(TrainingStopped):
-  """The loss or its gradient is NaN or infinite. `ids` are the records of the batch (None: it names none)."""
+  """The loss or its gradient is NaN or infinite.
 
-  def __init__(self, message: str, step: int, ids: list[int] | None):
+  `ids` are the records of the batch (None: it names none), of this process where there are several; `names`
+  what the reader knows them by, all of them (None: nothing but the ids).
+  """
+
+  def __init__(self, message: str, step: int, ids: list[int] | None, names: list[str] | None = None):
     super().__init__(message, step)
-    self.ids = ids
+    self.ids, self.names = ids, names
 
 
 class Interrupted(TrainingStopped):

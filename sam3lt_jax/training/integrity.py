@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import zlib
@@ -11,7 +10,6 @@ from typing import Any
 from sam3lt_jax.checkpoints.errors import CheckpointError
 
 MANIFEST = "checkpoint.json"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Damaged(CheckpointError):
@@ -69,18 +67,6 @@ def _fingerprint(path: str) -> list[int]:
     while block := f.read(1 << 22):
       size, crc = size + len(block), zlib.crc32(block, crc)
   return [size, crc]
-
-
-def is_disk_full(e: BaseException | None) -> bool:
-  """Whether `e`, or what it was raised from, is a disk (or a quota) without room."""
-  while e is not None:
-    if isinstance(e, OSError) and e.errno in _NO_ROOM:
-      return True
-    # TensorStore raises ValueError, with the system's text in it.
-    if any(text in str(e) for text in ("No space left on device", "Disk quota exceeded", "ENOSPC")):
-      return True
-    e = e.__cause__ or e.__context__
-  return False
 
 
 def sync_folder(path: str) -> None:

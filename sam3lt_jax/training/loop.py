@@ -26,6 +26,7 @@ from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import TrainStep
 
 _IN_FLIGHT = 2  # steps handed to the device before the first of them is looked at
+_NAMED = 16  # records of a batch that a message names
 
 Report = Callable[[str], Any]
 
@@ -48,6 +49,8 @@ def fit(
   fingerprint: Mapping[str, Any] | None = None,
   resume: bool = True,
   report: Report | None = None,
+  unit: str = "images",
+  record_name: Callable[[int], str] | None = None,
 ) -> TrainState:
   """Trains up to `total_steps` calls of the step, from the newest checkpoint in `directory` if there is one.
 
@@ -76,6 +79,9 @@ def fit(
     fingerprint: what must not change when the run goes on; written to config.json.
     resume: False: a directory with checkpoints is refused.
     report: called with each line for the reader; None: print.
+    unit: what a row of a batch is, where those lines say how many a second. (metrics.jsonl says
+      "images_per_second" of any.)
+    record_name: a record's id -> what the reader knows it by, for `NonFiniteLoss`; None: its id.
 
   Returns:
     The state after the last step, on the devices of the mesh.
@@ -111,7 +117,8 @@ def fit(
     report(f"going on after step {done} of {total_steps}")
   with contextlib.ExitStack() as stack:
     log = stack.enter_context(contextlib.closing(MetricsLog(os.path.join(directory, "metrics.jsonl"), done)))
-    run = _Run(runner, data, runner.place_frozen(frozen), checkpoints, log, report, total_steps, done)
+    frozen = runner.place_frozen(frozen)
+    run = _Run(runner, data, frozen, checkpoints, log, report, unit, record_name, total_steps, done)
     if done >= total_steps:
       report(f"nothing is left to do: all {total_steps} steps are done")
       return state
@@ -143,6 +150,8 @@ class _Run:
   checkpoints: TrainCheckpoints
   log: MetricsLog
   report: Report
+  unit: str
+  record_name: Callable[[int], str] | None
   total: int
   start: int
 
@@ -205,7 +214,7 @@ class _Run:
     shown = [f"step {step}/{self.total}", f"loss {line['loss']:.5g}"]
     if "learning_rate" in metrics:
       shown.append(f"rate {metrics['learning_rate']:.3g}")
-    shown += [f"{rate:.3g} images/s", f"{_duration(left)} left"]
+    shown += [f"{rate:.3g} {self.unit}/s", f"{_duration(left)} left"]
     self.report(", ".join(shown) + self.newly_skipped())
 
   def newly_skipped(self) -> str:
@@ -243,10 +252,14 @@ class _Run:
 
   def non_finite(self, step: int, ids: Any, seen: dict[str, float]) -> NonFiniteLoss:
     ids = None if ids is None else [int(i) for i in np.asarray(ids).reshape(-1)]
+    names = None if ids is None or self.record_name is None else [self.record_name(i) for i in ids]
     records = "whose records have no id" if ids is None else f"of the records {ids}"
+    if names is not None:
+      more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+      records = f"of the {self.unit} {', '.join(map(repr, names[:_NAMED]))}{more}"
     values = f"the loss is {seen['loss']:g}, its gradient's norm {seen.get('grad_norm', math.nan):g}"
     return NonFiniteLoss(
-      f"step {step}: {values}, on batch {step - 1} {records}; {self.last_good()}", step, ids
+      f"step {step}: {values}, on batch {step - 1} {records}; {self.last_good()}", step, ids, names
     )
 
   def interrupted(self, step: int, number: int) -> Interrupted:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from sam3lt_jax.checkpoints import save_pretrained
 from sam3lt_jax.model import Sam3LiteText, Variables
+from sam3lt_jax.training import disk
+from sam3lt_jax.training.run_files import checkpoint_steps
 
 
 def write_outcome(
@@ -34,24 +37,52 @@ def write_outcome(
 
   Returns:
     "model", "transformers", "numbers", "plot" -> path; of the first process only.
+
+  Raises:
+    CheckpointError: the disk is full; the sentence names the checkpoint from which the same run, started
+      again, writes its models. Errors of `save_pretrained` come as they are.
   """
   directory = os.fspath(directory)
+  disk.quiet_orbax()
   written = {}
   for part, format in (("model", "orbax"), ("transformers", "transformers")):
     written[part] = os.path.join(directory, part)
-    save_pretrained(written[part], model, variables, format=format, tokenizer=tokenizer, overwrite=True)
+    with _room(written[part]):
+      save_pretrained(written[part], model, variables, format=format, tokenizer=tokenizer, overwrite=True)
   if jax.process_index():
     return {}
   written["numbers"] = os.path.join(directory, f"{name}.json")
-  with open(written["numbers"], "w", encoding="utf-8") as f:
+  with _room(written["numbers"]), open(written["numbers"], "w", encoding="utf-8") as f:
     json.dump(dict(numbers), f, indent=2)
     f.write("\n")
   plot = os.path.join(directory, "curves.png")
   try:
     from sam3lt_jax.training.curves import plot_run
 
-    plot_run(os.path.join(directory, "metrics.jsonl"), plot, title)
+    with _room(plot):
+      plot_run(os.path.join(directory, "metrics.jsonl"), plot, title)
     written["plot"] = plot
   except ImportError as e:
     report(f"no plot: {e}")
   return written
+
+
+@contextlib.contextmanager
+def _room(path: str) -> Iterator[None]:
+  """See `disk.needs_room`; what a failed save left half written gives its room back."""
+  run, name = os.path.split(path)
+  steps = checkpoint_steps(run)
+  kept = "make room and write it again"
+  if steps:
+    kept = (
+      f"the run is kept in {os.path.join(run, 'checkpoints', str(steps[-1]))}: make room and start it again,"
+      " which only writes its models"
+    )
+  try:
+    with disk.needs_room(path, kept):
+      yield
+  except Exception:
+    if not jax.process_index():
+      # As `save_pretrained` names them. It removes them itself, but writes may still have been under way.
+      disk.remove(run, f".{name}.saving-*")
+    raise

@@ -5,6 +5,7 @@ Only the first of several processes writes; the others read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,8 +15,9 @@ from typing import Any
 import jax
 
 from sam3lt_jax.checkpoints.engine import flatten
-from sam3lt_jax.checkpoints.errors import CheckpointError
-from sam3lt_jax.training.integrity import is_disk_full
+from sam3lt_jax.training.disk import needs_room
+
+_KEPT = "the run's checkpoints are kept: make room and start it again"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -39,7 +41,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-  """metrics.jsonl: a JSON object a line, appended. Opening it cuts away what is after `step` or torn."""
+  """metrics.jsonl: a JSON object a line, appended. Opening it cuts away what is after `step` or torn.
+
+  Opening, `write` and `sync` raise CheckpointError where the disk is full.
+  """
 
   def __init__(self, path: str, step: int):
     self.path = path
@@ -48,36 +53,31 @@ class MetricsLog:
       return
     kept = [] if not step or not os.path.exists(path) else read_metrics(path)
     kept = [line for line in kept if line["step"] <= step]
-    with open(f"{path}.new", "w", encoding="utf-8") as f:
-      f.writelines(json.dumps(line) + "\n" for line in kept)
-    os.replace(f"{path}.new", path)
-    self._file = open(path, "a", encoding="utf-8")
+    with needs_room(path, _KEPT):
+      with open(f"{path}.new", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line) + "\n" for line in kept)
+      os.replace(f"{path}.new", path)
+      self._file = open(path, "a", encoding="utf-8")
 
   def write(self, line: Mapping[str, float]) -> None:
-    """Appends one line, at once. JSON has no NaN: numbers that are not finite are left out.
-
-    Raises:
-      CheckpointError: the disk is full.
-    """
+    """Appends one line, at once. JSON has no NaN: numbers that are not finite are left out."""
     if self._file is None:
       return
-    try:
+    with needs_room(self.path, _KEPT):
       finite = {name: x for name, x in line.items() if math.isfinite(x)}
       self._file.write(json.dumps(finite) + "\n")
       self._file.flush()
-    except OSError as e:
-      if is_disk_full(e):
-        raise CheckpointError(f"{self.path}: no space is left on its disk") from e
-      raise
 
   def sync(self) -> None:
     """Returns when the lines are on the disk: they have to be there before a checkpoint of their step is."""
     if self._file is not None:
-      os.fsync(self._file.fileno())
+      with needs_room(self.path, _KEPT):
+        os.fsync(self._file.fileno())
 
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()
+      with contextlib.suppress(OSError):  # it tries once more to write a line that `write` failed with
+        self._file.close()
 
 
 def check_fingerprint(path: str, fingerprint: Mapping[str, Any], *, resuming: bool) -> None:
@@ -90,28 +90,68 @@ def check_fingerprint(path: str, fingerprint: Mapping[str, Any], *, resuming: bo
 
   Raises:
     ValueError: resuming, and the two differ; names every changed key, its old and its new value.
+    CheckpointError: the disk is full.
   """
+  text = _as_json(fingerprint)
+  if resuming and os.path.exists(path):
+    _compare(path, _read_config(path), json.loads(text))
+  elif not jax.process_index():
+    with needs_room(path, "nothing was begun"):
+      with open(f"{path}.new", "w", encoding="utf-8") as f:
+        f.write(text + "\n")
+      os.replace(f"{path}.new", path)
+
+
+def check_unchanged(
+  directory: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, partly: bool = False
+) -> None:
+  """As `check_fingerprint`, before the run has read or made anything that takes long; writes nothing.
+
+  Args:
+    directory: of the run. If there is no checkpoint in it, nothing is compared.
+    partly: what is not in `fingerprint` is not known yet, and not compared.
+
+  Raises:
+    ValueError: as there.
+  """
+  path = os.path.join(directory, "config.json")
+  if not checkpoint_steps(directory) or not os.path.exists(path):
+    return
+  new = json.loads(_as_json(fingerprint))
+  old = _read_config(path)
+  _compare(path, {name: x for name, x in old.items() if name in new} if partly else old, new)
+
+
+def checkpoint_steps(directory: str | os.PathLike[str]) -> list[int]:
+  """Steps of a run's whole checkpoints, ascending, without opening them as a run does, which tidies."""
+  folder = os.path.join(directory, "checkpoints")
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _as_json(fingerprint: Mapping[str, Any]) -> str:
   try:
-    text = json.dumps(fingerprint, indent=2, sort_keys=True)
+    return json.dumps(fingerprint, indent=2, sort_keys=True)
   except TypeError as e:
     raise ValueError(f"fingerprint: {e}; accepted: what JSON can hold") from e
-  if resuming and os.path.exists(path):
-    with open(path, encoding="utf-8") as f:
-      try:
-        old = flatten(json.load(f))
-      except ValueError as e:
-        raise ValueError(f"{path} is no JSON ({e}); choose another directory, or repair it") from e
-    new = flatten(json.loads(text))
-    names = [name for name in {**old, **new} if old.get(name, _ABSENT) != new.get(name, _ABSENT)]
-    if names:
-      changes = "; ".join(
-        f"{name} was {_show(old.get(name, _ABSENT))}, is {_show(new.get(name, _ABSENT))}" for name in names
-      )
-      raise ValueError(f"{path}: the run in this directory was started with another configuration: {changes}")
-  elif not jax.process_index():
-    with open(f"{path}.new", "w", encoding="utf-8") as f:
-      f.write(text + "\n")
-    os.replace(f"{path}.new", path)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+  with open(path, encoding="utf-8") as f:
+    try:
+      return dict(json.load(f))
+    except (ValueError, TypeError) as e:
+      raise ValueError(f"{path} is no JSON ({e}); choose another directory, or repair it") from e
+
+
+def _compare(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+  old, new = flatten(old), flatten(new)
+  names = [name for name in {**old, **new} if old.get(name, _ABSENT) != new.get(name, _ABSENT)]
+  if names:
+    changes = "; ".join(
+      f"{name} was {_show(old.get(name, _ABSENT))}, is {_show(new.get(name, _ABSENT))}" for name in names
+    )
+    raise ValueError(f"{path}: the run in this directory was started with another configuration: {changes}")
 
 
 _ABSENT = object()

@@ -122,6 +122,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, bad, good):
   assert int(toy.run(tmp_path, 12, every=3).step) == 12
 
 
+def test_records_are_named_as_the_reader_knows_them(tmp_path):
+  with pytest.raises(NonFiniteLoss, match=r"on batch 2 of the phrases 'no 16', 'no 17', .*'no 23'; ") as e:
+    toy.run(tmp_path, 5, data=toy.Data(bad=2), unit="phrases", record_name="no {}".format)
+  assert e.value.ids == list(range(16, 24)) and e.value.names == [f"no {i}" for i in range(16, 24)]
+
+
 class WithoutIds(toy.Data):
   def __getitem__(self, step):
     batch = super().__getitem__(step)
@@ -258,7 +264,7 @@ def test_a_full_disk_for_metrics_is_one_sentence(tmp_path):
 
   log = MetricsLog(str(tmp_path / "metrics.jsonl"), 0)
   log._file = open("/dev/full", "w")
-  with pytest.raises(CheckpointError, match=r"metrics.jsonl: no space is left on its disk"):
+  with pytest.raises(CheckpointError, match=r"metrics.jsonl is not written: no space is left .* are kept"):
     log.write({"step": 1})
 
 

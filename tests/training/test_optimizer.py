@@ -56,7 +56,7 @@ def test_schedule_takes_an_array_and_is_float32():
     ("peak_lr", 0.0), ("peak_lr", float("nan")), ("end_lr", -1.0), ("total_steps", 0), ("warmup_steps", 11),
     ("b1", 1.0), ("b2", -0.1), ("eps", 0.0), ("clip_norm", 0.0), ("accumulate", 0), ("layer_decay", 1.5),
     ("layer_decay", 0.0), ("ema_decay", 1.0), ("weight_decay", -0.1), ("muon_rms", 0.0),
-    ("lr_scale", (("a", -1.0),)),
+    ("lr_scale", (("a", -1.0),)), ("moment_dtype", "float16"),
   ],
 )  # fmt: skip
 def test_a_number_out_of_range_is_named(name, value):
@@ -70,6 +70,23 @@ def test_first_update_of_adam_is_the_rate_times_the_sign():
   np.testing.assert_allclose(
     first_update(constant(), params, grads)["a"]["kernel"], [[-0.5, 0.5], [-0.5, 0.5]], rtol=1e-5
   )
+
+
+def test_the_mean_of_gradients_may_be_bfloat16():
+  params = {"a": {"kernel": np.ones((2, 2), np.float32)}}
+  grads = {"a": {"kernel": np.array([[3.0, -0.1], [20, -7]], np.float32)}}
+  states, updates = {}, {}
+  for dtype in ("float32", "bfloat16"):
+    tx, _ = make_optimizer(constant(moment_dtype=dtype), params)
+    updates[dtype], states[dtype] = tx.update(grads, tx.init(params), params)
+  small, large = (
+    [x for x in jax.tree.leaves(states[d]) if jnp.ndim(x) == 2] for d in ("bfloat16", "float32")
+  )
+  assert [x.dtype for x in small] == [jnp.bfloat16, jnp.float32]  # the mean, the mean of squares
+  assert [x.dtype for x in large] == [jnp.float32, jnp.float32]
+  for a, b in zip(jax.tree.leaves(updates["bfloat16"]), jax.tree.leaves(updates["float32"]), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(a, b, rtol=2**-8)
 
 
 def test_muon_makes_the_matrices_of_layers_orthogonal():

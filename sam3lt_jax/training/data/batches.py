@@ -42,6 +42,8 @@ class BatchConfig(PromptConfig):
     super().__post_init__()
     if self.batch_size < 1:
       raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+    if self.seed < 0:
+      raise ValueError(f"seed must be at least 0, got {self.seed}")
     if self.mask_side is not None and self.mask_side < 1:
       raise ValueError(f"mask_side must be at least 1, got {self.mask_side}")
 

@@ -103,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--objects", type=int, default=32, help="object slots a prompt (default: 32)")
   parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
   parser.add_argument("--accumulate", type=int, default=1, help="steps an update (default: 1)")
+  parser.add_argument("--moment-dtype", default="float32", choices=("float32", "bfloat16"))
   parser.add_argument("--no-remat", action="store_true", help="keep what the backward pass needs")
   parser.add_argument("--only", choices=tuple(CHOICES), help="one row of the table")
   args = parser.parse_args(argv)
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         remat=not args.no_remat,
         image_size=size,
         accumulate=args.accumulate,
+        moment_dtype=args.moment_dtype,
         **choice,
       )
       m = training_memory(model_config, config)

@@ -18,6 +18,7 @@ from sam3lt_jax.config import TextConfig
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing.processor import Sam3Processor
+from sam3lt_jax.training import disk
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.data.batches import DetectionBatches
 from sam3lt_jax.training.data.records import Record
@@ -25,7 +26,7 @@ from sam3lt_jax.training.detection.lora import count_parameters
 from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, exported, prepare
 from sam3lt_jax.training.loop import fit
 from sam3lt_jax.training.outcome import write_outcome
-from sam3lt_jax.training.run_files import check_fingerprint
+from sam3lt_jax.training.run_files import check_unchanged
 from sam3lt_jax.training.state import TrainState
 
 _BEST = ("eval_cgF1", "max")
@@ -100,12 +101,22 @@ def finetune(
 
   Raises:
     ValueError: patterns that find nothing, numbers out of range, a batch that the devices do not divide, a
-      changed run in `directory`. Errors of `fit`, `from_pretrained`, `save_pretrained` come as they are.
+      changed run in `directory`, or nothing can be written there. Errors of `fit`, `from_pretrained`,
+      `save_pretrained` come as they are.
   """
   config = config or FinetuneConfig()
   report = report or functools.partial(print, flush=True)
   mesh = parallel.make_mesh() if mesh is None else mesh
   parallel.check_divides(config.data.batch_size, mesh.shape["data"])
+  facts = {
+    "finetune": config.fingerprint(),
+    "records": len(records),
+    "validation": 0 if validation is None else len(validation),
+    **(fingerprint or {}),
+  }
+  # Before a model is loaded: that can take minutes.
+  disk.check_directory(directory, "directory")
+  check_unchanged(directory, facts, partly=True)
   predictor = _load(source, config, profile, processor)
   run = _Run(config, predictor, os.path.abspath(os.fspath(directory)), validation, iou_type, report)
   report(
@@ -120,8 +131,8 @@ def finetune(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  facts = {**run.fingerprint(len(records)), **(fingerprint or {})}
-  run.check_unchanged(facts)  # `fit` does, too, but after the evaluation
+  facts |= run.fingerprint()
+  check_unchanged(directory, facts)  # `fit` does, too, but after the evaluation
   before = run.evaluate(run.start)
   every = {"log_every": (log_every, 50), "evaluate_every": (evaluate_every, 10)}
   every["checkpoint_every"] = (checkpoint_every, 10)
@@ -151,8 +162,10 @@ def hold_out(
   """Splits records at random, the same way for the same `seed`: (to train on, held out), each in order.
 
   Raises:
-    ValueError: a share outside (0, 1), or one of the two parts would be empty.
+    ValueError: a share outside (0, 1), a seed below 0, or one of the two parts would be empty.
   """
+  if seed < 0:
+    raise ValueError(f"seed={seed!r}; accepted: 0 or more")
   if not 0 < share < 1:
     raise ValueError(f"share={share!r}; accepted: a number between 0 and 1")
   count = round(len(records) * share)
@@ -235,24 +248,14 @@ class _Run:
       predictor.variables = None
     return found["cgf1"][self.iou_type]
 
-  def fingerprint(self, records: int) -> dict[str, Any]:
+  def fingerprint(self) -> dict[str, Any]:
+    """What the loaded model adds to it."""
     digest = 0
     for path, leaf in sorted(flatten(self.start).items()):
       digest = zlib.crc32(
         np.ascontiguousarray(leaf).view(np.uint8).reshape(-1), zlib.crc32(path.encode(), digest)
       )
-    return {
-      "finetune": self.config.fingerprint(),
-      "model": self.model.config.to_json(),
-      "start_crc32": digest,
-      "records": records,
-      "validation": 0 if self.validation is None else len(self.validation),
-    }
-
-  def check_unchanged(self, facts: Mapping[str, Any]) -> None:
-    checkpoints = os.path.join(self.directory, "checkpoints")
-    if os.path.isdir(checkpoints) and any(name.isdigit() for name in os.listdir(checkpoints)):
-      check_fingerprint(os.path.join(self.directory, "config.json"), facts, resuming=True)
+    return {"model": self.model.config.to_json(), "start_crc32": digest}
 
   def finish(self, state: TrainState, before: dict[str, float] | None) -> FinetuneResult:
     if self.validation is not None:

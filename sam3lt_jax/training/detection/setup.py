@@ -61,7 +61,7 @@ class FinetuneConfig:
       alike.
     end_lr: share of the peak that is left at the end of the cosine.
     warmup_steps: updates of linear warm-up from 0; None: a tenth of the run, at most 20.
-    weight_decay, clip_norm, accumulate, ema_decay: see `OptimizerConfig`.
+    weight_decay, clip_norm, moment_dtype, accumulate, ema_decay: see `OptimizerConfig`.
     one_to_many: train with the second set of decoder rows that is matched to several queries an object.
     dropout: apply the profile's dropout and drop path (drop path not in a frozen trunk).
     dtype: what layers compute in. Trained parameters and their averages are float32 in any case.
@@ -88,6 +88,7 @@ class FinetuneConfig:
   warmup_steps: int | None = None
   weight_decay: float = 0.1
   clip_norm: float | None = 0.1
+  moment_dtype: str = "float32"
   accumulate: int = 1
   ema_decay: float | None = None
   one_to_many: bool = True
@@ -111,8 +112,10 @@ class FinetuneConfig:
       ("lora_lr", self.lora_lr >= 0, "a number of 0 or more"),
       ("end_lr", 0 <= self.end_lr <= 1, "a share within [0, 1]"),
       ("dtype", self.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+      ("moment_dtype", self.moment_dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
       ("train", not self.train or self.lora is not None, "nothing, without lora (use freeze)"),
       ("accumulate", self.accumulate >= 1, "1 or more calls"),
+      ("seed", self.seed >= 0, "0 or more"),
     ):
       if not good:
         raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {accepted}")
@@ -266,6 +269,7 @@ def optimizer_config(config: FinetuneConfig, trainable: Mapping[str, Any]) -> Op
     warmup_steps=warmup,
     weight_decay=config.weight_decay,
     clip_norm=config.clip_norm,
+    moment_dtype=config.moment_dtype,
     accumulate=config.accumulate,
     lr_scale=_rates(config, trainable),
     ema_decay=config.ema_decay,

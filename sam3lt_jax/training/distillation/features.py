@@ -7,15 +7,17 @@ renamed when all is there; an export that was cut off goes on with the first sha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any
 
 import jax
 import numpy as np
 
+from sam3lt_jax.training.disk import needs_room
 from sam3lt_jax.training.distillation.teacher import Teacher
 from sam3lt_jax.training.prompts import token_rows
 
@@ -174,8 +176,8 @@ def export_features(
 
   Raises:
     ValueError: no phrases, or sizes below 1.
-    FeatureError: the directory holds something else (named), or a feature is beyond float16.
-    OSError: a full disk. What was finished stays and is used by the next call.
+    FeatureError: the directory holds something else (named), a feature is beyond float16, or the disk is
+      full: what was finished stays and is used by the next call.
   """
   if not len(phrases):
     raise ValueError("phrases must hold at least one phrase, got none")
@@ -206,6 +208,17 @@ def export_features(
   return TeacherFeatures(target)
 
 
+def check_target(directory: str | os.PathLike) -> None:
+  """FeatureError where `export_features` could not put its files, whatever the teacher and the phrases."""
+  target = os.path.abspath(os.path.expanduser(os.fspath(directory)))
+  if os.path.isfile(os.path.join(target, MANIFEST)):
+    return
+  if os.path.lexists(target) and not os.path.isdir(target):
+    raise FeatureError(f"directory: {target} is no directory")
+  if os.path.isdir(target) and os.listdir(target):
+    raise FeatureError(f"directory: {target} is not empty and holds no teacher features")
+
+
 def _plan(teacher: Teacher, phrases: Sequence[str], tokenizer: Any, rows_per_shard: int) -> dict[str, Any]:
   plan = {
     "version": _VERSION,
@@ -229,8 +242,7 @@ def _work_directory(target: str, plan: dict[str, Any]) -> tuple[str, Callable[[i
     _compare(target, {k: v for k, v in manifest.items() if k != "shards"}, plan, "export")
     entries = dict(enumerate(manifest["shards"]))
     return target, lambda index: _intact(target, entries.get(index))
-  if os.path.isdir(target) and os.listdir(target):
-    raise FeatureError(f"directory: {target} is not empty and holds no teacher features")
+  check_target(target)
   if os.path.isdir(target):
     os.rmdir(target)  # empty; the finished export takes its name
   work = f"{target}.exporting"
@@ -280,18 +292,31 @@ def _write_shard(path: str, features: np.ndarray, start: int) -> dict[str, Any]:
   if not np.isfinite(half).all():
     row = int(np.argmin(np.isfinite(half).all(axis=(1, 2))))
     raise FeatureError(f"the teacher's features of phrase {start + row} are not finite in float16")
-  part = f"{path}.part"
-  with open(part, "wb") as f:
+  with _whole(path, "wb") as f:
     np.save(f, half, allow_pickle=False)
-    f.flush()
-    os.fsync(f.fileno())
   name = os.path.basename(path)
   entry = {
-    "file": name, "rows": len(half), "bytes": os.path.getsize(part), "sha256": file_digest(part)
+    "file": name, "rows": len(half), "bytes": os.path.getsize(path), "sha256": file_digest(path)
   }  # fmt: skip
-  os.replace(part, path)
   _write_json(f"{path}.json", entry)
   return entry
+
+
+@contextlib.contextmanager
+def _whole(path: str, mode: str, **options: Any) -> Iterator[IO]:
+  """A file to write that gets its name when all of it is on the disk; of one that fails nothing is left."""
+  part = f"{path}.part"
+  kept = "the shards before it are kept: make room and run the export again, which goes on with this one"
+  try:
+    with needs_room(path, kept, FeatureError):
+      with open(part, mode, **options) as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+      os.replace(part, path)
+  except BaseException:
+    _remove(part)
+    raise
 
 
 def _compare(where: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
@@ -336,13 +361,9 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _write_json(path: str, data: Mapping[str, Any]) -> None:
-  part = f"{path}.part"
-  with open(part, "w", encoding="utf-8") as f:
+  with _whole(path, "w", encoding="utf-8") as f:
     json.dump(data, f, indent=2, sort_keys=True)
     f.write("\n")
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(part, path)
 
 
 def file_digest(path: str) -> str:

@@ -16,7 +16,7 @@ from sam3lt_jax.checkpoints import sources
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
-from sam3lt_jax.training import freezing
+from sam3lt_jax.training import disk, freezing
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.distillation import features as feature_files
 from sam3lt_jax.training.distillation import text_part
@@ -34,6 +34,7 @@ from sam3lt_jax.training.loop import fit
 from sam3lt_jax.training.optimizer import make_optimizer
 from sam3lt_jax.training.outcome import write_outcome
 from sam3lt_jax.training.prompts import PromptSet, prompt_batches, read_prompts, split_prompts, token_rows
+from sam3lt_jax.training.run_files import check_unchanged
 from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import make_train_step
 
@@ -100,8 +101,9 @@ def distill(
 
   Raises:
     ValueError: anything in `config` that cannot be: an unknown teacher or student, widths, vocabularies or
-      contexts that do not fit, no phrases, a changed run in `out`. Errors of `fit`, `read_prompts`,
-      `from_pretrained`, `save_pretrained` come as they are.
+      contexts that do not fit, no phrases, a changed run in `out`, or nothing can be written there. Errors
+      of `fit`, `read_prompts`, `from_pretrained`, `save_pretrained` come as they are.
+    NonFiniteLoss: names the phrases of the batch (in its message, the first 16).
   """
   report = report or functools.partial(print, flush=True)
   run = _prepare(config, teacher, tokenizer, mesh, report)
@@ -187,8 +189,10 @@ class _Distillation:
       evaluate_every=c.evaluate_every or max(10, total // 20),
       checkpoint_every=c.checkpoint_every or max(10, total // 10),
       best=None if self.evaluate is None else _BEST,
-      fingerprint=self.fingerprint(total),
+      fingerprint=self.fingerprint(),
       report=self.report,
+      unit="phrases",
+      record_name=self.phrases.__getitem__,
     )
     if self.evaluate is None:
       return state
@@ -204,19 +208,17 @@ class _Distillation:
     variables = {"params": freezing.merge(params, jax.tree.map(np.asarray, self.frozen))}
     return variables | ({"batch_stats": stats} if stats else {})
 
-  def fingerprint(self, total: int) -> dict[str, Any]:
-    return self.config.fingerprint() | {
-      "total_steps": total,
-      "phrases": len(self.phrases),
-      "phrases_sha256": feature_files.phrases_digest(self.phrases),
-      "teacher_identity": self.teacher.identity(),
-      "student_text": dataclasses.asdict(self.student.config.text),
-    }
+  def fingerprint(self) -> dict[str, Any]:
+    return _facts(self.config, self.phrases) | _model_facts(self.teacher, self.student)
 
 
 def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
   """Reads, loads and checks everything, cheapest first."""
   c = config
+  disk.check_directory(c.out, "out")
+  if c.features is not None:
+    disk.check_directory(c.features, "features")
+    feature_files.check_target(c.features)
   profile = Profile.named(c.profile)
   prompts = read_prompts(c.prompts, profile)
   phrases, held = _split(c, prompts, profile)
@@ -225,6 +227,8 @@ def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
   )
   mesh = parallel.make_mesh() if mesh is None else mesh
   parallel.check_divides(c.batch_size, mesh.shape["data"])
+  facts = _facts(c, phrases)
+  check_unchanged(c.out, facts, partly=True)
   whole = teacher
   if whole is None:
     whole = load_model(c.teacher, dtype=c.teacher_dtype, device=parallel.host_device())
@@ -244,6 +248,8 @@ def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
     seed=c.seed,
   )
   report(f"student: {init}")
+  # `fit` does, too, but after the features are exported and the start is evaluated.
+  check_unchanged(c.out, facts | _model_facts(reader, student))
   words = ClipTokenizer(profile=student.config.profile) if own is None else own
   everything = [*phrases, *held]
   batches = prompt_batches(
@@ -271,6 +277,23 @@ def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
   return _Distillation(
     c, whole, reader, student, init, start, phrases, held, batches, evaluate, before, own, mesh, report
   )
+
+
+def _facts(config: DistillationConfig, phrases: Sequence[str]) -> dict[str, Any]:
+  """What must not change when the run goes on, as far as it is known before anything is loaded."""
+  return config.fingerprint() | {
+    "total_steps": config.total_steps(len(phrases)),
+    "phrases": len(phrases),
+    "phrases_sha256": feature_files.phrases_digest(phrases),
+  }
+
+
+def _model_facts(teacher: Teacher, student: Sam3LiteText) -> dict[str, Any]:
+  """The rest of it."""
+  return {
+    "teacher_identity": teacher.identity(),
+    "student_text": dataclasses.asdict(student.config.text),
+  }
 
 
 def _split(config: DistillationConfig, prompts: PromptSet, profile: Profile) -> tuple[list[str], list[str]]:

@@ -324,7 +324,7 @@ def test_without_grain(records, monkeypatch):
 @pytest.mark.parametrize(
   ("field", "value"),
   [("batch_size", 0), ("prompts", 0), ("objects", 0), ("max_boxes", 0), ("negatives", 1.5),
-   ("box_prompts", -1), ("box_only", 2), ("box_jitter", 0.5), ("mask_side", 0)],
+   ("box_prompts", -1), ("box_only", 2), ("box_jitter", 0.5), ("mask_side", 0), ("seed", -1)],
 )  # fmt: skip
 def test_wrong_settings(field, value):
   with pytest.raises(ValueError, match=field):

@@ -180,6 +180,8 @@ def test_hold_out():
     hold_out([1, 2], 1.5)
   with pytest.raises(ValueError, match="leaves one of the two parts empty"):
     hold_out([1, 2], 0.1)
+  with pytest.raises(ValueError, match="seed=-1; accepted: 0 or more"):
+    hold_out([1, 2], 0.5, seed=-1)
 
 
 def test_batch_must_divide(records, tmp_path):

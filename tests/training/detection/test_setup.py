@@ -158,6 +158,7 @@ def test_fingerprint_is_json_and_complete():
     ({"dtype": "int8"}, "dtype='int8'; accepted: 'float32' or 'bfloat16'"),
     ({"freeze": "vision"}, "freeze='vision'; accepted: a list of parts"),
     ({"train": ("scoring",)}, "train=.*accepted: nothing, without lora"),
+    ({"seed": -1}, "seed=-1; accepted: 0 or more"),
   ],
 )
 def test_config_errors(fields, message):

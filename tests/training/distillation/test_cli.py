@@ -73,7 +73,9 @@ def test_mistakes(folder, capsys):
   assert mistake(capsys, "--prompts", "nix.txt", "--out", "run").endswith("nix.txt")
   said = mistake(capsys, *given, "--teacher", "teacher", "--context", "17")
   assert "the teacher's position table has 16 rows" in said
-  assert "held_out=2.0; accepted: a share in [0, 1)" in mistake(capsys, *given, "--held-out", "2")
+  assert "--held-out: must be a number from 0 to below 1, got '2'" in mistake(
+    capsys, *given, "--held-out", "2"
+  )
 
 
 def test_help_shows_examples(capsys):

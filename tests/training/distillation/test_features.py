@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from sam3lt_jax.training.distillation.features import (
   export_features,
 )
 from sam3lt_jax.training.distillation.teacher import Teacher
+from tests.training import mounts
 from tests.training.distillation.common import PHRASES, tiny_model, tiny_teacher, tokenizer
 
 N = 22
@@ -81,6 +83,26 @@ def test_an_interrupted_export_goes_on_with_the_shard_it_lacks(tmp_path, monkeyp
   )  # fmt: skip
   export(tmp_path / "features")  # all there: nothing is computed
   assert written == [0, 6, "room again", 12, 18]
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_shards_before(tmp_path):
+  """5 pages are the plan, the first shard with its note, and half of the second."""
+  said: list[str] = []
+  with mounts.tmpfs(tmp_path / "disk", "size=20k") as small:
+    work = small / "features.exporting"
+    with pytest.raises(FeatureError) as e:
+      export(small / "features", rows_per_shard=11, report=said.append)
+    assert str(e.value) == (
+      f"{work / f.shard_name(1)} is not written: no space is left on its disk; the shards before it are kept:"
+      " make room and run the export again, which goes on with this one"
+    )
+    assert "requested and" in str(e.value.__cause__)  # numpy's, without a word of the disk
+    kept = [f.shard_name(0), f"{f.shard_name(0)}.json", "plan.json"]
+    assert sorted(os.listdir(work)) == kept  # the half of the second gives its room back
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small)], check=True)
+    export(small / "features", rows_per_shard=11, report=said.append)
+    assert said == [f"teacher features: shard {n} of 2 written" for n in (1, 2)]
+    assert len(TeacherFeatures(small / "features")[np.arange(N)]) == N
 
 
 def test_a_torn_shard_of_an_unfinished_export_is_made_anew(tmp_path, monkeypatch):
@@ -155,6 +177,8 @@ def test_mistakes(tmp_path, exported):
   (tmp_path / "full" / "notes.txt").write_text("mine")
   with pytest.raises(FeatureError, match="is not empty and holds no teacher features"):
     export(tmp_path / "full")
+  with pytest.raises(FeatureError, match=r"notes\.txt is no directory"):
+    export(tmp_path / "full" / "notes.txt")
   with pytest.raises(FeatureError, match=r"holds no teacher features \(no manifest.json\)$"):
     TeacherFeatures(tmp_path / "full")
   manifest = os.path.join(exported.directory, "manifest.json")

@@ -11,6 +11,7 @@ from sam3lt_jax import from_pretrained
 from sam3lt_jax.training.distillation.config import DistillationConfig
 from sam3lt_jax.training.distillation.features import encoder
 from sam3lt_jax.training.distillation.run import distill
+from sam3lt_jax.training.errors import NonFiniteLoss
 from sam3lt_jax.training.prompts import split_prompts
 from tests.training.distillation.common import PHRASES, tiny_model, tiny_teacher, tokenizer
 
@@ -135,6 +136,20 @@ def test_features_from_disk_give_nearly_the_same_run(finished, prompts, tmp_path
   for (_, a, _), (_, b, _) in list(zip(losses(tmp_path / "run"), losses(finished[1])))[:4]:
     assert a == pytest.approx(b, rel=1e-3)
   assert result.after["heldout_cosine"] == pytest.approx(finished[0].after["heldout_cosine"], abs=0.02)
+
+
+def test_a_loss_that_is_not_finite_names_the_phrases(prompts, tmp_path):
+  model, variables = tiny_model()
+  projection = {name: x + np.nan for name, x in variables["params"]["text_projection"].items()}
+  broken = {**variables, "params": {**variables["params"], "text_projection": projection}}
+  with pytest.raises(NonFiniteLoss) as e:
+    distill(
+      config(prompts, tmp_path, batch_size=20, held_out=0.0),
+      teacher=(model, broken), tokenizer=tokenizer(), report=lambda _: None,
+    )  # fmt: skip
+  assert len(set(e.value.names)) == 20 and set(e.value.names) <= set(PHRASES)
+  first = ", ".join(map(repr, e.value.names[:16]))
+  assert f"on batch 0 of the phrases {first} and 4 more; there is no checkpoint yet" in str(e.value)
 
 
 @pytest.mark.parametrize(
