@@ -2,9 +2,10 @@
 
     python examples/finetune_detector.py [MODEL [STEPS]]
 
-By default a tiny untrained model and pictures drawn here, so that it ends within a few minutes and shows how
-it goes; what it finds means nothing yet. Your own records come from a COCO or SA-Co file:
-`load_records("annotations.json", "photos")`. To train all of the model, leave `lora` and `train` out.
+By default the bundled model, which knows drawn shapes, learns one that it does not know: half circles, under
+the word "ring". It ends within a few minutes with nothing downloaded. Your own records come from a COCO or
+SA-Co file: `load_records("annotations.json", "photos")`. To train all of the model, leave `lora` and `train`
+out.
 """
 
 import sys
@@ -19,23 +20,23 @@ from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.run import finetune
 from sam3lt_jax.training.detection.setup import FinetuneConfig
 
-MODEL, STEPS = "random:tiny", 60
+MODEL, STEPS = "shapes", 100
 OUTPUT = "finetuned"
 SIDE = 168
 
 
 def draw(seed: int) -> Record:
-  """A picture with one or two red circles, and two questions: for them, and for what is not there."""
+  """A picture with one or two half circles, and two questions: for them, and for what is not there."""
   rng = np.random.default_rng(seed)
   picture, masks = Image.new("RGB", (SIDE, SIDE), (190, 190, 190)), []
   for left in (8, 88)[: rng.integers(1, 3)]:
     radius, x, y = rng.integers(18, 34), left + 36, rng.integers(40, 128)
     circle = tuple(int(v) for v in (x - radius, y - radius, x + radius, y + radius))
-    ImageDraw.Draw(picture).ellipse(circle, fill=(206, 44, 44))
+    ImageDraw.Draw(picture).pieslice(circle, 180, 360, fill=(206, 44, 44))
     mask = Image.new("1", (SIDE, SIDE))
-    ImageDraw.Draw(mask).ellipse(circle, fill=1)
+    ImageDraw.Draw(mask).pieslice(circle, 180, 360, fill=1)
     masks.append(np.array(mask))
-  prompts = (Prompt.from_masks("red circle", np.stack(masks)), Prompt("blue square", np.zeros((0, 4))))
+  prompts = (Prompt.from_masks("ring", np.stack(masks)), Prompt("blue square", np.zeros((0, 4))))
   return Record(seed, np.array(picture), (SIDE, SIDE), prompts)
 
 
@@ -45,8 +46,8 @@ def main(model=MODEL, steps=STEPS) -> None:
     data=BatchConfig(batch_size=2, prompts=2, objects=2),
     lora=LoraConfig(rank=8),
     train=("scoring", "masks"),  # beside the adapters
-    lora_lr=2e-3 if model.startswith("random:") else 2e-4,
-    lr=1e-3 if model.startswith("random:") else 8e-5,
+    lora_lr=2e-3 if model == MODEL else 2e-4,  # the figures for SAM 3 would take longer here
+    lr=1e-3 if model == MODEL else 8e-5,
   )
   result = finetune(
     model,
@@ -61,7 +62,7 @@ def main(model=MODEL, steps=STEPS) -> None:
   predictor = Predictor.from_pretrained(
     result.written["model"]
   )  # or Predictor(result.model, result.variables)
-  print(predictor(draw(100).image, text="red circle", threshold=0.3))
+  print(predictor(draw(100).image, text="ring"))
   print(f"wrote {', '.join(result.written.values())}")
 
 

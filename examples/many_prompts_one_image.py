@@ -2,6 +2,8 @@
 
     python examples/many_prompts_one_image.py [MODEL [PHOTO]]
 
+MODEL is "s0" (downloaded, about 2 GB) by default; "shapes" comes with the package and knows drawn shapes.
+
 First with the predictor (`set_image`, then `predict` as often as you like), then with the model itself, which
 answers several prompts about several images in one call (`image_index`).
 """

@@ -2,7 +2,8 @@
 
     python examples/segment_photo.py [MODEL [PHOTO [PHRASE]]]
 
-MODEL is "s0", "s1", "l", a checkpoint, or "random:s0" for untrained weights, whose finds mean nothing.
+MODEL is "s0", "s1", "l" (downloaded, about 2 GB), a checkpoint, or "shapes", which comes with the package and
+knows drawn shapes only.
 """
 
 import sys

@@ -1,6 +1,8 @@
 """The model as a JAX function: processor, jit, raw outputs, intermediates, post-processing.
 
-python examples/use_the_model_directly.py [MODEL [PHOTO]]
+    python examples/use_the_model_directly.py [MODEL [PHOTO]]
+
+MODEL is "s0" (downloaded, about 2 GB) by default; "shapes" comes with the package and knows drawn shapes.
 """
 
 import sys
@@ -18,7 +20,8 @@ def main(model: str = MODEL, photo: str | None = None) -> None:
   image = scene.draw() if photo is None else Image.open(photo).convert("RGB")
   network, variables = from_pretrained(model)
   network, variables = network.fuse(variables)  # the same function, a little faster
-  processor = Sam3Processor.from_pretrained(network)
+  # Random weights have no files, so the configuration has to do.
+  processor = Sam3Processor.from_pretrained(network if model.startswith("random:") else model)
 
   inputs = processor(images=image, text="red circle", input_boxes=[[scene.RED_CIRCLES[0]]])
   for name, value in inputs.items():

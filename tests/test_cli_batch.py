@@ -121,8 +121,8 @@ def test_random_weights_are_announced(asked, capsys):
     (["s", "--prompts", "a", "--prompts-file", "b", "--out", "o"], "not allowed with"),
     (["s", "--prompts", "a", "--out", "o", "--batch", "0"], "--batch: must be a whole number of at least 1"),
     (["s", "--prompts", "a", "--out", "o", "--max-failures", "2"], "--max-failures: must be a number within"),
-    (["s", "--prompts", "a", "--out", "o", "--overlays", "-1"], "--overlays: must be a whole number, got"),
-    (["s", "--prompts", "a", "--out", "o", "--process-index", "0"], "process_index and process_count"),
+    (["s", "--prompts", "a", "--out", "o", "--overlays", "-1"], "--overlays: must be a whole number of at"),
+    (["s", "--prompts", "a", "--out", "o", "--process-index", "0"], "--process-index and --process-count go"),
     (["no/such", "--prompts", "a", "--out", "/dev/null/o"], "/dev/null/o"),
   ],
 )  # fmt: skip

@@ -27,7 +27,7 @@ EXPECTED = {
     "260, 320)",
   ),
 }  # fmt: skip
-# Tested beside what they train with; tiny models by default.
+# Tested beside what they train with; the bundled model by default.
 TRAINING = ("distill_text_encoder.py", "finetune_detector.py")
 
 
@@ -49,6 +49,22 @@ def test_example_on_its_own_picture(script, tmp_path, monkeypatch, capsys):
     assert text in printed
   if script == "segment_photo.py":
     assert Image.open(tmp_path / "segment_photo.png").size == (320, 260)
+
+
+BUNDLED = {
+  "segment_photo.py": "Results(2 instances, size=260x320)",
+  "many_prompts_one_image.py": "red circle: 2 found",
+  "use_the_model_directly.py": "2 found, masks (2, 260, 320)",
+}
+
+
+@pytest.mark.parametrize("script", BUNDLED)
+def test_example_with_the_bundled_model(script, tmp_path, monkeypatch, capsys):
+  """`python examples/script shapes`: it finds the two red circles."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "argv", [script, "shapes"])
+  runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+  assert BUNDLED[script] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", EXPECTED)

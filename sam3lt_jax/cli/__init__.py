@@ -1,7 +1,8 @@
 """The command `sam3lt`: one verb a use, one module a verb, all of them in `VERBS`.
 
 A verb's module has `add_arguments(parser)`, which describes its options and shows examples, and `run(args)`,
-which returns the exit code. It is imported when the verb is called, so that `sam3lt --help` is quick.
+which returns the exit code. It is imported when the verb is called, so that `sam3lt --help` is quick. Its
+`OPTIONS`, if it has them, say which option sets which field of the library, see `as_typed`.
 
 argparse, not tyro: arguments and options may stand in any order (`photo.jpg --box 1,2,3,4 "a phrase"`), a
 mistake is one line on stderr, and --help ends in examples. tyro 1.0.17 does none of the three: it rejects the
@@ -14,13 +15,15 @@ keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
+import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 # verb -> (module, what it does in one line)
@@ -38,6 +41,9 @@ VERBS = {
   "finetune": ("sam3lt_jax.cli.finetune", "train the detector on annotated images: all of it, parts, LoRA"),
 }
 PROGRAM = "sam3lt"
+
+# Field of the library -> option that sets it. Several options: the one whose value the message quotes.
+Options = Mapping[str, str | tuple[str, ...]]
 
 
 class UserError(ValueError):
@@ -68,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs `sam3lt` with `argv` (default: the process's own) and returns the exit code."""
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _logging_in_one_line():
       warnings.showwarning = _show_warning
       return _run(argv)
   except SystemExit as e:  # --help
@@ -109,7 +115,14 @@ def _run(argv: list[str]) -> int:
   module = importlib.import_module(module_name)
   parser = Parser(prog=f"{PROGRAM} {verb}", description=summary[0].upper() + summary[1:] + ".")
   module.add_arguments(parser)
-  return module.run(parser.parse(rest)) or 0
+  args = parser.parse(rest)
+  try:
+    return module.run(args) or 0
+  except ValueError as e:
+    said = as_typed(str(e), getattr(module, "OPTIONS", {}), args)
+    if said == str(e) or not is_users_mistake(e):
+      raise
+    raise UserError(said) from e
 
 
 def _help() -> str:
@@ -145,6 +158,37 @@ def is_users_mistake(e: BaseException) -> bool:
   return f"{raised_in}.".startswith("sam3lt_jax.") or type(e).__module__.startswith("sam3lt_jax.")
 
 
+# Where a field's name is one: a plain word at the start of a part of the message and before a sign of it, one
+# with an underscore anywhere, and in front of "was 1, is 2" also behind what it is a part of ("data/").
+_FIELD = (
+  r"(?:^|(?<=[;:,]\s))(?P<name>{})(?P<sign>=|:(?=\s)| must\b)",
+  r"(?:^|(?<=\s))(?P<name>(?=[a-z]+_)(?:{}))(?P<sign>=|(?![\w./-]))",
+  r"(?<=[;:]\s)(?:\w+/)*(?P<name>{})(?P<sign>)(?= was .+, is )",
+)
+
+
+def as_typed(message: str, options: Options, args: argparse.Namespace) -> str:
+  """The library's message with the options of the command line in place of its fields.
+
+  "held_out=2.0; accepted: ..." becomes "--held-out 2.0; accepted: ...", "finetune/lr was 1" "--lr was 1".
+  """
+
+  def typed(found: re.Match) -> str:
+    option = options[found["name"]]
+    if not isinstance(option, str):
+      values = {o: getattr(args, o.lstrip("-").replace("-", "_")) for o in option}
+      quoted = message.partition("accepted:")[0]
+      option = next((o for o, value in values.items() if repr(value) in quoted), found["name"])
+    return option + found["sign"].replace("=", " ")
+
+  said = message
+  if options:
+    names = "|".join(map(re.escape, options))
+    for pattern in _FIELD:
+      said = re.sub(pattern.format(names), typed, said)
+  return message if said == message else said.replace("; accepted: None or ", "; accepted: ")
+
+
 def error_line(e: BaseException) -> str:
   message = str(e).strip() or type(e).__name__
   if isinstance(e, OSError) and e.strerror and e.filename is not None:
@@ -154,3 +198,23 @@ def error_line(e: BaseException) -> str:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
   print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+
+
+class _LogLine(logging.Handler):
+  """What the library logs, as warnings are shown."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    print(f"{PROGRAM}: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _logging_in_one_line() -> Iterator[None]:
+  """Shows the library's own log from warnings on; that of other packages goes where they send it."""
+  logger, handler = logging.getLogger("sam3lt_jax"), _LogLine(logging.WARNING)
+  propagate, logger.propagate = logger.propagate, False
+  logger.addHandler(handler)
+  try:
+    yield
+  finally:
+    logger.removeHandler(handler)
+    logger.propagate = propagate

@@ -17,6 +17,13 @@ def count(text: str) -> int:
   return int(text)
 
 
+def whole(text: str) -> int:
+  """A whole number of at least 0."""
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+  return int(text)
+
+
 def positive(text: str) -> float:
   """A number above 0."""
   value = _number(text)
@@ -30,6 +37,30 @@ def fraction(text: str) -> float:
   value = _number(text)
   if not 0 <= value <= 1:
     raise argparse.ArgumentTypeError(f"must be a number within [0, 1], got {text!r}")
+  return value
+
+
+def not_negative(text: str) -> float:
+  """A number of at least 0."""
+  value = _number(text)
+  if not 0 <= value < math.inf:
+    raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+  return value
+
+
+def below_one(text: str) -> float:
+  """A number from 0 to below 1."""
+  value = _number(text)
+  if not 0 <= value < 1:
+    raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}")
+  return value
+
+
+def up_to_one(text: str) -> float:
+  """A number above 0, up to 1."""
+  value = _number(text)
+  if not 0 < value <= 1:
+    raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
   return value
 
 

@@ -8,7 +8,7 @@ import json
 import sys
 
 from sam3lt_jax.cli import PROGRAM
-from sam3lt_jax.cli.arguments import count, fraction
+from sam3lt_jax.cli.arguments import count, fraction, whole
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
@@ -34,6 +34,14 @@ Ctrl-C or SIGTERM, after writing what was in work. All but 2 print a summary, on
 """
 
 
+OPTIONS = {
+  "batch": "--batch", "buckets": "--buckets", "image_size": "--image-size", "max_failures": "--max-failures",
+  "max_pixels": "--max-pixels", "model_parallel": "--model-parallel", "process_count": "--process-count",
+  "process_index": "--process-index", "shard_size": "--shard-size", "source": ("--model",),
+  "workers": "--workers",
+}  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = "%(prog)s SOURCE... --prompts PHRASE... --out DIR [options]"
   parser.epilog = _EPILOG
@@ -52,8 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument_group("model").add_argument
-  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
-      help="released variant, hub id, folder, or .pt file; random:s0 for random weights (default: s0)",
+  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
+      help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
+      " weights (default: s0)",
   )  # fmt: skip
   add("--profile", choices=("original", "transformers"),
       help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
@@ -98,17 +107,11 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
       help=f"larger images are recorded as failures (default: {MAX_PIXELS})")  # fmt: skip
   add("--max-failures", type=fraction, default=0.5, metavar="SHARE",
       help="stop if more than this share of the images fails, from 20 images on (default: 0.5)")  # fmt: skip
-  add("--overlays", type=_whole, default=0, metavar="N", help="draw N of the images, spread over the source")
+  add("--overlays", type=whole, default=0, metavar="N", help="draw N of the images, spread over the source")
   add("--allow-change", action="store_true",
       help="go on where the job had other images, phrases or options; what is done stays")  # fmt: skip
   add("--verify", action="store_true", help="read all that is done, and do again what is damaged")
   add("--json", action="store_true", help="print the summary as JSON")
-
-
-def _whole(text: str) -> int:
-  if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-  return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,11 +1,17 @@
-"""`sam3lt demo`: draws a scene and segments it with the bundled model; nothing is downloaded."""
+"""`sam3lt demo`: draws a scene and segments it with the bundled model; nothing is downloaded.
+
+With --data it draws a small data set instead, to try the other verbs on.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from typing import Any
 
-from sam3lt_jax.cli.arguments import check_writable
+from sam3lt_jax.cli import UserError
+from sam3lt_jax.cli.arguments import check_writable, count, whole
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\
@@ -13,7 +19,10 @@ examples:
   the default scene and four questions about it:
     sam3lt demo
   another scene and your own phrases:
-    sam3lt demo "striped shape" "small red circle" --seed 7
+    sam3lt demo "striped shape" "shape" --seed 2000000005
+  drawn scenes with annotations, and phrases, to try eval, finetune, distill, batch and prompts on:
+    sam3lt demo --data drawn
+    sam3lt eval --model shapes --annotations drawn/val.json --images drawn/images
 
 The model knows shapes only. A phrase has a shape and up to three words before it, in this order:
   small, large - plain, striped, dotted, checked - red, orange, yellow, green, blue, purple, white, black -
@@ -22,6 +31,8 @@ The model knows shapes only. A phrase has a shape and up to three words before i
 SEED = 1_000_000_007  # no training scene has such a number
 PHRASES = 4
 SIDE = 480  # pixels of the picture; the model looks at it at a quarter of that
+SCENES = 32
+VALIDATION = 4  # every fourth scene of --data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add = parser.add_argument
   add("phrases", nargs="*", metavar="PHRASE", help="what to find (default: phrases about the scene)")
-  add("--seed", type=_seed, default=SEED, metavar="N", help=f"which scene, 0 or more (default: {SEED})")
+  add("--seed", type=whole, default=SEED, metavar="N", help=f"which scene, 0 or more (default: {SEED})")
   add("--out", default="sam3lt_out", metavar="DIR", help="output folder (default: sam3lt_out)")
+  add("--data", metavar="DIR",
+      help="draw a data set into DIR instead: images/, train.json and val.json (COCO), phrases.txt",
+  )  # fmt: skip
+  add(
+    "--scenes", type=count, metavar="N", help=f"of --data, a quarter of them for val.json (default: {SCENES})"
+  )
 
 
 def run(args: argparse.Namespace) -> int:
+  if args.data is not None:
+    if args.phrases:
+      raise UserError("--data draws scenes and asks nothing: leave the phrases out")
+    return _write_data(args.data, args.scenes or SCENES, args.seed)
+  if args.scenes is not None:
+    raise UserError("--scenes without --data")
   from PIL import Image
 
   from sam3lt_jax.predictor import Predictor
@@ -56,12 +79,6 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def _seed(text: str) -> int:
-  if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"must be a whole number of 0 or more, got {text!r}")
-  return int(text)
-
-
 def _phrases_about(scene) -> list[str]:
   """Phrases that match something in the scene, and last one that matches nothing."""
   import numpy as np
@@ -71,3 +88,56 @@ def _phrases_about(scene) -> list[str]:
   rng = np.random.default_rng(scene.seed)
   phrases = dict.fromkeys(str(phrase_about(t, rng)) for t in reversed(scene.objects))
   return [*list(phrases)[: PHRASES - 1], str(absent_phrase(scene.objects, rng))]
+
+
+def _write_data(folder: str, scenes: int, seed: int) -> int:
+  """Scenes with a category a kind of shape; every `VALIDATION`th is for val.json."""
+  from PIL import Image
+
+  from sam3lt_jax.shapes.phrases import all_phrases
+  from sam3lt_jax.shapes.scenes import KINDS, SceneConfig, draw_scene
+
+  if scenes < VALIDATION:
+    raise UserError(f"--scenes: must be at least {VALIDATION}, so that val.json has one, got {scenes}")
+  check_writable(os.path.join(folder, "images"))
+  categories = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
+  parts = {n: {"images": [], "categories": categories, "annotations": []} for n in ("train", "val")}
+  with busy("drawing", total=scenes) as progress:
+    for i in range(scenes):
+      name = f"{i:03d}.png"
+      scene = draw_scene(seed + i, SceneConfig(side=SIDE, min_objects=2))
+      Image.fromarray(scene.image).save(os.path.join(folder, "images", name))
+      part = parts["train" if (i + 1) % VALIDATION else "val"]
+      part["images"].append({"id": i + 1, "file_name": name, "height": SIDE, "width": SIDE})
+      first = len(part["annotations"]) + 1
+      part["annotations"] += [_annotation(first + k, i + 1, o) for k, o in enumerate(scene.objects)]
+      progress.advance()
+  for name, part in parts.items():
+    with open(os.path.join(folder, f"{name}.json"), "w", encoding="utf-8") as f:
+      json.dump(part, f)
+  with open(os.path.join(folder, "phrases.txt"), "w", encoding="utf-8") as f:
+    f.writelines(f"{phrase}\n" for phrase in all_phrases())
+  train, val = (len(part["images"]) for part in parts.values())
+  files = ", ".join(os.path.join(folder, n) for n in ("train.json", "val.json", "phrases.txt"))
+  print(f"wrote {files} ({train} and {val} scenes in {os.path.join(folder, 'images')})")
+  return 0
+
+
+def _annotation(number: int, image: int, thing) -> dict[str, Any]:
+  """An object of a scene as COCO has it."""
+  import numpy as np
+  from pycocotools import mask as coco_mask
+
+  from sam3lt_jax.shapes.scenes import KINDS
+
+  rle = coco_mask.encode(np.asfortranarray(thing.mask, np.uint8))
+  x1, y1, x2, y2 = thing.box
+  return {
+    "id": number,
+    "image_id": image,
+    "category_id": KINDS.index(thing.kind) + 1,
+    "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+    "bbox": [x1, y1, x2 - x1, y2 - y1],
+    "area": int(thing.mask.sum()),
+    "iscrowd": 0,
+  }

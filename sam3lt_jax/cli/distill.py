@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import math
 import os
 import sys
+import textwrap
 
 from sam3lt_jax.cli import PROGRAM, UserError
-from sam3lt_jax.cli.arguments import add_hosts, count, join_hosts, positive, say_nothing
+from sam3lt_jax.cli.arguments import (
+  add_hosts,
+  below_one,
+  count,
+  join_hosts,
+  not_negative,
+  positive,
+  say_nothing,
+  up_to_one,
+  whole,
+)
 from sam3lt_jax.cli.segment import RANDOM
 
 _EPILOG = """\
@@ -22,13 +36,19 @@ examples:
   the first of two machines that see one folder (the other: JAX_PROCESS_ID=1); --batch is of all devices:
     JAX_COORDINATOR_ADDRESS=first:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 \\
       sam3lt distill --prompts phrases.json --batch 512 --hosts --out shared/run
-  see a run of a minute with nothing downloaded (random weights: the result means nothing):
-    sam3lt distill --teacher random:tiny --student tiny-s1 --prompts phrases.txt --steps 50 --out run
+  a run with nothing downloaded: the bundled model's text encoder into one of your own size
+    sam3lt demo --data drawn
+    echo '{"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}' \\
+      > small.json
+    sam3lt distill --teacher shapes --student small.json --prompts drawn/phrases.txt --steps 600 --out run
 the same command again goes on with a run that was stopped
+
+what --student FILE.json may hold: the numbers of a text encoder (MobileCLIP-S1's where it says nothing)
+{fields}
 
 written to the output folder:
   metrics.jsonl, config.json   losses, rates and held-out cosine by step; the run's settings
-  curves.png                   the plot of them (needs matplotlib: pip install 'sam3lt_jax[train]')
+  curves.png                   the plot of them (needs matplotlib, which the extra [train] brings)
   checkpoints/                 the newest two, and the best on the held-out phrases
   distillation.json            held-out cosine before and after, agreement with the teacher on photos
   model/                       the teacher with the student's text encoder, for `sam3lt segment --model`
@@ -36,24 +56,50 @@ written to the output folder:
 """
 
 
+OPTIONS = {
+  "accumulate": "--accumulate", "batch_size": "--batch", "context_length": "--context",
+  "dropout": "--dropout", "dtype": "--dtype", "ema_decay": "--ema", "epochs": "--epochs",
+  "features": "--export-features",
+  "held_out": "--held-out", "images": "--eval-image", "init": "--init", "layer_decay": "--layer-decay",
+  "lr_rows": "--lr-as-given", "out": "--out", "peak_lr": "--lr", "phrases": "--eval-phrase",
+  "profile": "--profile", "prompts": "--prompts", "seed": "--seed", "shard_teacher": "--shard-teacher",
+  "source": ("--teacher", "--init"), "steps": "--steps", "student": "--student", "teacher": "--teacher",
+  "text": "--student", "update_batch_stats": "--freeze-batch-stats", "weight_decay": "--weight-decay",
+}  # fmt: skip
+CONTEXT = 16  # tokens; the authors'
+_KINDS = {
+  int: "a whole number of at least 1",
+  float: "a number above 0",
+  bool: "true or false",
+  str: "mobileclip or clip",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.epilog = _EPILOG
+  parser.epilog = _EPILOG.replace("{fields}", _fields_in_lines())
   add = parser.add_argument
   add("--prompts", nargs="+", required=True, metavar="FILE",
       help="phrases: text, JSON or JSON lines, told by content; folders, too")  # fmt: skip
   add("--out", required=True, metavar="DIR", help="the run's folder; a run in it goes on")
-  add("--teacher", default="sam3", metavar="sam3|ID|DIR|FILE",
-      help="whose text encoder is learnt from and whose detector is kept (default: sam3)")  # fmt: skip
-  add("--student", default="s0", metavar="s0|s1|l", help="size of the text encoder to train (default: s0)")
+  add("--teacher", default="sam3", metavar="sam3|shapes|ID|DIR|FILE",
+      help="whose text encoder is learnt from and whose detector is kept; shapes comes with the package"
+      " (default: sam3)")  # fmt: skip
+  add("--student", default="s0", metavar="s0|s1|l|FILE.json",
+      help="text encoder to train: a released size, or its numbers in a file, see below (default: s0)",
+  )  # fmt: skip
   add("--init", default="random", metavar="random|ID|DIR|FILE",
       help="where it starts: random, MobileCLIP's weights or a LiteText checkpoint (default: random)",
   )  # fmt: skip
   add("--profile", choices=("original", "transformers"), default="original",
       help="how the student reads phrases: padding and cleaning (default: original)")  # fmt: skip
-  add("--context", type=count, default=16, metavar="T", help="tokens a phrase (default: 16)")
+  add("--context", type=count, metavar="T",
+      help=f"tokens a phrase (default: {CONTEXT}, or the teacher's position table where that is shorter)",
+  )  # fmt: skip
   add("--export-features", metavar="DIR",
       help="compute the teacher's features once into DIR and read them there (default: in every step)",
   )  # fmt: skip
+  add("--shard-teacher", action="store_true",
+      help="split the teacher's weights over the devices, where a copy on each is too much")  # fmt: skip
   length = parser.add_mutually_exclusive_group()
   length.add_argument("--epochs", type=positive, default=100.0, metavar="N", help="(default: 100)")
   length.add_argument("--steps", type=count, metavar="N", help="batches to train on, instead of epochs")
@@ -63,17 +109,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="peak rate for 512 phrases an update; it is scaled to batch x accumulate (default: 0.005)",
   )  # fmt: skip
   add("--lr-as-given", action="store_true", help="take --lr as it stands, whatever the batch")
-  add("--layer-decay", type=positive, default=0.9, metavar="F",
+  add("--layer-decay", type=up_to_one, default=0.9, metavar="F",
       help="rate of a layer against the one above it; 1: all alike (default: 0.9)")  # fmt: skip
-  add("--weight-decay", type=float, default=0.05, metavar="F", help="AdamW's (default: 0.05)")
-  add("--ema", type=float, metavar="F", help="keep an average of the weights with this decay, and ship it")
-  add("--dropout", type=float, default=0.0, metavar="F", help="in the student (default: 0)")
+  add("--weight-decay", type=not_negative, default=0.05, metavar="F", help="AdamW's (default: 0.05)")
+  add("--ema", type=below_one, metavar="F",
+      help="keep an average of the weights with this decay, and ship it")  # fmt: skip
+  add("--dropout", type=below_one, default=0.0, metavar="F", help="in the student (default: 0)")
   add("--freeze-batch-stats", action="store_true", help="leave BatchNorm's statistics as they start")
-  add("--held-out", type=float, default=0.02, metavar="SHARE",
+  add("--held-out", type=below_one, default=0.02, metavar="SHARE",
       help="share of the phrases to evaluate on, never trained on (default: 0.02)")  # fmt: skip
   add("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
       help="the student computes in (default: bfloat16)")  # fmt: skip
-  add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+  add("--seed", type=whole, default=0, metavar="N", help="(default: 0)")
   add("--eval-image", action="append", default=[], metavar="PHOTO",
       help="compare student and teacher on it at the end; repeatable")  # fmt: skip
   add("--eval-phrase", action="append", default=[], metavar="PHRASE",
@@ -82,15 +129,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  for photo in args.eval_image:
-    if not os.path.isfile(photo):
-      raise UserError(f"--eval-image: no such photo: {photo}")
-  if args.eval_phrase and not args.eval_image:
-    raise UserError("--eval-phrase without --eval-image: there is nothing to ask it of")
-  config = _config(args)
+  _check(args)
+  numbers = _student_numbers(args.student) if args.student.endswith(".json") else None
+  config = _config(args)  # its checks come before anything is downloaded
   leads = join_hosts(args)
   if args.teacher.startswith(RANDOM) and leads:
     print(f"{PROGRAM}: RANDOM WEIGHTS: the teacher knows nothing, nor will the student", file=sys.stderr)
+  config = _fitted(config, args, numbers)
 
   from sam3lt_jax.training.distillation.run import distill
 
@@ -105,12 +150,30 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+  for path in args.prompts:
+    if not os.path.exists(path):
+      raise UserError(f"--prompts: no such file: {path}")
+  for photo in args.eval_image:
+    if not os.path.isfile(photo):
+      raise UserError(f"--eval-image: no such photo: {photo}")
+  if args.eval_phrase and not args.eval_image:
+    raise UserError("--eval-phrase without --eval-image: there is nothing to ask it of")
+  _check_student(args.student)
+  if args.shard_teacher and args.export_features:
+    raise UserError("--shard-teacher with --export-features: the steps then read files and run no teacher")
+
+
+def _check_student(name: str) -> None:
+  from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
+
+  if not name.endswith(".json") and name not in RANDOM_CONFIGS:
+    raise UserError(f"--student must be one of {', '.join(RANDOM_CONFIGS)}, or FILE.json, got {name!r}")
+
+
 def _show(result) -> None:
-  share = 1 - result.student_parameters / result.teacher_parameters
-  print(
-    f"text encoder: {result.student_parameters:,} parameters, the teacher's {result.teacher_parameters:,}"
-    f" ({share:.0%} fewer)"
-  )
+  student, teacher = result.student_parameters, result.teacher_parameters
+  print(f"text encoder: {student:,} parameters, the teacher's {teacher:,} ({fewer(student, teacher)})")
   if result.after is not None:
     cosine, error = (
       f"{result.before[name]:.4g} -> {result.after[name]:.4g}" for name in ("heldout_cosine", "heldout_mse")
@@ -125,6 +188,13 @@ def _show(result) -> None:
   print(f"wrote {', '.join(result.written.values())}")
 
 
+def fewer(student: int, teacher: int) -> str:
+  """How much smaller one number of parameters is: "88% fewer", "10% more", "as many"."""
+  if student == teacher:
+    return "as many"
+  return f"{abs(student / teacher - 1):.0%} {'fewer' if student < teacher else 'more'}"
+
+
 def _config(args: argparse.Namespace):
   from sam3lt_jax.training.distillation.config import DistillationConfig
 
@@ -135,8 +205,9 @@ def _config(args: argparse.Namespace):
     student=args.student,
     init=args.init,
     profile=args.profile,
-    context_length=args.context,
+    context_length=args.context or CONTEXT,
     features=args.export_features,
+    shard_teacher=args.shard_teacher,
     held_out=args.held_out,
     batch_size=args.batch,
     accumulate=args.accumulate,
@@ -152,3 +223,78 @@ def _config(args: argparse.Namespace):
     dtype=args.dtype,
     seed=args.seed,
   )
+
+
+def _fitted(config, args: argparse.Namespace, numbers: dict | None):
+  """The configuration with what the teacher decides where nothing was asked for: context and vocabulary."""
+  from sam3lt_jax.config import TextConfig
+
+  teacher = _teacher_config(args.teacher) if args.context is None or numbers is not None else None
+  context = config.context_length
+  if args.context is None and teacher is not None:
+    # What `Teacher.of` cuts; a table that is resampled serves any length.
+    if teacher.text.kind == "clip" or teacher.profile.position_policy == "slice":
+      context = min(context, teacher.text.max_position_embeddings)
+  if args.context is None and numbers is not None:
+    context = min(context, numbers.get("max_position_embeddings", context))
+  changes = {"context_length": context}
+  if numbers is not None:
+    words = TextConfig() if teacher is None else teacher.text
+    own = {"vocab_size": words.vocab_size, "max_position_embeddings": context}
+    changes["student"] = TextConfig(**own | numbers)
+  return dataclasses.replace(config, **changes)
+
+
+def _teacher_config(source: str):
+  """The configuration of --teacher, downloaded where it has to be; None where its weights alone tell it."""
+  from sam3lt_jax.checkpoints import sources
+  from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
+  from sam3lt_jax.config import Sam3LiteTextConfig
+  from sam3lt_jax.training.distillation.teacher import ALIASES
+
+  found = sources.locate(ALIASES.get(source.lower(), source))
+  if found.kind == "random":
+    return RANDOM_CONFIGS[found.path]()
+  folder = found.path if os.path.isdir(found.path) else os.path.dirname(found.path)
+  return Sam3LiteTextConfig.from_json(folder) if os.path.isfile(os.path.join(folder, "config.json")) else None
+
+
+def _student_numbers(path: str) -> dict:
+  """What a file of --student says, each a field of `TextConfig` and of its kind."""
+  try:
+    with open(path, encoding="utf-8") as f:
+      numbers = json.load(f)
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    raise UserError(f"--student: {path} is no JSON: {e}") from None
+  except OSError as e:
+    raise UserError(f"--student: cannot read {path} ({e.strerror})") from None
+  if not isinstance(numbers, dict):
+    raise UserError(f"--student: {path} must hold an object")
+  fields = _student_fields()
+  unknown = [name for name in numbers if name not in fields]
+  if unknown:
+    raise UserError(f"--student: {path}: no such field: {', '.join(unknown)}; accepted: {', '.join(fields)}")
+  for name, value in numbers.items():
+    kind = type(fields[name])
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+      numbers[name] = value = float(value)
+    if type(value) is not kind or not (kind is bool or _in_range(value)):
+      raise UserError(f"--student: {path}: {name} must be {_KINDS[kind]}, got {json.dumps(value)}")
+  return numbers
+
+
+def _in_range(value: str | float) -> bool:
+  return value in ("mobileclip", "clip") if isinstance(value, str) else 0 < value < math.inf
+
+
+def _student_fields() -> dict:
+  """Field -> default, of the text encoders that can be trained."""
+  from sam3lt_jax.config import TextConfig
+
+  return {f.name: f.default for f in dataclasses.fields(TextConfig) if f.name != "fused"}
+
+
+def _fields_in_lines() -> str:
+  ours = {"vocab_size": "the teacher's", "max_position_embeddings": "--context"}
+  shown = [f"{name} ({ours.get(name) or json.dumps(value)})" for name, value in _student_fields().items()]
+  return "\n".join(textwrap.wrap(", ".join(shown), 105, initial_indent="  ", subsequent_indent="  "))

@@ -8,7 +8,7 @@ import os
 import sys
 
 from sam3lt_jax.cli import PROGRAM, UserError
-from sam3lt_jax.cli.arguments import check_writable, count
+from sam3lt_jax.cli.arguments import check_writable, count, fraction
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
@@ -29,12 +29,16 @@ written to the output folder, where one is given:
 """
 
 
+OPTIONS = {"source": ("--model",)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = "%(prog)s --annotations FILE... --images DIR [options]"
   parser.epilog = _EPILOG
   add = parser.add_argument
-  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
-      help="released variant, hub id, folder, or .pt file (default: s0)")  # fmt: skip
+  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
+      help="released variant, the bundled model (shapes), hub id, folder, or .pt file (default: s0)",
+  )  # fmt: skip
   add("--annotations", nargs="+", required=True, metavar="FILE",
       help="COCO or SA-Co JSON; several files: further annotators of the same SA-Co pairs")  # fmt: skip
   add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
@@ -45,9 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="COCO: do not ask for categories that an image has none of (AP is then not the published figure)",
   )  # fmt: skip
   add("--limit", type=count, metavar="N", help="only the first N images")
-  add(
-    "--threshold", type=float, default=0.5, metavar="T", help="of cgF1: results scored at least T count (0.5)"
-  )
+  add("--threshold", type=fraction, default=0.5, metavar="T",
+      help="of cgF1: results scored at least T count (default: 0.5)")  # fmt: skip
   add("--profile", choices=("original", "transformers"),
       help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
@@ -56,8 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  if not 0 <= args.threshold <= 1:
-    raise UserError(f"--threshold: must lie within 0 and 1, got {args.threshold}")
   records, *annotators = _load(args)
   if args.out is not None:
     check_writable(args.out)

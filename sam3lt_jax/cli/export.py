@@ -28,11 +28,18 @@ written to the output folder:
 """
 
 
+OPTIONS = {
+  "batch": "--batch", "boxes": "--boxes", "image_size": "--image-size", "phrases": "--phrases",
+  "platforms": "--platforms", "prompts": "--prompts", "source": ("--model",),
+}  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add = parser.add_argument
-  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
-      help="released variant, hub id, folder, or .pt file; random:s0 for random weights (default: s0)",
+  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
+      help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
+      " weights (default: s0)",
   )  # fmt: skip
   add("--out", required=True, metavar="DIR", help="output folder, new or empty")
   add("--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="P",

@@ -7,7 +7,18 @@ import os
 import sys
 
 from sam3lt_jax.cli import PROGRAM, UserError
-from sam3lt_jax.cli.arguments import add_hosts, count, join_hosts, positive, say_nothing
+from sam3lt_jax.cli.arguments import (
+  add_hosts,
+  below_one,
+  count,
+  fraction,
+  join_hosts,
+  not_negative,
+  positive,
+  say_nothing,
+  up_to_one,
+  whole,
+)
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM
 
@@ -18,10 +29,13 @@ examples:
   all but the vision and text encoders, another file to measure on:
     sam3lt finetune --annotations train.json --images photos --freeze vision text \\
       --validation val.json --validation-images photos_val --out run
-  all of it, on one device of 24 GB: bfloat16, layers computed twice, 4 steps an update
-    sam3lt finetune --annotations train.json --images photos --dtype bfloat16 --remat --accumulate 4 --out run
-  see a run with nothing downloaded (random weights: the result means nothing):
-    sam3lt finetune --model random:tiny --annotations train.json --images photos --steps 20 --out run
+  all of it, on one device of 16 GB: bfloat16, layers computed twice, 4 steps of one phrase an update
+    sam3lt finetune --annotations train.json --images photos --dtype bfloat16 --remat --prompts 1 \\
+      --accumulate 4 --moment-dtype bfloat16 --out run
+  a run with nothing downloaded: the bundled model on drawn scenes
+    sam3lt demo --data drawn
+    sam3lt finetune --model shapes --annotations drawn/train.json --images drawn/images --lora-rank 8 \\
+      --steps 40 --validation drawn/val.json --out run
 the same command again goes on with a run that was stopped
 
 what --freeze and --train take: vision (made of trunk and neck), text, geometry, encoder, decoder, scoring,
@@ -29,12 +43,27 @@ masks, or a regular expression over parameter paths such as 'vision_encoder/back
 
 written to the output folder:
   metrics.jsonl, config.json   losses, rates and scores by step; the run's settings
-  curves.png                   the plot of them (needs matplotlib: pip install 'sam3lt_jax[train]')
+  curves.png                   the plot of them (needs matplotlib, which the extra [train] brings)
   checkpoints/                 the newest two, and the best on held-out images
   finetune.json                cgF1 and its parts before and after
   model/                       the fine-tuned model, adapters merged, for `sam3lt segment --model`
   transformers/                the same in transformers' layout
 """
+
+
+OPTIONS = {
+  "accumulate": "--accumulate", "alpha": "--lora-alpha", "batch_size": "--batch",
+  "box_prompts": "--box-prompts", "checkpoint_every": "--checkpoint-every", "clip_norm": "--clip",
+  "directory": "--out",
+  "dtype": "--dtype", "ema_decay": "--ema", "evaluate_every": "--evaluate-every", "freeze": "--freeze",
+  "held_out": "--held-out", "image_size": "--image-size", "iou": "--iou", "layer_decay": "--layer-decay",
+  "lora_lr": "--lora-lr", "lr": "--lr", "mask_points": "--mask-points",
+  "moment_dtype": "--moment-dtype", "negatives": "--negatives",
+  "objects": "--objects", "peak_lr": "--lr", "profile": "--profile", "prompts": "--prompts",
+  "rank": "--lora-rank", "remat": "--remat", "seed": "--seed", "share": "--held-out", "source": ("--model",),
+  "steps": "--steps", "text_lr": "--text-lr", "train": "--train", "vision_lr": "--vision-lr",
+  "weight_decay": "--weight-decay",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,23 +75,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
   add("--validation", metavar="FILE", help="annotations to measure cgF1 on, and to keep the best by")
   add("--validation-images", metavar="DIR", help="the folder of its images (default: --images)")
-  add("--held-out", type=float, metavar="SHARE", help="instead: this share of the images, drawn at random")
+  add("--held-out", type=fraction, metavar="SHARE", help="instead: this share of the images, drawn at random")
   add("--iou", choices=("segm", "bbox"), default="segm",
       help="measure by masks or, where annotations have none, by boxes (default: segm)")  # fmt: skip
   add("--batch", type=count, default=1, metavar="N", help="images a step, over all devices (default: 1)")
   add("--prompts", type=count, default=4, metavar="N", help="phrases an image (default: 4)")
   add("--objects", type=count, default=32, metavar="N", help="objects a phrase, the largest (default: 32)")
-  add("--negatives", type=float, default=0.5, metavar="SHARE",
+  add("--negatives", type=fraction, default=0.5, metavar="SHARE",
       help="absent phrases among them (default: 0.5)")  # fmt: skip
-  add("--box-prompts", type=float, default=0.0, metavar="SHARE",
+  add("--box-prompts", type=fraction, default=0.0, metavar="SHARE",
       help="present phrases that come with example boxes (default: 0)")  # fmt: skip
   add("--no-augment", action="store_true", help="images as they are: no flip, zoom, crop, colour")
   add("--image-size", type=count, metavar="PX", help="side of the model's input (default: the model's)")
 
   model = parser.add_argument_group("model")
   add = model.add_argument
-  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
-      help="released variant, hub id, folder, or .pt file (default: s0)")  # fmt: skip
+  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
+      help="released variant, the bundled model (shapes), hub id, folder, or .pt file (default: s0)",
+  )  # fmt: skip
   add("--profile", choices=("original", "transformers"),
       help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
   add("--freeze", nargs="+", default=[], metavar="PART", help="parts that stay as they are, see below")
@@ -73,8 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="with --lora-rank: parts trained beside the adapters")  # fmt: skip
   add("--no-dropout", action="store_true", help="train without dropout and drop path")
   add("--no-one-to-many", action="store_true", help="train without the second set of decoder rows")
+  add("--mask-points", type=count, metavar="N",
+      help="mask losses at N random points a mask instead of every pixel")  # fmt: skip
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
   add("--remat", action="store_true", help="less memory: compute layers twice")
+  add("--moment-dtype", choices=("float32", "bfloat16"), default="float32",
+      help="to keep Adam's mean of gradients in; bfloat16 saves 2 bytes each (default: float32)",
+  )  # fmt: skip
 
   run = parser.add_argument_group("run")
   add = run.add_argument
@@ -87,14 +122,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   ):  # fmt: skip
     help = f"peak rate of {what} (default: {default:g})"
     add(f"--{name}", type=positive, default=default, metavar="RATE", help=help)
-  add("--layer-decay", type=positive, default=0.9, metavar="F",
+  add("--layer-decay", type=up_to_one, default=0.9, metavar="F",
       help="rate of a vision layer against the one above it; 1: all alike (default: 0.9)")  # fmt: skip
-  add("--weight-decay", type=float, default=0.1, metavar="F", help="AdamW's (default: 0.1)")
+  add("--weight-decay", type=not_negative, default=0.1, metavar="F", help="AdamW's (default: 0.1)")
   add("--clip", type=positive, default=0.1, metavar="F", help="norm gradients are cut to (default: 0.1)")
-  add("--ema", type=float, metavar="F", help="keep an average of the weights with this decay, and ship it")
+  add("--ema", type=below_one, metavar="F",
+      help="keep an average of the weights with this decay, and ship it")  # fmt: skip
   add("--evaluate-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
   add("--checkpoint-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
-  add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+  add("--seed", type=whole, default=0, metavar="N", help="(default: 0)")
   add_hosts(run)
 
 
@@ -141,6 +177,7 @@ def _config(args: argparse.Namespace):
   from sam3lt_jax.training.data.augment import AugmentConfig
   from sam3lt_jax.training.data.batches import BatchConfig
   from sam3lt_jax.training.detection.lora import LoraConfig
+  from sam3lt_jax.training.detection.losses import DetectionLossConfig
   from sam3lt_jax.training.detection.setup import FinetuneConfig
 
   lora = None
@@ -157,6 +194,7 @@ def _config(args: argparse.Namespace):
       augment=None if args.no_augment else AugmentConfig(),
       seed=args.seed,
     ),
+    loss=DetectionLossConfig(mask_points=args.mask_points),
     freeze=tuple(args.freeze),
     lora=lora,
     train=tuple(args.train),
@@ -173,6 +211,7 @@ def _config(args: argparse.Namespace):
     dropout=not args.no_dropout,
     dtype=args.dtype,
     remat=args.remat,
+    moment_dtype=args.moment_dtype,
     image_size=args.image_size,
     seed=args.seed,
   )

@@ -26,7 +26,9 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
-  parser.add_argument("model", metavar="MODEL", help="s0, s1, l, sam3; a hub id, a folder, or a .pt file")
+  parser.add_argument(
+    "model", metavar="MODEL", help="s0, s1, l, sam3, shapes; a hub id, a folder, or a .pt file"
+  )
   parser.add_argument(
     "--profile",
     choices=("original", "transformers"),

@@ -23,8 +23,11 @@ examples:
 
 written to the output folder:
   report.json   everything measured
-  report.png    the plots (needs matplotlib: pip install 'sam3lt_jax[train]')
+  report.png    the plots (needs matplotlib, which the extra [train] brings)
 """
+
+
+OPTIONS = {"context_length": "--context", "source": ("--model",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     "--context", type=_tokens, metavar="T", help="context length in tokens to judge (default: the profile's)"
   )
-  add("--model", metavar="s0|s1|l|ID|DIR|FILE",
+  add("--model", metavar="s0|s1|l|shapes|ID|DIR|FILE",
       help="measure the dimension of this model's text features as well (default: no model)")  # fmt: skip
   add("--profile", choices=("original", "transformers"),
       help="whose cleaning and context (default: the model's own, original without one)")  # fmt: skip

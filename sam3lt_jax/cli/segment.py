@@ -41,14 +41,18 @@ examples:
     sam3lt segment kitchen.jpg "handle" --box 40,183,318,204:1 --box 60,300,90,350:0
   the scores, in a script:
     sam3lt segment truck.jpg "truck" --json | jq '.annotations[].score'
-  no network at hand: see the program run (the results mean nothing):
-    sam3lt segment truck.jpg "truck" --model random:s0
+  nothing downloaded: the bundled model, which knows drawn shapes only
+    sam3lt demo
+    sam3lt segment sam3lt_out/demo_scene.png "striped shape" --model shapes
 
 written to the output folder for photo.jpg:
   photo_overlay.jpg   the photo with outlines, names and scores
   photo_masks.png     label map: 0 background, i + 1 instance i; smaller instances on top
   photo.json          COCO data set: images, categories, annotations (RLE masks, boxes, scores)
 """
+
+
+OPTIONS = {"source": ("--model",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--box", action="append", default=[], type=_box, metavar="X1,Y1,X2,Y2[:0|1]",
       help="an example in pixels of every photo, of what is sought (:1, default) or is not (:0); repeatable",
   )  # fmt: skip
-  add("--model", default="s0", metavar="s0|s1|l|ID|DIR|FILE",
-      help="released variant, hub id, folder, or .pt file; random:s0 for random weights (default: s0)",
+  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
+      help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
+      " weights (default: s0)",
   )  # fmt: skip
   add("--random-if-offline", action="store_true",
       help="where the hub cannot be reached, run with random weights, to see the program work")  # fmt: skip

@@ -38,7 +38,7 @@ class Phrase:
 
 
 def all_phrases() -> list[str]:
-  """Every phrase there is (1,215), in a fixed order."""
+  """Every phrase there is (945), in a fixed order."""
   return [
     str(Phrase(kind, colour, pattern, size))
     for kind, colour, pattern, size in itertools.product(

@@ -1,0 +1,48 @@
+"""Every `sam3lt ...` that the README, the pages and the help show is one that the command line takes."""
+
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from sam3lt_jax import cli
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ("README.md", "docs/training.md", "docs/jobs.md", "docs/serving.md", "tpu/README.md")
+_COMMAND = re.compile(r"^\s*(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?sam3lt (.+)$", re.MULTILINE)
+
+
+def commands(text):
+  """The arguments of each command; not of those that leave something out ("...")."""
+  joined = re.sub(r"\\\n\s*", "", text)
+  found = [shlex.split(line, comments=True) for line in _COMMAND.findall(joined)]
+  return [argv for argv in found if "..." not in argv and "|" not in argv]
+
+
+def parser(verb):
+  made = cli.Parser(prog=f"sam3lt {verb}")
+  importlib.import_module(cli.VERBS[verb][0]).add_arguments(made)
+  return made
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages(page):
+  text = (ROOT / page).read_text(encoding="utf-8")
+  blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+  for argv in commands(blocks):
+    parser(argv[0]).parse(argv[1:])
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help(verb):
+  examples = commands(parser(verb).epilog)
+  assert examples
+  for argv in examples:
+    parser(argv[0]).parse(argv[1:])
+
+
+def test_the_readme_shows_what_to_do():
+  text = (ROOT / "README.md").read_text(encoding="utf-8")
+  assert len(commands(text)) >= 12
