@@ -16,7 +16,16 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from examples.shapes.train import STAGES, OutlineRun, RefinementRun, StudentRun, TeacherRun, VisionRun
+from examples.shapes.train import (
+  FRESH_SCENES,
+  STAGES,
+  FinishRun,
+  OutlineRun,
+  RefinementRun,
+  StudentRun,
+  TeacherRun,
+  VisionRun,
+)
 from sam3lt_jax import Predictor
 from sam3lt_jax.shapes.evaluation import held_out_scenes, questions_about
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
@@ -28,10 +37,14 @@ ROWS_A_STEP = {
   "refinement": RefinementRun().images,
   "outlines": OutlineRun().images,
   "student": StudentRun().batch_size,
+  "finish": FinishRun().images,
 }
+COLUMNS = {
+  "teacher": "teacher", "student": "student", "finish": "finished student (ships)",
+  "fresh": f"... on {FRESH_SCENES} fresh scenes",
+}  # fmt: skip
 GOALS = {
-  "f1": (">=", 0.90), "mask_iou": (">=", 0.85), "presence_accuracy": (">=", 0.95), "box_f1": (">=", 0.75),
-  "negative_box_removed": ("=", 1.0),
+  "f1": 0.90, "mask_iou": 0.85, "presence_accuracy": 0.95, "box_f1": 0.75, "negative_box_removed": 1.0,
 }  # fmt: skip
 MEANING = {
   "cgF1": "SA-Co's measure over all phrases, of 100",
@@ -76,36 +89,51 @@ def pictures(model: str) -> Image.Image:
   return sheet
 
 
-def page(teacher: dict, student: dict, spent: dict[str, float], sizes: dict[str, int]) -> str:
-  """The results as Markdown."""
-  cores, today = os.cpu_count(), datetime.date.today().isoformat()
+def page(found: dict[str, dict], spent: dict[str, float]) -> str:
+  """The results as Markdown; `found`: the files that `examples.shapes.train` wrote, `COLUMNS` and sizes."""
+  cores, today, counts = os.cpu_count(), datetime.date.today().isoformat(), found["finish"]
   lines = [
     "# The bundled model: how it was made, and what it reaches", "",
     "Written by `python -m examples.shapes.record` from a run of `python -m examples.shapes.train`, on"
     f" {cores} cores of an {processor()}, {today}.",
     "The measures are of 500 held-out scenes, score threshold 0.5"
-    f" ({student['questions_present']} phrases present, {student['questions_absent']} absent,"
-    f" {student['questions_box']} positive boxes, {student['questions_negative_box']} negative boxes).", "",
-    "| measure | teacher | student (ships) | goal | what it is |", "| --- | --- | --- | --- | --- |",
+    f" ({counts['questions_present']} phrases present, {counts['questions_absent']} absent,"
+    f" {counts['questions_box']} positive boxes, {counts['questions_negative_box']} negative boxes).",
+    "No stage trains on them, but they were looked at while the stages were made; the last column is of"
+    " scenes that were not.", "",
+    f"| measure | {' | '.join(COLUMNS.values())} | goal | what it is |",
+    "| --- |" + " --- |" * (len(COLUMNS) + 2),
   ]  # fmt: skip
   for name, meaning in MEANING.items():
     digits = 2 if name == "cgF1" else 4
-    goal = " ".join(map(str, GOALS[name])) if name in GOALS else ""
-    if name == "cgF1":
-      goal = f">= 98.1% of the teacher's; {student[name] / teacher[name]:.1%}"
-    lines.append(f"| {name} | {teacher[name]:.{digits}f} | {student[name]:.{digits}f} | {goal} | {meaning} |")
+    values = " | ".join(f"{found[column][name]:.{digits}f}" for column in COLUMNS)
+    lines.append(f"| {name} | {values} | {_goal(name, found)} | {meaning} |")
   lines += ["", "| stage | hours | its log, settings and curves |", "| --- | --- | --- |"]
   for stage, time in spent.items():
     files = f"[log]({stage}.jsonl), [settings]({stage}.json), [curves]({stage}.png)"
     lines.append(f"| {stage} | {time:.2f} | {files} |")
+  sizes = found["sizes"]
   fewer = 1 - sizes["student"] / sizes["teacher"]
   lines += [
     f"| all | {sum(spent.values()):.2f} | steps only, without compilation and evaluation |", "",
     f"The student's text encoder has {sizes['student']:,} parameters, {fewer:.1%} fewer than the teacher's"
     f" {sizes['teacher']:,}.", "",
-    "Held-out scenes and what the student finds for one phrase each:", "", "![answers](answers.jpg)", "",
+    "Held-out scenes and what the model that ships finds for one phrase each:", "",
+    "![answers](answers.jpg)", "",
   ]  # fmt: skip
   return "\n".join(lines)
+
+
+def _goal(name: str, found: dict[str, dict]) -> str:
+  """The goal of a measure, and whether what ships reaches it, on the 500 scenes and on the fresh ones."""
+  if name == "cgF1":
+    kept = found["student"][name] / max(found["teacher"][name], 1e-9)
+    return f"student >= 98.1% of the teacher: {kept:.1%}"
+  if name not in GOALS:
+    return ""
+  places = {"finish": "the 500 scenes", "fresh": "the fresh ones"}
+  short = [place for column, place in places.items() if found[column][name] < GOALS[name]]
+  return f">= {GOALS[name]}: {'missed on ' + ' and '.join(short) if short else 'met'}"
 
 
 def processor() -> str:
@@ -132,12 +160,12 @@ def main() -> None:
     shutil.copyfile(os.path.join(folder, "config.json"), os.path.join(args.out, f"{stage}.json"))
     plot_run(metrics, os.path.join(args.out, f"{stage}.png"), f"shapes: {stage}")
   found = {}
-  for name in ("teacher", "student", "sizes"):
+  for name in (*COLUMNS, "sizes"):
     with open(os.path.join(args.run, f"{name}.json"), encoding="utf-8") as f:
       found[name] = json.load(f)
   pictures(os.path.join(args.run, "model")).save(os.path.join(args.out, "answers.jpg"), quality=90)
   with open(os.path.join(args.out, "README.md"), "w", encoding="utf-8") as f:
-    f.write(page(found["teacher"], found["student"], spent, found["sizes"]))
+    f.write(page(found, spent))
   print(f"wrote {args.out}: {np.sum(list(spent.values())):.2f} hours of training")
 
 

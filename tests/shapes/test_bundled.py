@@ -11,11 +11,12 @@ from sam3lt_jax.shapes import evaluation, models
 
 # Floors under what the 500 held-out scenes gave when it was made (docs/shapes/README.md has the figures).
 FLOORS = {
-  "f1": 0.92,
-  "mask_iou": 0.85,
+  "cgF1": 69.0,
+  "f1": 0.935,
+  "mask_iou": 0.855,
   "presence_accuracy": 0.97,
   "box_f1": 0.88,
-  "negative_box_f1": 0.89,
+  "negative_box_f1": 0.91,
   "negative_box_removed": 0.91,
 }
 SLACK = 0.06  # of 40 scenes against 500
@@ -33,7 +34,7 @@ def measured(loaded, count):
 
 def test_forty_scenes(loaded):
   found = measured(loaded, 40)
-  short = {k: found[k] for k, floor in FLOORS.items() if found[k] < floor - SLACK}
+  short = {k: found[k] for k in FLOORS if found[k] < FLOORS[k] - SLACK * (100 if k == "cgF1" else 1)}
   assert not short
 
 
