@@ -320,12 +320,16 @@ def _saved_tokenizer(source: str, profile: Profile, teacher: Sam3LiteTextConfig)
 
 
 def _check_vocabulary(tokenizer: Any, phrases: Sequence[str], student: Sam3LiteText, length: int) -> None:
-  ids, _ = token_rows(list(phrases[:256]), tokenizer, length)
   words = student.config.text.vocab_size
-  if ids.max() >= words:
+  if words == TextConfig().vocab_size:
+    phrases = phrases[:256]  # one token of theirs beyond it is another tokenizer's
+  ids, _ = token_rows(list(phrases), tokenizer, length)
+  beyond = [phrase for phrase, row in zip(phrases, ids) if row.max() >= words]
+  if beyond:
+    shown = ", ".join(map(repr, beyond[:3])) + (", ..." if len(beyond) > 3 else "")
     raise ValueError(
-      f"tokenizer: it gives the id {ids.max()}, but the vocabulary of the models has {words} tokens; "
-      "pass the tokenizer that belongs to the teacher"
+      f"prompts: {len(beyond)} of them have words that are not among the teacher's {words} tokens: {shown}; "
+      "leave them out, or pass the tokenizer that belongs to the teacher"
     )
 
 
