@@ -56,6 +56,7 @@ MEANING = {
   "box_f1": "one positive box alone: F1 of the others of its kind",
   "negative_box_f1": "a phrase and a negative box: F1 of what remains",
   "negative_box_removed": "... and the share of the boxed kind that is left out",
+  "boxed_removed": "... of the boxed objects alone",
 }
 PICTURES = 9
 SIDE = 360  # pixels a picture
@@ -106,7 +107,8 @@ def page(found: dict[str, dict], spent: dict[str, float]) -> str:
   ]  # fmt: skip
   for name, meaning in MEANING.items():
     digits = 2 if name == "cgF1" else 4
-    values = " | ".join(f"{found[column][name]:.{digits}f}" for column in COLUMNS)
+    # A measure may be younger than a run: the models of its earlier stages are not kept.
+    values = " | ".join(f"{found[c][name]:.{digits}f}" if name in found[c] else "" for c in COLUMNS)
     lines.append(f"| {name} | {values} | {_goal(name, found)} | {meaning} |")
   lines += ["", "| stage | hours | its log, settings and curves |", "| --- | --- | --- |"]
   for stage, time in spent.items():

@@ -85,12 +85,13 @@ def evaluate(
     cgF1, pmF1, IL_MCC (phrases only, SA-Co's measures); f1 (masks at IoU 0.5 over phrases that are present),
     mask_iou (mean over matched objects), presence_accuracy (all phrases: found anything against is there
     anything); box_f1 (masks at IoU 0.5, one positive box, the boxed object not counted on either side);
-    negative_box_removed (share of objects of the boxed kind that are not found), negative_box_f1 (of all that
-    remains); and counts of questions.
+    negative_box_removed (share of objects of the boxed kind that are not found), boxed_removed (the same, of
+    the boxed objects alone), negative_box_f1 (of all that remains); and counts of questions.
   """
   answer = _Answers(model, variables, tokenizer, threshold)
   measures = {sort: CgF1(score_threshold=threshold) for sort in ("phrases", "box", "negative_box")}
-  removed, to_remove, counts = 0, 0, dict.fromkeys(("present", "absent", "box", "negative_box"), 0)
+  counts = dict.fromkeys(("present", "absent", "box", "negative_box"), 0)
+  removed = boxed_removed = to_remove = 0
   for scene, asked, found in answer(held_out_scenes() if scenes is None else scenes):
     for item, (masks, scores) in zip(asked, found):
       counts[item.sort] += 1
@@ -103,10 +104,12 @@ def evaluate(
         away = np.array([_iou(m, scene.objects[boxed].mask) < 0.5 for m in masks], bool)
         measures["box"].update(masks[away], scores[away], np.array(others))
       else:
-        kind = scene.objects[_boxed(scene, item.question)].kind
-        unwanted = [t.mask for t in scene.objects if t.kind == kind]
+        boxed = scene.objects[_boxed(scene, item.question)]
+        unwanted = [t for t in scene.objects if t.kind == boxed.kind]
+        gone = [all(_iou(m, t.mask) < 0.5 for m in masks) for t in unwanted]
         to_remove += len(unwanted)
-        removed += sum(all(_iou(m, mask) < 0.5 for m in masks) for mask in unwanted)
+        removed += sum(gone)
+        boxed_removed += sum(g for g, t in zip(gone, unwanted) if t is boxed)
         measures["negative_box"].update(masks, scores, truth)
   phrases, box, negative = (measures[s].compute() for s in ("phrases", "box", "negative_box"))
   return {
@@ -119,6 +122,7 @@ def evaluate(
     "box_f1": box["pmF1@0.5"],
     "negative_box_f1": negative["pmF1@0.5"],
     "negative_box_removed": removed / max(to_remove, 1),
+    "boxed_removed": boxed_removed / max(counts["negative_box"], 1),
     **{f"questions_{sort}": n for sort, n in counts.items()},
   }
 
