@@ -52,7 +52,7 @@ from sam3lt_jax.training.step import make_train_step
 STAGES = ("vision", "teacher", "refinement", "outlines", "student", "finish")
 VALIDATION_SEED = 900_000_000  # scenes to watch the run by; neither trained on nor held out
 VALIDATION_SCENES = 60
-FRESH_SCENES = 2000  # held out as well, behind the 500
+FRESH_SCENES, FRESH_FIRST = 2000, 10_000  # held out as well, far behind the 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +364,7 @@ def train(runs: Runs, out: str, stop_after: str = STAGES[-1]) -> None:
   variables = finish_student(runs.finish, result.model, result.variables, folder["finish"])
   report("finish", result.model, variables, out, runs.held_out)
   # The 500 have been looked at while the stages were made; nobody has chosen anything by these.
-  report("fresh", result.model, variables, out, runs.fresh, skip=HELD_OUT_SCENES)
+  report("fresh", result.model, variables, out, runs.fresh, skip=FRESH_FIRST)
   ship(result.model, variables, os.path.join(out, "model"))
 
 
