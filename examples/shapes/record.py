@@ -16,28 +16,15 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from examples.shapes.train import (
-  FRESH_SCENES,
-  STAGES,
-  FinishRun,
-  OutlineRun,
-  RefinementRun,
-  StudentRun,
-  TeacherRun,
-  VisionRun,
-)
+from examples.shapes.train import FRESH_SCENES, STAGES, Runs
 from sam3lt_jax import Predictor
 from sam3lt_jax.shapes.evaluation import held_out_scenes, questions_about
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 from sam3lt_jax.training.curves import plot_run
 
+_RUNS = Runs()
 ROWS_A_STEP = {
-  "vision": VisionRun().images,
-  "teacher": TeacherRun().images,
-  "refinement": RefinementRun().images,
-  "outlines": OutlineRun().images,
-  "student": StudentRun().batch_size,
-  "finish": FinishRun().images,
+  stage: _RUNS.student.batch_size if stage == "student" else getattr(_RUNS, stage).images for stage in STAGES
 }
 COLUMNS = {
   "teacher": "teacher", "student": "student", "finish": "finished student (ships)",

@@ -125,19 +125,17 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
 
 def _annotation(number: int, image: int, thing) -> dict[str, Any]:
   """An object of a scene as COCO has it."""
-  import numpy as np
-  from pycocotools import mask as coco_mask
-
   from sam3lt_jax.shapes.scenes import KINDS
+  from sam3lt_jax.training.data import rle
 
-  rle = coco_mask.encode(np.asfortranarray(thing.mask, np.uint8))
+  outline = rle.encode(thing.mask)
   x1, y1, x2, y2 = thing.box
   return {
     "id": number,
     "image_id": image,
     "category_id": KINDS.index(thing.kind) + 1,
-    "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+    "segmentation": {**outline, "counts": outline["counts"].decode("ascii")},
     "bbox": [x1, y1, x2 - x1, y2 - y1],
-    "area": int(thing.mask.sum()),
+    "area": rle.area(outline),
     "iscrowd": 0,
   }

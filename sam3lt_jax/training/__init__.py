@@ -7,6 +7,7 @@
     checkpoints  TrainCheckpoints: asynchronous, exact resume, the best kept
     loop         fit: batches in, metrics.jsonl and checkpoints out
     curves       metrics.jsonl -> a picture
+    disk         a full or unwritable disk: found out early, told in one sentence
     errors       what ends a run early
 
     distillation/  a LiteText text encoder learns a teacher's features

@@ -14,6 +14,7 @@ import pytest
 
 from sam3lt_jax.training import integrity
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
+from sam3lt_jax.training.run_files import checkpoint_steps
 from tests.training import toy
 
 pytestmark = pytest.mark.full  # long: CI runs it
@@ -43,12 +44,6 @@ def progress(directory):
   return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def steps_there(directory):
-  """Whole checkpoints, without opening them as a run does, which tidies."""
-  folder = pathlib.Path(directory) / "checkpoints"
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
-
-
 def kill_and_restart(directory, kills, steps, every, rng):
   """Returns at which line of metrics.jsonl each life ended, after reading every checkpoint it left."""
   context = multiprocessing.get_context("forkserver")
@@ -63,7 +58,7 @@ def kill_and_restart(directory, kills, steps, every, rng):
     wanted, limit = min(before + rng.randrange(-4, 8), steps - 5), time.monotonic() + 60
     # The last one leaves a checkpoint, so that there is something to go on from.
     while process.is_alive() and time.monotonic() < limit:
-      if progress(directory) > wanted and (left or steps_there(directory)):
+      if progress(directory) > wanted and (left or checkpoint_steps(directory)):
         break
       time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.05) if wanted > before else rng.uniform(0, 1))
@@ -72,7 +67,7 @@ def kill_and_restart(directory, kills, steps, every, rng):
     assert process.exitcode == -9, "the run ended by itself, before it was killed"
     ends.append(progress(directory))
     half_written += len(list(pathlib.Path(directory).glob("checkpoints/*.writing")))
-    for step in steps_there(directory):
+    for step in checkpoint_steps(directory):
       integrity.verify(str(pathlib.Path(directory) / "checkpoints" / str(step)))
     found = TrainCheckpoints(pathlib.Path(directory) / "checkpoints")
     for step in found.steps():

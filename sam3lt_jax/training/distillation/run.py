@@ -13,6 +13,7 @@ import numpy as np
 
 from sam3lt_jax import parallel
 from sam3lt_jax.checkpoints import sources
+from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
@@ -337,10 +338,7 @@ def _stored_features(config, teacher: Teacher, phrases, tokenizer, report: Repor
   """The exported features, made by the first process where they are not there yet."""
   if jax.process_index() == 0:
     feature_files.export_features(config.features, teacher, phrases, tokenizer, report=report)
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices("sam3lt-teacher-features")
+  barrier("sam3lt-teacher-features")
   stored = feature_files.TeacherFeatures(config.features)
   stored.check(teacher.identity(), phrases, tokenizer)
   return stored

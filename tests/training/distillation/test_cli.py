@@ -32,14 +32,6 @@ def mistake(capsys, *argv):
   return err.removeprefix("sam3lt: error: ").strip()
 
 
-def mistake_after_lines(capsys, *argv):
-  """As `mistake`, of a run that has said what it read before it finds out."""
-  assert cli.main(["distill", *argv]) == 2
-  err = capsys.readouterr().err
-  assert err.startswith("sam3lt: error: ") and err.count("\n") == 1, err
-  return err.removeprefix("sam3lt: error: ").strip()
-
-
 COMMAND = (
   "distill --teacher teacher --student tiny-s1 --prompts phrases.json --out run --context 8 --steps 6"
   " --batch 16 --held-out 0.2 --export-features features --eval-image photo.png --eval-phrase"
@@ -89,7 +81,7 @@ def test_mistakes(folder, capsys):
 def test_words_that_the_teacher_does_not_know_are_named(folder, capsys):
   (folder / "words.txt").write_text("red circle\nyellow school bus\nblue star\n")
   command = "--teacher shapes --student tiny-s1 --prompts words.txt --held-out 0 --batch 2 --out run"
-  said = mistake_after_lines(capsys, *command.split())
+  said = mistake(capsys, *command.split())
   assert said.startswith("--prompts: 1 of them have words") and "'yellow school bus'" in said
 
 
