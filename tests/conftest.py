@@ -40,3 +40,13 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if "torch" in item.keywords:
       item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+  """No bar on stderr, however loaded the machine is; a test of the bars sets its own delay."""
+  from sam3lt_jax.checkpoints import pretrained
+  from sam3lt_jax.cli import progress
+
+  monkeypatch.setattr(progress, "DELAY", 3600.0)
+  monkeypatch.setattr(pretrained, "_QUIET_SECONDS", 3600.0)

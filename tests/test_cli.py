@@ -56,12 +56,6 @@ class FakePredictor:
     return Results.concatenate(found)
 
 
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-  """A slow machine would show progress among the lines looked at."""
-  monkeypatch.setattr(progress, "DELAY", 60.0)
-
-
 @pytest.fixture
 def fake(monkeypatch):
   module = types.ModuleType("sam3lt_jax.predictor")

@@ -6,19 +6,13 @@ import re
 import pytest
 
 from sam3lt_jax import cli
-from sam3lt_jax.cli import batch, progress
+from sam3lt_jax.cli import batch
 from sam3lt_jax.jobs import run, setup
 from sam3lt_jax.jobs.summary import Summary
 from tests.jobs import pictures
 
 # pycocotools' own, of its decoder; users do not see it, pytest shows them all.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-  """A slow machine would show progress among the lines looked at."""
-  monkeypatch.setattr(progress, "DELAY", 60.0)
 
 
 @pytest.fixture

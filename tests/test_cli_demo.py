@@ -1,17 +1,10 @@
 """`sam3lt demo`: the first command that anybody runs, with the model that comes with the package."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from sam3lt_jax import cli
-from sam3lt_jax.cli import demo, progress
-
-
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-  """A slow machine would show progress among the lines looked at."""
-  monkeypatch.setattr(progress, "DELAY", 60.0)
+from sam3lt_jax.cli import demo
 
 
 def test_it_draws_finds_and_names_what_it_wrote(tmp_path, capsys, monkeypatch):

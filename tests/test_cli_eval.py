@@ -8,14 +8,8 @@ import types
 import pytest
 
 from sam3lt_jax import cli
-from sam3lt_jax.cli import progress
 from tests.evaluation.fake import FakePredictor
 from tests.training.data import scenes
-
-
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-  monkeypatch.setattr(progress, "DELAY", 60.0)
 
 
 @pytest.fixture

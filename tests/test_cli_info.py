@@ -6,13 +6,7 @@ import pytest
 
 from sam3lt_jax import cli
 from sam3lt_jax.checkpoints import from_pretrained, save_pretrained
-from sam3lt_jax.cli import info, progress
-
-
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-  """A slow machine would show progress among the lines looked at."""
-  monkeypatch.setattr(progress, "DELAY", 60.0)
+from sam3lt_jax.cli import info
 
 
 def test_info_of_a_variant(capsys):

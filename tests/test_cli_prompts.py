@@ -7,14 +7,7 @@ import sys
 import pytest
 
 from sam3lt_jax import cli
-from sam3lt_jax.cli import progress
 from tests import tiny
-
-
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-  """A slow machine would show progress among the lines looked at."""
-  monkeypatch.setattr(progress, "DELAY", 60.0)
 
 
 @pytest.fixture

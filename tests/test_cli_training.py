@@ -14,7 +14,6 @@ from pycocotools.coco import COCO
 from sam3lt_jax import cli, from_pretrained
 from sam3lt_jax.cli import distill as distill_cli
 from sam3lt_jax.cli import finetune as finetune_cli
-from sam3lt_jax.cli import progress
 from sam3lt_jax.config import TextConfig
 from sam3lt_jax.shapes.phrases import all_phrases
 from sam3lt_jax.training.detection import run as detection_run
@@ -25,8 +24,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-  """A working folder with some of the phrases that the bundled model knows; no progress on stderr."""
-  monkeypatch.setattr(progress, "DELAY", 60.0)
+  """A working folder with some of the phrases that the bundled model knows."""
   monkeypatch.chdir(tmp_path)
   (tmp_path / "phrases.txt").write_text("\n".join(all_phrases()[::3]))
   return tmp_path

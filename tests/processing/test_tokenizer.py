@@ -220,9 +220,9 @@ import tokenizers
 best = 9
 for _ in range(3):
   t.bundled_merges.cache_clear()
-  start = time.perf_counter()
+  start = time.process_time()
   t.ClipTokenizer(profile="original")
-  best = min(best, time.perf_counter() - start)
+  best = min(best, time.process_time() - start)
 assert not {"jax", "torch", "transformers"} & set(sys.modules)
 assert best < 0.5, best
 """

@@ -29,7 +29,8 @@ def test_the_models_are_written_when_there_is_room(tmp_path, capsys):
     command = [sys.executable, "-m", "sam3lt_jax.cli", *argv]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
-    assert failed.stderr == (
+    assert "Traceback" not in failed.stderr  # a slow machine shows progress before the error
+    assert failed.stderr.endswith(
       f"sam3lt: error: {run}/model is not written: no space is left on its disk; the run is kept in"
       f" {run}/checkpoints/4: make room and start it again, which only writes its models\n"
     )
