@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import sys
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -50,3 +51,11 @@ def no_progress(monkeypatch):
 
   monkeypatch.setattr(progress, "DELAY", 3600.0)
   monkeypatch.setattr(pretrained, "_QUIET_SECONDS", 3600.0)
+
+
+@pytest.fixture
+def complaints(monkeypatch):
+  """What would have been shown on stderr by Python itself, for exceptions that nobody catches."""
+  seen = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda args: seen.append(args.exc_value))
+  return seen

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from sam3lt_jax.checkpoints import engine, orbax_io, tables
+from sam3lt_jax.checkpoints import disk, engine, orbax_io, tables
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.pretrained import abstract_leaves
 from sam3lt_jax.checkpoints.readers import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
@@ -57,7 +57,8 @@ def save_pretrained(
     overwrite: replace a directory that is not empty.
 
   Raises:
-    CheckpointError: (ValueError) the target is not empty or no directory, or fused blocks for "transformers".
+    CheckpointError: (ValueError) the target is not empty or no directory, fused blocks for "transformers", or
+      the disk is full: what stood at the target stays, and nothing of the save takes up room.
     CheckpointMismatchError: `variables` are not those of `model`; lists every leaf.
     ValueError: another `format` or an unreadable `max_shard_size`.
   """
@@ -81,19 +82,22 @@ def save_pretrained(
       shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
   orbax_io.barrier("sam3lt-save")  # all have looked at the target, and the directory is there
+  disk.quiet_orbax()
   try:
-    if format == "orbax":
-      orbax_io.save(unfinished, variables)
-    if leads:
+    with disk.needs_room(target, "make room and save again"):
       if format == "orbax":
-        model.config.to_json(os.path.join(unfinished, "config.json"))
-      else:
-        write_transformers(unfinished, model.config, leaves, limit)
-      _write_tokenizer(unfinished, tokenizer, model.config, bundled=format == "transformers")
-      _publish(unfinished, target)
-  finally:
+        orbax_io.save(unfinished, variables)
+      if leads:
+        if format == "orbax":
+          model.config.to_json(os.path.join(unfinished, "config.json"))
+        else:
+          write_transformers(unfinished, model.config, leaves, limit)
+        _write_tokenizer(unfinished, tokenizer, model.config, bundled=format == "transformers")
+        _publish(unfinished, target)
+  except BaseException:
     if leads:
-      shutil.rmtree(unfinished, ignore_errors=True)
+      disk.remove(parent, os.path.basename(unfinished))
+    raise
 
 
 def _target(directory: str | os.PathLike, overwrite: bool) -> str:

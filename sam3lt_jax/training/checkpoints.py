@@ -22,12 +22,12 @@ from typing import Any
 
 import jax
 
-from sam3lt_jax.checkpoints import orbax_io
+from sam3lt_jax.checkpoints import disk, orbax_io
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.parallel import is_key
-from sam3lt_jax.training import disk, integrity
+from sam3lt_jax.training import integrity
 from sam3lt_jax.training.integrity import Damaged
 
 _STATE, _WRITING, _DAMAGED, _OLD = "state", ".writing", ".damaged", ".old"

@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 
-from sam3lt_jax.checkpoints import save_pretrained
+from sam3lt_jax.checkpoints import CheckpointError, disk, save_pretrained
 from sam3lt_jax.model import Sam3LiteText, Variables
-from sam3lt_jax.training import disk
 from sam3lt_jax.training.run_files import checkpoint_steps
 
 
@@ -43,7 +42,6 @@ def write_outcome(
       again, writes its models. Errors of `save_pretrained` come as they are.
   """
   directory = os.fspath(directory)
-  disk.quiet_orbax()
   written = {}
   for part, format in (("model", "orbax"), ("transformers", "transformers")):
     written[part] = os.path.join(directory, part)
@@ -69,8 +67,8 @@ def write_outcome(
 
 @contextlib.contextmanager
 def _room(path: str) -> Iterator[None]:
-  """See `disk.needs_room`; what a failed save left half written gives its room back."""
-  run, name = os.path.split(path)
+  """As `disk.needs_room`; of `save_pretrained`, which says it itself, it says where the run is kept."""
+  run = os.path.dirname(path)
   steps = checkpoint_steps(run)
   kept = "make room and write it again"
   if steps:
@@ -79,10 +77,8 @@ def _room(path: str) -> Iterator[None]:
       " which only writes its models"
     )
   try:
-    with disk.needs_room(path, kept):
-      yield
-  except Exception:
-    if not jax.process_index():
-      # As `save_pretrained` names them. It removes them itself, but writes may still have been under way.
-      disk.remove(run, f".{name}.saving-*")
+    yield
+  except Exception as e:
+    if disk.is_disk_full(e):
+      raise CheckpointError(disk.no_room(path, kept)) from e
     raise

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
+from sam3lt_jax.checkpoints.disk import needs_room
 from sam3lt_jax.checkpoints.engine import flatten
-from sam3lt_jax.training.disk import needs_room
 
 _KEPT = "the run's checkpoints are kept: make room and start it again"
 
@@ -54,9 +54,7 @@ class MetricsLog:
     kept = [] if not step or not os.path.exists(path) else read_metrics(path)
     kept = [line for line in kept if line["step"] <= step]
     with needs_room(path, _KEPT):
-      with open(f"{path}.new", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(line) + "\n" for line in kept)
-      os.replace(f"{path}.new", path)
+      _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
       self._file = open(path, "a", encoding="utf-8")
 
   def write(self, line: Mapping[str, float]) -> None:
@@ -97,9 +95,7 @@ def check_fingerprint(path: str, fingerprint: Mapping[str, Any], *, resuming: bo
     _compare(path, _read_config(path), json.loads(text))
   elif not jax.process_index():
     with needs_room(path, "nothing was begun"):
-      with open(f"{path}.new", "w", encoding="utf-8") as f:
-        f.write(text + "\n")
-      os.replace(f"{path}.new", path)
+      _replace(path, text + "\n")
 
 
 def check_unchanged(
@@ -127,6 +123,13 @@ def checkpoint_steps(directory: str | os.PathLike[str]) -> list[int]:
   folder = os.path.join(directory, "checkpoints")
   names = os.listdir(folder) if os.path.isdir(folder) else []
   return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _replace(path: str, text: str) -> None:
+  """Writes a file that is never seen half written."""
+  with open(f"{path}.new", "w", encoding="utf-8") as f:
+    f.write(text)
+  os.replace(f"{path}.new", path)
 
 
 def _as_json(fingerprint: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from sam3lt_jax.training.detection.setup import FinetuneConfig
 from sam3lt_jax.training.distillation import run as distillation
 from sam3lt_jax.training.distillation.config import DistillationConfig
 from sam3lt_jax.training.run_files import check_unchanged
-from tests.training import mounts
+from tests import mounts
 from tests.training.distillation.common import PHRASES, tiny_model, tokenizer
 
 

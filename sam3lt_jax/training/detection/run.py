@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from sam3lt_jax import parallel
+from sam3lt_jax.checkpoints import disk
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.config import TextConfig
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing.processor import Sam3Processor
-from sam3lt_jax.training import disk
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.data.batches import DetectionBatches
 from sam3lt_jax.training.data.records import Record

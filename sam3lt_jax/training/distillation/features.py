@@ -17,7 +17,7 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-from sam3lt_jax.training.disk import needs_room
+from sam3lt_jax.checkpoints.disk import needs_room
 from sam3lt_jax.training.distillation.teacher import Teacher
 from sam3lt_jax.training.prompts import token_rows
 

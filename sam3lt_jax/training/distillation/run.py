@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from sam3lt_jax import parallel
-from sam3lt_jax.checkpoints import sources
+from sam3lt_jax.checkpoints import disk, sources
 from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
-from sam3lt_jax.training import disk, freezing
+from sam3lt_jax.training import freezing
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.distillation import features as feature_files
 from sam3lt_jax.training.distillation import text_part

@@ -16,7 +16,7 @@ from sam3lt_jax.training.distillation.features import (
   export_features,
 )
 from sam3lt_jax.training.distillation.teacher import Teacher
-from tests.training import mounts
+from tests import mounts
 from tests.training.distillation.common import PHRASES, tiny_model, tiny_teacher, tokenizer
 
 N = 22

@@ -9,7 +9,7 @@ import pytest
 
 from sam3lt_jax import cli, from_pretrained
 from sam3lt_jax.shapes.phrases import all_phrases
-from tests.training import mounts
+from tests import mounts
 
 ROOT = pathlib.Path(__file__).parents[3]
 

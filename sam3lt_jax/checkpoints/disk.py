@@ -54,7 +54,12 @@ def needs_room(path: str, kept: str, error: type[ValueError] = CheckpointError) 
   except Exception as e:
     if isinstance(e, error) or not is_disk_full(e):
       raise
-    raise error(f"{path} is not written: no space is left on its disk; {kept}") from e
+    raise error(no_room(path, kept)) from e
+
+
+def no_room(path: str, kept: str) -> str:
+  """The sentence of a full disk: `path` is not written, what is `kept` all the same."""
+  return f"{path} is not written: no space is left on its disk; {kept}"
 
 
 def remove(folder: str, pattern: str) -> None:
