@@ -176,7 +176,9 @@ class Predictor:
       return variables, image(), tokens, mask, boxes.repeat(P, 0), labels.repeat(P, 0)
 
     self._detect.compile_in(executor, question)
-    executor.submit(return_freed_memory)
+    # No image is encoded before all is compiled: on a CPU of 2 cores both at once end no sooner, and take 4%
+    # more memory at their peak (S0, float32; `python -m tests.benchmarks.compare --parts memory start`).
+    self._encode_image.call_after(executor.submit(return_freed_memory))
 
   def __call__(
     self,

@@ -44,13 +44,17 @@ class Program:
 
   def __init__(self, function: Callable):
     self._jitted = jit(function)
-    self._early: concurrent.futures.Future | None = None
+    self._first: list[concurrent.futures.Future] = []
 
   def __call__(self, *args: Any) -> Any:
-    if self._early is not None:
-      concurrent.futures.wait([self._early])  # what went wrong there is raised again below
-      self._early = None
+    if self._first:
+      concurrent.futures.wait(self._first)  # what went wrong there is raised again below
+      self._first = []
     return self._jitted(*args)
+
+  def call_after(self, future: concurrent.futures.Future) -> None:
+    """The next call waits until `future` is done, however it ends."""
+    self._first.append(future)
 
   def compiled_for(self) -> int:
     """Kinds of arguments that it was called with."""
@@ -78,8 +82,9 @@ class Program:
           _log.debug("compiling ahead failed", exc_info=True)
           raise
 
-    self._early = executor.submit(work)
-    return self._early.result
+    compiled = executor.submit(work)
+    self.call_after(compiled)
+    return compiled.result
 
 
 def shapes_of(tree: Any) -> Any:

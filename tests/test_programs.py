@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import logging
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax import Predictor, from_pretrained
+from sam3lt_jax import predictor as predictor_module
 from sam3lt_jax.programs import Program, jit, shapes_of
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
@@ -33,7 +35,7 @@ def test_a_first_call_compiles_nothing_more(source, compiled, caplog):
   predictor = Predictor.from_pretrained(source)
   phrases = predictor.phrases
   for program in (predictor._encode_image, phrases.programs[phrases.lengths[0]], predictor._detect):
-    assert program._early.exception() is None
+    assert program._first and all(future.exception() is None for future in program._first)
   assert set(compiled()) >= NAMES
   caplog.clear()
   predictor(PHOTO, text="shape")
@@ -72,6 +74,25 @@ def test_settings_go_along_and_failures_show_in_the_call():
       early()
     with pytest.raises(TypeError, match="dot_general"):
       wrong(jnp.ones((2, 2)))
+
+
+def test_no_image_is_encoded_while_something_compiles(monkeypatch):
+  """The two together need more memory than one after the other."""
+  held, order = threading.Event(), []
+
+  def last():
+    held.wait(60)
+    order.append("compiled")
+
+  monkeypatch.setattr(predictor_module, "return_freed_memory", last)
+  predictor = Predictor.from_pretrained("random:tiny")
+  with concurrent.futures.ThreadPoolExecutor(1) as executor:
+    image = executor.submit(lambda: (predictor.set_image(PHOTO), order.append("encoded")))
+    done, _ = concurrent.futures.wait([image], timeout=0.2)
+    assert not done
+    held.set()
+    image.result()
+  assert order == ["compiled", "encoded"]
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="an option of XLA for CPUs")
