@@ -44,17 +44,17 @@ class Program:
 
   def __init__(self, function: Callable):
     self._jitted = jit(function)
-    self._first: list[concurrent.futures.Future] = []
+    self._awaited: list[concurrent.futures.Future] = []
 
   def __call__(self, *args: Any) -> Any:
-    if self._first:
-      concurrent.futures.wait(self._first)  # what went wrong there is raised again below
-      self._first = []
+    if self._awaited:
+      concurrent.futures.wait(self._awaited)  # what went wrong there is raised again below
+      self._awaited = []
     return self._jitted(*args)
 
   def call_after(self, future: concurrent.futures.Future) -> None:
     """The next call waits until `future` is done, however it ends."""
-    self._first.append(future)
+    self._awaited.append(future)
 
   def compiled_for(self) -> int:
     """Kinds of arguments that it was called with."""

@@ -35,7 +35,7 @@ def test_a_first_call_compiles_nothing_more(source, compiled, caplog):
   predictor = Predictor.from_pretrained(source)
   phrases = predictor.phrases
   for program in (predictor._encode_image, phrases.programs[phrases.lengths[0]], predictor._detect):
-    assert program._first and all(future.exception() is None for future in program._first)
+    assert program._awaited and all(future.exception() is None for future in program._awaited)
   assert set(compiled()) >= NAMES
   caplog.clear()
   predictor(PHOTO, text="shape")

@@ -82,7 +82,6 @@ def save_pretrained(
       shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
   orbax_io.barrier("sam3lt-save")  # all have looked at the target, and the directory is there
-  disk.quiet_orbax()
   try:
     with disk.needs_room(target, "make room and save again"):
       if format == "orbax":
