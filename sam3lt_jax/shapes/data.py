@@ -118,7 +118,7 @@ def _loose(box, scene: Scene, rng: np.random.Generator | None):
 class ShapesBatches:
   """Training batches by step number: `batches[step]`, the same for the same seed, whenever it is asked.
 
-  Batches are as `training.data.batches` describes them. Masks are shrunk to `mask_side` by area.
+  Batches are as `sam3lt_jax.data.batches` describes them. Masks are shrunk to `mask_side` by area.
   """
 
   def __init__(
@@ -167,7 +167,7 @@ def to_batch(
   mask_side: int,
   slots: int,
 ) -> dict[str, np.ndarray]:
-  """Scenes and their questions (equally many each) as one batch of arrays, see `training.data.batches`."""
+  """Scenes and their questions (equally many each) as one batch of arrays, see `sam3lt_jax.data.batches`."""
   B, K, S = len(scenes), len(asked[0]), scenes[0].image.shape[0]
   ids, tokens = tokenize([q.text for questions in asked for q in questions])
   batch = {
