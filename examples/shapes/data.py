@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
-from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, phrase_about, simple_phrase_about
+from sam3lt_jax.shapes.phrases import SIZE_WORDS, Phrase, absent_phrase, phrase_about
 from sam3lt_jax.shapes.scenes import (
   COLOURS,
   KINDS,
@@ -88,6 +88,15 @@ def ask(scene: Scene, rng: np.random.Generator, mix: QuestionMix = QuestionMix()
   if sort == 2:
     return Question(str(phrase), (_loose(things[int(rng.choice(answer))].box, scene, rng),), (1,), answer)
   return Question(str(phrase), (), (), answer)
+
+
+def simple_phrase_about(thing: SceneObject, rng: np.random.Generator) -> Phrase:
+  """A phrase that matches `thing` and names its kind, its colour, its pattern, its size, or nothing of it."""
+  said = {"kind": thing.kind, "colour": thing.colour, "pattern": thing.pattern}
+  if thing.size in SIZE_WORDS:
+    said["size"] = thing.size
+  name = str(rng.choice(["", *said]))
+  return Phrase(**{name: said[name]}) if name else Phrase()
 
 
 def about_kind(scene: Scene, boxed: int, rng: np.random.Generator | None = None) -> Question:
