@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from sam3lt_jax.checkpoints.disk import needs_room
 from sam3lt_jax.training.distillation.teacher import Teacher
@@ -320,21 +321,14 @@ def _whole(path: str, mode: str, **options: Any) -> Iterator[IO]:
 
 
 def _compare(where: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
-  for key, value in _leaves(wanted).items():
-    found = _leaves(stored).get(key)
+  found_there = flatten_dict(stored, sep=".")
+  for key, value in flatten_dict(wanted, sep=".").items():
+    found = found_there.get(key)
     if found != value and key != "teacher_name":
       raise FeatureError(
         f"{where} belongs to another {what}: {key} is {found!r} there and {value!r} here; name another"
         " directory or delete it"
       )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    path = f"{prefix}{key}"
-    flat |= _leaves(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
-  return flat
 
 
 def _read_manifest(directory: str) -> dict[str, Any]:
