@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel
-from sam3lt_jax.checkpoints import disk
+from sam3lt_jax import parallel, storage
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.config import TextConfig
 from sam3lt_jax.data.batches import DetectionBatches
@@ -115,7 +114,7 @@ def finetune(
     **(fingerprint or {}),
   }
   # Before a model is loaded: that can take minutes.
-  disk.check_directory(directory, "directory")
+  storage.check_directory(directory, "directory")
   check_unchanged(directory, facts, partly=True)
   predictor = _load(source, config, profile, processor)
   run = _Run(config, predictor, os.path.abspath(os.fspath(directory)), validation, iou_type, report)
