@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples.shapes import models, pretraining
+from examples.shapes.pretraining import DenseBatches, dense_labels, dense_loss, with_unit_maps
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.shapes import models, pretraining
-from sam3lt_jax.shapes.pretraining import DenseBatches, dense_labels, dense_loss, with_unit_maps
 from sam3lt_jax.shapes.scenes import Scene, SceneObject
 
 

@@ -254,7 +254,7 @@ def make_detection_loss_fn(
       intermediates, batch) -> (loss float32 [], metrics), added to the model's own. It may call the model's
       parts and use parameters of its own beside the model's.
 
-  Each image is encoded once and its maps are repeated for its K prompts. Batches: `training.data.batches`.
+  Each image is encoded once and its maps are repeated for its K prompts. Batches: `sam3lt_jax.data.batches`.
   """
 
   def loss_fn(params, frozen, batch_stats, batch, key):

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from examples.shapes import data
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.shapes import data
 from sam3lt_jax.shapes.scenes import Scene, SceneConfig, draw_scene
 
 # As the questions', but for the kind "no object", which comes first.

@@ -10,11 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax.evaluation.cgf1 import CgF1
-from sam3lt_jax.model import Sam3LiteText, Variables
-from sam3lt_jax.processing.postprocess import binary_masks
-from sam3lt_jax.processing.tokenizer import ClipTokenizer
-from sam3lt_jax.shapes.data import (
+from examples.shapes.data import (
   HELD_OUT_SCENES,
   HELD_OUT_SEED,
   Question,
@@ -22,6 +18,10 @@ from sam3lt_jax.shapes.data import (
   to_batch,
   without_kind,
 )
+from sam3lt_jax.evaluation.cgf1 import CgF1
+from sam3lt_jax.model import Sam3LiteText, Variables
+from sam3lt_jax.processing.postprocess import binary_masks
+from sam3lt_jax.processing.tokenizer import ClipTokenizer
 from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, phrase_about
 from sam3lt_jax.shapes.scenes import Scene, SceneConfig, draw_scene
 
