@@ -122,6 +122,19 @@ class Sam3Processor:
     return cls._from_directory(path, profile)
 
   @classmethod
+  def beside(
+    cls, directory: str | None, config: Sam3LiteTextConfig, image_size: int | None = None
+  ) -> Sam3Processor:
+    """For a model of `config` whose weights lie in `directory`, with the tokenizer and the image size that
+    lie there; a file, or None, has neither.
+    """
+    if directory is None or not os.path.isdir(directory):
+      return cls(config, image_size=image_size)
+    saved = cls.from_pretrained(directory, config.profile)
+    image_size = saved.image_size if image_size is None else image_size
+    return cls(config, image_size=image_size, tokenizer=saved.tokenizer)
+
+  @classmethod
   def _from_directory(cls, path: str, profile: str | Profile | None) -> Sam3Processor:
     if os.path.isfile(os.path.join(path, "config.json")):
       config = Sam3LiteTextConfig.from_json(path, profile)
