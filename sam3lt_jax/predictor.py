@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.model import PreparedFeatures, Sam3LiteText, TextFeatures, Variables
 from sam3lt_jax.ops.interpolation import interpolation_matrix
 from sam3lt_jax.phrase_encoder import PhraseEncoder, pad_rows
@@ -74,7 +75,7 @@ class Predictor:
     self.processor = processor or Sam3Processor(model.config)
     patch, side = model.config.vision.patch_size, self.processor.image_size
     if side < 2 * patch or side % patch:
-      raise ValueError(f"image_size must be a multiple of {patch}, at least {2 * patch}, got {side}")
+      raise ArgumentError("image_size", f" must be a multiple of {patch}, at least {2 * patch}, got {side}")
     if fuse:
       model, variables = model.fuse(variables)
     self.model, self.variables = model, variables
