@@ -142,7 +142,7 @@ mapped = jax.pmap(forward, in_axes=(None, 0, 0, 0)).lower(variables, *halves)
 mapped = mapped.compile(tiny.compiler_options())(variables, *halves)
 mapped = jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), mapped)
 for out in (sharded, mapped):
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5), out, wanted)
+  chex.assert_trees_all_close(out, wanted, atol=2e-5)
 """
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_the_first_tokens_are_the_same(kind, fused, profile):
   whole, mask = features(model, variables, None), phrases()[1].astype(bool)
   for length in (LENGTH, 20, TOKENS):
     short = features(model, variables, length)
-    assert short.pooler_output.shape == (3, length, 16) and short.attention_mask.shape == (3, length)
+    chex.assert_shape([short.pooler_output, short.attention_mask], [(3, length, 16), (3, length)])
     for name in ("last_hidden_state", "pooler_output"):
       got, wanted = (getattr(x, name)[:, :length][mask[:, :length]] for x in (short, whole))
       np.testing.assert_allclose(got, wanted, atol=1e-5)
