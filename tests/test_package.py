@@ -120,6 +120,7 @@ def test_layers_import_downwards_only():
     "phrase_encoder.py": {"model", "config", "processing", "programs"},
     "predictor.py": {
       "model",
+      "features",
       "config",
       "processing",
       "checkpoints",

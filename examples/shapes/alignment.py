@@ -47,7 +47,7 @@ def with_heads(params: Any, width: int) -> dict[str, Any]:
 def make_alignment(config: AlignmentConfig = AlignmentConfig()) -> Callable:
   """`extra` of `make_detection_loss_fn`, for batches of `examples.shapes.data`."""
 
-  def extra(model: Sam3LiteText, params, vision, output: Sam3LiteTextOutput, batch):
+  def extra(model: Sam3LiteText, params, maps, output: Sam3LiteTextOutput, batch):
     taps = output.intermediates
     flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in batch.items() if k.startswith(("target_", "phrase_"))}
     layers = taps["decoder_logits"].shape[0]

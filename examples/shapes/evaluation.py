@@ -138,7 +138,7 @@ class _Answers:
     def forward(variables, batch):
       def call(model):
         K = batch["input_ids"].shape[1]
-        vision = model.prepare(model.get_vision_features(batch["pixel_values"]))
+        vision = model.get_vision_features(batch["pixel_values"])
         names = ("input_ids", "attention_mask", "input_boxes", "input_boxes_labels")
         flat = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in names}
         out = model(vision_embeds=jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), vision), **flat)

@@ -32,7 +32,7 @@ Report = Callable[[str], Any]
 
 def fit(
   state: TrainState,
-  step_fn: TrainStep | parallel.JitStep | parallel.PmapStep,
+  step_fn: TrainStep | parallel.JitStep,
   data: Any,
   *,
   total_steps: int,
@@ -58,7 +58,7 @@ def fit(
 
   Args:
     state: before the first step; left as it is.
-    step_fn: of `make_train_step`, compiled here; or what `parallel.data_parallel` or `pmap_step` return.
+    step_fn: of `make_train_step`, compiled here; or what `parallel.data_parallel` returns.
     data: data[step] -> {name: numpy [B, ...]}, the batch of that step, for steps from 0: the same every time
       it is asked. With several processes, the rows of this one. The array "id" (int64 [B], optional) names
       the records and is not sent to the device. An attribute `skipped` ({reason: count}) is shown when it
@@ -110,7 +110,7 @@ def fit(
     raise ValueError(f"{directory} holds a run of {there[-1]} steps; pass resume=True, or another directory")
   check_fingerprint(os.path.join(directory, "config.json"), fingerprint or {}, resuming=bool(there))
   restored = checkpoints.restore(runner.abstract_state(state)) if there else None
-  state = runner.place_state(state) if restored is None else runner.adopt_state(restored)
+  state = runner.place_state(state) if restored is None else restored
   done = 0 if restored is None else int(restored.step)
   if 0 < done < total_steps:
     report(f"going on after step {done} of {total_steps}")
@@ -127,9 +127,9 @@ def fit(
     return run.through(state, batches, caught, log_every, evaluate, evaluate_every, checkpoint_every)
 
 
-def _runner(step_fn: Any, mesh: Any) -> Any:
-  if hasattr(step_fn, "place_batch"):
-    if mesh is not None and getattr(step_fn, "mesh", None) != mesh:
+def _runner(step_fn: Any, mesh: jax.sharding.Mesh | None) -> parallel.JitStep:
+  if isinstance(step_fn, parallel.JitStep):
+    if mesh is not None and step_fn.mesh != mesh:
       raise ValueError("mesh: the step is compiled already; pass the plain step, or leave mesh out")
     return step_fn
   if mesh is None:
@@ -143,7 +143,7 @@ def _runner(step_fn: Any, mesh: Any) -> Any:
 class _Run:
   """What the steps of one call of `fit` share."""
 
-  runner: Any
+  runner: parallel.JitStep
   data: Any
   frozen: Any
   checkpoints: TrainCheckpoints
@@ -225,7 +225,7 @@ class _Run:
   def evaluate(self, step: int, evaluate: Callable, state: TrainState) -> dict[str, float]:
     self.look(0)
     with self.clock.paused():
-      values = evaluate(self.runner.saved_state(state))
+      values = evaluate(state)
       scores = {f"eval_{name}": float(x) for name, x in values.items()}
     if self.checkpoints.best is not None and self.checkpoints.best[0] not in scores:
       raise ValueError(f"best={self.checkpoints.best!r}; evaluate gives {', '.join(scores) or 'nothing'}")
@@ -236,7 +236,7 @@ class _Run:
   def save(self, step: int, state: TrainState, scores: dict[str, float]) -> None:
     self.look(0)  # a state after a bad step is never saved
     self.log.sync()
-    self.checkpoints.save(step, self.runner.saved_state(state), scores)
+    self.checkpoints.save(step, state, scores)
 
   def settle(self) -> None:
     """Before leaving: what is being written is written to its end."""

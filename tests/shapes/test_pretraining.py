@@ -69,7 +69,7 @@ def test_maps_are_brought_to_one_scale():
 
   def maps(vision):
     variables = {"params": {"vision_encoder": vision}}
-    return model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+    return model.apply(variables, pixels, method="neck_maps")
 
   before = maps(vision)
   heads = pretraining.DenseHeads(40).init(jax.random.key(1), before)["params"]
