@@ -66,7 +66,8 @@ def sources(*folders):
 )
 def test_a_file_can_be_read_in_one_sitting(file):
   source = file.read_text(encoding="utf-8")
-  assert source.count("\n") <= 400
+  # A box of the figure in one sitting; elsewhere what is always read together is one file.
+  assert source.count("\n") <= (400 if file.parent.name in ("nn", "ops") else 600)
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.FunctionDef):
       length = node.end_lineno - node.lineno + 1
