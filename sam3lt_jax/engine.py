@@ -30,6 +30,7 @@ from jax.sharding import NamedSharding
 
 from sam3lt_jax import parallel
 from sam3lt_jax.config import BOX_ONLY_PHRASE
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.features import Detections, Prompts, VisionFeatures
 from sam3lt_jax.kept import Kept, MaskSource
 from sam3lt_jax.model import Sam3LiteText, Variables
@@ -432,7 +433,7 @@ def _bucket(count: int, sizes: Sequence[int]) -> int:
 def _ascending(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
   sizes = tuple(int(s) for s in sizes)
   if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
-    raise ValueError(f"{name} must be ascending positive sizes, got {sizes}")
+    raise ArgumentError(name, f" must be ascending positive sizes, got {sizes}")
   return sizes
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class ArgumentError(ValueError):
   """A value that an argument does not accept: its message is `argument` and, right behind it, `said`.
-
-  Whoever gave the value under another name (the command line, a function around) can say it with that one.
 
   Attributes:
     argument: the name of the argument or field, "peak_lr".
@@ -19,3 +20,14 @@ class ArgumentError(ValueError):
 
   def __str__(self) -> str:
     return f"{self.argument}{self.said}"
+
+
+@contextlib.contextmanager
+def renamed(theirs: str, ours: str) -> Iterator[None]:
+  """What a function inside calls `theirs` is called `ours` by who called this one."""
+  try:
+    yield
+  except ArgumentError as e:
+    if e.argument == theirs:
+      e.argument = ours
+    raise

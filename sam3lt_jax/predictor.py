@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from sam3lt_jax.engine import Engine
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.features import VisionFeatures
 from sam3lt_jax.kept import Kept
 from sam3lt_jax.model import Sam3LiteText, Variables
@@ -68,7 +69,7 @@ class Predictor:
     self.processor = processor or Sam3Processor(model.config)
     patch, side = model.config.vision.patch_size, self.processor.image_size
     if side < 2 * patch or side % patch:
-      raise ValueError(f"image_size must be a multiple of {patch}, at least {2 * patch}, got {side}")
+      raise ArgumentError("image_size", f" must be a multiple of {patch}, at least {2 * patch}, got {side}")
     self._loaded = model
     if fuse:
       model, variables = model.fuse(variables)

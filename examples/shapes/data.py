@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from einops import reduce
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
 from sam3lt_jax.shapes.phrases import SIZE_WORDS, Phrase, absent_phrase, phrase_about
@@ -228,9 +229,7 @@ def named_attributes(text: str) -> list[int]:
 
 def shrink(masks: np.ndarray, side: int) -> np.ndarray:
   """bool [N, S, S] -> uint8 [N, side, side]: 1 where at least half of the cell is covered."""
-  n, S = masks.shape[:2]
-  cell = S // side
-  return (masks.reshape(n, side, cell, side, cell).mean((2, 4)) >= 0.5).astype(np.uint8)
+  return (reduce(masks, "n (h p) (w q) -> n h w", np.mean, h=side, w=side) >= 0.5).astype(np.uint8)
 
 
 def _cxcywh(xyxy: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 
 from examples.shapes import data
 from sam3lt_jax.model import Sam3LiteText
@@ -40,11 +41,9 @@ class DenseHeads(nn.Module):
     """maps [B, h, w, D] -> as many [B, side, side, channels]."""
     out = []
     for i, x in enumerate(maps):
-      B, h, w, _ = x.shape
-      finer = self.side // h
+      finer = self.side // x.shape[1]
       y = nn.Dense(finer * finer * _CHANNELS, name=f"head_{i}")(x)
-      y = y.reshape(B, h, w, finer, finer, _CHANNELS).transpose(0, 1, 3, 2, 4, 5)
-      out.append(y.reshape(B, self.side, self.side, _CHANNELS))
+      out.append(rearrange(y, "b h w (p q c) -> b (h p) (w q) c", p=finer, q=finer))
     return out
 
 

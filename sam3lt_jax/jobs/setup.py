@@ -12,6 +12,7 @@ import numpy as np
 from sam3lt_jax import parallel
 from sam3lt_jax.checkpoints import open_checkpoint
 from sam3lt_jax.engine import IMAGE_BUCKETS, PROMPT_BUCKETS, Engine
+from sam3lt_jax.errors import renamed
 from sam3lt_jax.jobs import files
 from sam3lt_jax.jobs.questions import Questions
 from sam3lt_jax.model import Sam3LiteText, Variables
@@ -65,7 +66,8 @@ def load(config: JobConfig, questions: int, ahead: bool) -> tuple[Engine, str]:
   opened = open_checkpoint(config.model, None, config.profile, config.dtype, config.dtype)
   directory = None if opened.random else opened.path
   processor = Sam3Processor.beside(directory, opened.model.config, config.image_size)
-  predictor = Predictor(opened.model, opened.shapes, processor, **engine_options(config, questions))
+  with renamed("prompt_buckets", "buckets"):
+    predictor = Predictor(opened.model, opened.shapes, processor, **engine_options(config, questions))
   if ahead:
     predictor.engine.compile_ahead(predictor.engine.rows, questions)
   # On the host where one device is too small for the weights.

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
@@ -81,7 +82,7 @@ class Sam3Processor:
     if image_size is None:
       image_size = full.vision.image_size if full else 1008
     if isinstance(image_size, bool) or not isinstance(image_size, numbers.Integral) or image_size < 1:
-      raise ValueError(f"image_size must be a positive whole number of pixels, got {image_size!r}")
+      raise ArgumentError("image_size", f" must be a positive whole number of pixels, got {image_size!r}")
     self.image_size = int(image_size)
     self._vocab_size = full.text.vocab_size if full else None
     self._tokenizer = tokenizer

@@ -106,7 +106,7 @@ def test_results_are_the_predictors(job, photos, tmp_path):
   assert summary.failures == {"empty": 1, "not_an_image": 1, "truncated": 1}
   assert (summary.shards, summary.shards_done, summary.shards_left) == (6, 6, 0)
   assert summary.exit_code == 0 and summary.stopped is None and 0 < summary.device_busy <= 1
-  fingerprint = json.loads((tmp_path / "out/plan.json").read_text())["fingerprints"][0]
+  fingerprint = json.loads((tmp_path / "out/plan.json").read_text())["fingerprint"]
   assert fingerprint["phrases"] == list(pictures.PHRASES)
   assert (fingerprint["threshold"], fingerprint["profile"], fingerprint["dtype"]) == (
     0.0,
