@@ -140,6 +140,8 @@ def open_checkpoint(
 
   elif found.kind == "orbax":
     config = config or _own_config(path, profile)
+    stored = orbax_io.stored_shapes(path)
+    infer.check_counts(config, {leaf: x.shape for leaf, x in stored.items()}, path)
     model, target = build(config, **dtypes)
 
     def read(place, device, bar):
@@ -152,11 +154,18 @@ def open_checkpoint(
 
 
 def build(config: Sam3LiteTextConfig, dtype: Any, param_dtype: Any) -> tuple[Sam3LiteText, dict[str, Any]]:
-  """The model of `config`, and its leaves as shapes and dtypes, flat."""
+  """The model of `config`, and its leaves as shapes and dtypes, flat.
+
+  Raises:
+    CheckpointError: sizes that no model can be made of.
+  """
   from sam3lt_jax.model import Sam3LiteText
 
   model = Sam3LiteText(config, dtype=dtype, param_dtype=param_dtype)
-  return model, abstract_leaves(model)
+  try:
+    return model, abstract_leaves(model)
+  except Exception as e:  # JAX and Flax have one each for what does not fit together
+    raise CheckpointError(f"no model can be made of this configuration: {readers.first_line(e)}") from e
 
 
 def abstract_leaves(model: Sam3LiteText) -> dict[str, Any]:
@@ -221,7 +230,10 @@ def _directory_config(path: str, profile: Profile | None) -> Sam3LiteTextConfig 
   """The `config.json` in a directory, or beside a file in transformers' layout."""
   directory = path if os.path.isdir(path) else os.path.dirname(path)
   file = os.path.join(directory, "config.json")
-  return Sam3LiteTextConfig.from_json(file, profile) if os.path.isfile(file) else None
+  if not os.path.lexists(file):
+    return None
+  readers.check_file(file)
+  return Sam3LiteTextConfig.from_json(file, profile)
 
 
 def _own_config(directory: str, profile: Profile | None) -> Sam3LiteTextConfig:
