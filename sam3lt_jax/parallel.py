@@ -7,8 +7,8 @@
     state, metrics = step(state, frozen, step.place_batch(batch))
 
 `training.loop.fit` does that. A batch is split over the axis "data"; parameters are copied to every device,
-or split as `fsdp_sharding` says. `data_parallel` is `jax.jit` over a mesh and works across hosts; `pmap_step`
-is the same with `jax.pmap`, on the devices of one host.
+or split as `fsdp_sharding` says. `data_parallel` is `jax.jit` over a mesh and works across hosts;
+`pmap_forward` is inference by `jax.pmap`, on the devices of one host.
 """
 
 from __future__ import annotations
@@ -173,14 +173,6 @@ class JitStep:
       lambda x, s: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=s), state, self._shardings(state)
     )
 
-  def adopt_state(self, state: Any) -> Any:
-    """As `place_state`, of a state that was restored into `abstract_state` and is nobody else's."""
-    return state
-
-  def saved_state(self, state: Any) -> Any:
-    """What a checkpoint of a placed state holds."""
-    return state
-
   def place_frozen(self, frozen: Any) -> Any:
     """Weights that stay, on every device; those that lie on the mesh already (`fsdp_sharding`) stay there."""
     on_mesh = lambda x: isinstance(x, jax.Array) and getattr(x.sharding, "mesh", None) == self.mesh  # noqa: E731
@@ -200,7 +192,7 @@ def data_parallel(step: Callable, mesh: Mesh, *, state_sharding: Any = None, don
   """Compiles a train step for a mesh: the batch is split over "data", sums over rows become collectives.
 
   Args:
-    step: (state, frozen, batch) -> (state, metrics), of `make_train_step` without `axis_name`.
+    step: (state, frozen, batch) -> (state, metrics), of `make_train_step`.
     mesh: of `make_mesh`.
     state_sharding: None: the state on every device; or `fsdp_sharding(mesh, state)`.
     donate: the new state takes the place of the old one, which cannot be used after the call.
@@ -208,66 +200,46 @@ def data_parallel(step: Callable, mesh: Mesh, *, state_sharding: Any = None, don
   return JitStep(step, mesh, replicated(mesh) if state_sharding is None else state_sharding, donate)
 
 
-class PmapStep:
-  """The same with `jax.pmap`: state and frozen weights are stacked, a copy a device; made by `pmap_step`."""
+def pmap_forward(
+  model: Any, variables: Any, devices: Sequence[jax.Device] | None = None
+) -> Callable[..., Any]:
+  """The image model under `jax.pmap`: each device has a copy of the weights and takes its share of the rows.
 
-  def __init__(self, step: Callable, axis_name: str, devices: Sequence[jax.Device], donate: bool):
-    self.devices = list(devices)
-    self._compiled = jax.pmap(
-      step, axis_name=axis_name, devices=self.devices, donate_argnums=(0,) if donate else ()
-    )
-    self._sharding = NamedSharding(Mesh(np.array(self.devices), ("device",)), P("device"))
+      forward = pmap_forward(model, variables)
+      output = forward(pixel_values, input_ids, attention_mask)
 
-  def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
-    state, metrics = self._compiled(state, frozen, batch)
-    return state, _first(metrics)
-
-  def place_state(self, state: Any) -> Any:
-    """[devices, ...]: a copy of every array on each device."""
-    stacked = jax.tree.map(lambda _: self._sharding, state)
-    return _copy_to(state, stacked, lambda x: jnp.broadcast_to(x, (len(self.devices), *x.shape)))
-
-  def abstract_state(self, state: Any) -> Any:
-    one = jax.sharding.SingleDeviceSharding(self.devices[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=one), state)
-
-  def adopt_state(self, state: Any) -> Any:
-    return self.place_state(state)
-
-  def saved_state(self, state: Any) -> Any:
-    """The first device's copy, without the leading axis."""
-    return _first(state)
-
-  def place_frozen(self, frozen: Any) -> Any:
-    return self.place_state(frozen)
-
-  def place_batch(self, batch: Batch) -> dict[str, jax.Array]:
-    """[devices, rows a device, ...]."""
-    n = len(self.devices)
-    check_divides(batch_rows(batch), n)
-    return {
-      name: jax.device_put(np.reshape(x, (n, len(x) // n, *np.shape(x)[1:])), self._sharding)
-      for name, x in batch.items()
-    }
-
-
-def pmap_step(
-  step: Callable, *, axis_name: str = "data", devices: Sequence[jax.Device] | None = None, donate: bool = True
-) -> PmapStep:
-  """Compiles a train step with `jax.pmap`. `fit` takes the result as it takes a plain step.
+  `jax.jit` over `make_mesh` does the same and can split weights as well; `Predictor` and batch jobs use that.
 
   Args:
-    step: (state, frozen, batch) -> (state, metrics), of `make_train_step(..., axis_name=axis_name)`.
-    axis_name: the name that step averages over.
+    model, variables: of `from_pretrained`.
     devices: None: all of this process.
-    donate: the new state takes the place of the old one, which cannot be used after the call.
 
-  Raises:
-    ValueError: several processes; use `data_parallel`.
+  Returns:
+    A function of pixel_values [R, S, S, 3], input_ids [R, T] and optionally attention_mask, input_boxes and
+    input_boxes_labels, as `Sam3LiteText` takes them: row r of all is prompt r and its image. It returns the
+    model's output with R rows, split over the devices, and raises ValueError if these do not divide R.
   """
-  if jax.process_count() > 1:
-    raise ValueError("pmap_step runs on the devices of one process; across processes use data_parallel")
-  return PmapStep(step, axis_name, jax.local_devices() if devices is None else devices, donate)
+  devices = jax.local_devices() if devices is None else list(devices)
+  # A copy on each device, made once: weights that lie elsewhere, pmap would send again at every call.
+  variables = jax.device_put(variables, replicated(Mesh(np.array(devices), ("data",))))
+  mapped = jax.pmap(
+    lambda variables, inputs: model.apply(variables, **inputs), in_axes=(None, 0), devices=devices
+  )
+
+  def forward(
+    pixel_values, input_ids, attention_mask=None, *, input_boxes=None, input_boxes_labels=None
+  ) -> Any:
+    inputs = {
+      "pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask,
+      "input_boxes": input_boxes, "input_boxes_labels": input_boxes_labels,
+    }  # fmt: skip
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    rows, n = batch_rows(inputs), len(devices)
+    check_divides(rows, n)
+    shares = {name: x.reshape(n, rows // n, *x.shape[1:]) for name, x in inputs.items()}
+    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), mapped(variables, shares))
+
+  return forward
 
 
 def is_key(x: Any) -> bool:
@@ -280,7 +252,7 @@ def _to_host(x: Any) -> Any:
   return np.asarray(x) if not isinstance(x, jax.Array) or x.is_fully_addressable else x
 
 
-def _copy_to(tree: Any, shardings: Any, change: Callable = jnp.copy) -> Any:
+def _copy_to(tree: Any, shardings: Any) -> Any:
   """Fresh arrays. `jax.device_put` may return the caller's own buffers, which a donated step then deletes."""
   leaves, structure = jax.tree.flatten(tree)
   keys = [jax.random.key_impl(x) if is_key(x) else None for x in leaves]
@@ -288,13 +260,9 @@ def _copy_to(tree: Any, shardings: Any, change: Callable = jnp.copy) -> Any:
 
   def copy(arrays):
     as_given = [x if i is None else jax.random.wrap_key_data(x, impl=i) for x, i in zip(arrays, keys)]
-    return jax.tree.map(change, jax.tree.unflatten(structure, as_given))
+    return jax.tree.map(jnp.copy, jax.tree.unflatten(structure, as_given))
 
   return jax.jit(copy, out_shardings=shardings)(host)
-
-
-def _first(tree: Any) -> Any:
-  return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
 
 # -------------------------------------------------------------------- several hosts

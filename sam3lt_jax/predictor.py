@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
-from sam3lt_jax.model import PreparedFeatures, Sam3LiteText, TextFeatures, Variables
+from sam3lt_jax.features import TextFeatures, VisionFeatures
+from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.ops.interpolation import interpolation_matrix
 from sam3lt_jax.phrase_encoder import PhraseEncoder, pad_rows
 from sam3lt_jax.processing import images as image_ops
@@ -82,11 +83,10 @@ class Predictor:
     self._box_buckets = _buckets("box_buckets", box_buckets)
     self._masks_on_device = not on_cpu if masks_on_device is None else masks_on_device
     self.phrases = PhraseEncoder(model, self.processor)
-    self._image: tuple[PreparedFeatures, tuple[int, int]] | None = None
+    self._image: tuple[VisionFeatures, tuple[int, int]] | None = None
 
     def encode_image(variables, pixels):
-      vision = model.apply(variables, pixels, method="get_vision_features")
-      return model.apply(variables, vision, method="prepare")
+      return model.apply(variables, pixels, method="get_vision_features")
 
     def detect(variables, vision, tokens, mask, boxes, labels):
       text = TextFeatures(tokens, tokens, mask)
@@ -260,7 +260,7 @@ class Predictor:
       postprocess.check_threshold("mask_threshold", mask_threshold),
     )
 
-  def _encode(self, image: Any) -> tuple[PreparedFeatures, tuple[int, int]]:
+  def _encode(self, image: Any) -> tuple[VisionFeatures, tuple[int, int]]:
     pixels, size = image_ops.preprocess(image, self.processor.image_size)
     with explain_memory():
       return jax.block_until_ready(self._encode_image(self.variables, pixels[None])), size
@@ -276,7 +276,7 @@ class Predictor:
 
   def _run(
     self,
-    vision: PreparedFeatures,
+    vision: VisionFeatures,
     size: tuple[int, int],
     prompt: prompts.Prompt,
     threshold: float,

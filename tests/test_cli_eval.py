@@ -8,8 +8,8 @@ import types
 import pytest
 
 from sam3lt_jax import cli
+from tests.data import scenes
 from tests.evaluation.fake import FakePredictor
-from tests.training.data import scenes
 
 
 @pytest.fixture

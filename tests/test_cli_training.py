@@ -254,7 +254,7 @@ def test_fields_become_options():
 
 
 def test_log_lines_are_shown_as_warnings_are(monkeypatch, capsys):
-  logger = logging.getLogger("sam3lt_jax.training.data.batches")
+  logger = logging.getLogger("sam3lt_jax.data.batches")
   before = logging.getLogger("sam3lt_jax").propagate, list(logging.getLogger("sam3lt_jax").handlers)
 
   def run(args):

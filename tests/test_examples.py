@@ -26,6 +26,7 @@ EXPECTED = {
     "pixel_values: float32 (1, 168, 168, 3)", "pred_masks: (1, 20, 48, 48)", "prompt tokens: (1, 18, 32)",
     "260, 320)",
   ),
+  "pmap_over_devices.py": ("pred_masks (2, 20, 48, 48), by device: {", "found, masks ("),
 }  # fmt: skip
 # Tested beside what they train with; the bundled model by default.
 TRAINING = ("distill_text_encoder.py", "finetune_detector.py")
@@ -55,6 +56,7 @@ BUNDLED = {
   "segment_photo.py": "Results(2 instances, size=260x320)",
   "many_prompts_one_image.py": "red circle: 2 found",
   "use_the_model_directly.py": "2 found, masks (2, 260, 320)",
+  "pmap_over_devices.py": "2 found, masks (2, 260, 320)\n2 found, masks (2, 260, 320)",
 }
 
 

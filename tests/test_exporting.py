@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax import Predictor, exporting
-from sam3lt_jax.features import TextFeatures, VisionFeatures
+from sam3lt_jax.features import TextFeatures
 from sam3lt_jax.ops import attention, target
 from tests import tiny
 
@@ -92,13 +92,13 @@ def _library(predictor, given) -> dict[str, np.ndarray]:
 @functools.cache
 def _compiled(model):
   def whole(variables, pixels, ids, mask, boxes, labels, index):
-    maps = model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+    vision = model.apply(variables, pixels, method="get_vision_features")
     tokens = model.apply(variables, ids, mask, method="get_text_features").pooler_output
     out = model.apply(
-      variables, vision_embeds=VisionFeatures(maps), text_embeds=TextFeatures(tokens, tokens, mask),
+      variables, vision_embeds=vision, text_embeds=TextFeatures(tokens, tokens, mask),
       input_boxes=boxes, input_boxes_labels=labels, image_index=index,
     )  # fmt: skip
-    return {"tokens": tokens, "map_2": maps[2]} | {k: getattr(out, k) for k in exporting.OUTPUTS}
+    return {"tokens": tokens, "map_2": vision.convolved[0]} | {k: getattr(out, k) for k in exporting.OUTPUTS}
 
   return tiny.jit(whole)
 
@@ -242,7 +242,7 @@ def test_fixed_numbers_leave_no_symbol(predictor):
   )
   shapes = {n: x.shape for part in parts.values() for n, x in (part.inputs | part.outputs).items()}
   assert shapes["pixels"] == (2, SIDE, SIDE, 3) and shapes["ids"] == (5, 16)
-  assert shapes["pred_logits"] == (5, 20) and shapes["map_2"] == (2, 6, 6, 32)
+  assert shapes["pred_logits"] == (5, 20) and shapes["map_2"] == (2, 24, 24, 32)
   assert "boxes" not in shapes and "labels" not in shapes
   assert all(isinstance(d, int) for shape in shapes.values() for d in shape)
 

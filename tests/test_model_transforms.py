@@ -126,6 +126,7 @@ def test_init_variables_differ_with_the_key_only(model):
 _TWO_DEVICES = """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from sam3lt_jax import parallel
 from tests import tiny
 assert jax.device_count() == 2, jax.devices()
 model, variables = tiny.load(tiny.config())
@@ -137,19 +138,23 @@ rows = NamedSharding(mesh, PartitionSpec("data"))
 everywhere = NamedSharding(mesh, PartitionSpec())
 sharded = tiny.jit(forward, in_shardings=(everywhere, *[rows] * 3), out_shardings=rows)(variables, *inputs)
 assert len(sharded.pred_masks.addressable_shards) == 2
-halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), inputs)
-mapped = jax.pmap(forward, in_axes=(None, 0, 0, 0)).lower(variables, *halves)
-mapped = mapped.compile(tiny.compiler_options())(variables, *halves)
-mapped = jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), mapped)
+by_pmap = parallel.pmap_forward(model, variables)
+mapped = by_pmap(*inputs)
+assert len(mapped.pred_masks.addressable_shards) == 2
+try:
+  by_pmap(*(x[:3] for x in inputs))
+  raise SystemExit("three rows were split over two devices")
+except ValueError as e:
+  assert "a batch of 3 rows cannot be split evenly over 2 devices" in str(e), e
 for out in (sharded, mapped):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5), out, wanted)
 """
 
 
-@pytest.mark.full
 def test_two_devices_give_what_one_gives():
-  """jit over a mesh and pmap, in a process of its own, which can have two devices."""
+  """jit over a mesh and `pmap_forward`, in a process of its own, which can have two devices."""
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+  flags += " --xla_backend_optimization_level=0"  # pmap takes no options of the compiler
   root = pathlib.Path(__file__).parent.parent
   env = os.environ | {"XLA_FLAGS": flags}
   command = [sys.executable, "-c", _TWO_DEVICES]

@@ -55,7 +55,7 @@ def test_one_device_learns(eight):
   assert all(0.04 < w < 0.0601 for w in weights)
 
 
-@pytest.mark.parametrize("way", ["jit", "fsdp", "pmap", "fit", "fit_pmap"])
+@pytest.mark.parametrize("way", ["jit", "fsdp", "pmap", "fit", "fit_again"])
 def test_eight_devices_are_one(eight, way):
   assert_same(eight[way], eight["one"])
 
@@ -137,18 +137,17 @@ def test_a_donated_step_leaves_the_callers_arrays():
 def test_a_state_without_average_or_statistics_is_placed_as_well():
   state = toy.start()[0].replace(ema=None, batch_stats={})
   mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
-  for runner in (
-    parallel.data_parallel(lambda *a: a, mesh),
-    parallel.pmap_step(lambda *a: a, devices=jax.devices()[:1]),
-  ):
-    placed = runner.saved_state(runner.place_state(state))
-    assert placed.ema is None and placed.key.dtype == state.key.dtype
-    assert toy.equal(placed, state)
+  placed = parallel.data_parallel(lambda *a: a, mesh).place_state(state)
+  assert placed.ema is None and placed.key.dtype == state.key.dtype
+  assert toy.equal(placed, state)
 
 
 def test_a_compiled_step_and_another_mesh_are_refused(tmp_path):
+  class Other:
+    """Stands for a mesh of other devices, of which this process has none."""
+
   with pytest.raises(ValueError, match="mesh: the step is compiled already"):
-    toy.run(tmp_path, 2, step_fn=parallel.pmap_step(toy.start()[1]), mesh=parallel.make_mesh())
+    toy.run(tmp_path, 2, step_fn=toy.compiled(), mesh=Other())
 
 
 def test_one_process_starts_nothing(monkeypatch):

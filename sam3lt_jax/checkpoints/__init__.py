@@ -1,8 +1,8 @@
 """Checkpoints: load any of the known layouts, save our own or transformers'.
 
 `from_pretrained` and `save_pretrained` are the doors. Behind them: `sources` finds the files (`hub` downloads
-them), `readers` opens them, `tables` says what belongs where, `engine` applies the tables, `infer` reads a
-configuration off the tensors.
+them), `readers` opens them, `tables` says what belongs where, `engine` applies the tables, `infer` tells
+which model the tensors are of.
 """
 
 from sam3lt_jax.checkpoints.errors import CheckpointError, CheckpointMismatchError

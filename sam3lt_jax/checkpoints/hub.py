@@ -1,19 +1,25 @@
 """Checkpoints from a model hub through huggingface_hub: revisions, progress, resume, offline cache, tokens.
 
-Weights are fetched here in a file of their own name and handed to the hub's cache when whole, so that a
-download that broke off goes on where it stopped, also in the next process: huggingface_hub 2.4.0 throws a
-partial file away when its process ends. Everything else is `snapshot_download` and `hf_hub_download`.
+huggingface_hub asks the hub, transfers and reads the cache. Where a file goes in the cache is decided here,
+for two reasons. `hf_hub_download` (2.4.0) writes to a name drawn anew each time and removes it when the
+connection breaks, so 2 GB that stop at 1.9 start at 0 again: here a part stays, and the next process goes on
+from it. And it takes an answer's ETag and commit for file names as they are: `../` leads out of the cache.
+
+The cache's layout is the documented one, shared with its other users: `blobs/ETAG`, links to them in
+`snapshots/COMMIT/`, and `refs/REVISION` with the commit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fnmatch
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,6 +46,7 @@ _PATTERNS = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer*",
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _PART = re.compile(r"[\w.-]+")  # a user's or a repository's name
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_ETAG = re.compile(r"[\w+=-][\w.+=-]{0,199}", re.ASCII)
 # Exceptions of requests, httpx and huggingface_hub that mean: no connection.
 _NETWORK = {"ConnectError", "TimeoutException", "NetworkError", "ProtocolError", "ConnectionError", "Timeout"}
 
@@ -132,14 +139,13 @@ def download(
   reason: Exception | None = None
   if not local_files_only:
     try:
-      _fetch_weights(call)
       return _from_hub(call)
     except Exception as e:
       if not _is_unreachable(e):
         raise _explain(call, e) from e
       reason = e
   try:
-    return _from_hub(call, local_files_only=True)
+    return _from_cache(call)
   except Exception as e:
     raise _explain(call, reason or e, offline=local_files_only) from e
 
@@ -152,91 +158,139 @@ class _Call:
   cache_dir: str
   endpoint: str
 
-  @property
-  def folder(self) -> str:
-    """Name of the repository's folder in the cache."""
-    return "models--" + self.source.repo.replace("/", "--")
+  def folder(self, *names: str) -> str:
+    """A folder of the repository in the cache."""
+    return os.path.join(self.cache_dir, "models--" + self.source.repo.replace("/", "--"), *names)
 
 
-def _from_hub(call: _Call, **kwargs: Any) -> str:
-  """The hub's own download: metadata, small files, and links to the weights that are already there."""
+def _from_cache(call: _Call) -> str:
   import huggingface_hub
 
-  kwargs |= {
-    "repo_id": call.source.repo, "revision": call.revision, "token": call.token, "cache_dir": call.cache_dir,
-    "endpoint": call.endpoint, "library_name": "sam3lt_jax",
-  }  # fmt: skip
+  kwargs = {"cache_dir": call.cache_dir, "revision": call.revision, "local_files_only": True}
   if call.source.file is not None:
-    return huggingface_hub.hf_hub_download(filename=call.source.file, **kwargs)
-  path = huggingface_hub.snapshot_download(allow_patterns=list(_PATTERNS), **kwargs)
-  weights = os.listdir(path) if os.path.isdir(path) else ()
-  if not any(name.endswith(".safetensors") or name == VARIABLES for name in weights):
+    return huggingface_hub.hf_hub_download(call.source.repo, call.source.file, **kwargs)
+  path = huggingface_hub.snapshot_download(call.source.repo, allow_patterns=list(_PATTERNS), **kwargs)
+  _check_weights(call, os.listdir(path))
+  return path
+
+
+def _check_weights(call: _Call, names: Iterable[str]) -> None:
+  if not any(name.endswith(".safetensors") or name.partition("/")[0] == VARIABLES for name in names):
     raise UnknownRepositoryError(
       f"{call.source.repo} holds no *.safetensors weights at the top; to load another file of it, "
       f"name the file: '{call.source.repo}:path/to/file.pt'"
     )
-  return path
 
 
-def _fetch_weights(call: _Call) -> None:
-  """Downloads the weight files that the cache lacks, each resumable, into the cache's `blobs` folder."""
-  from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-  from huggingface_hub.utils import WeakFileLock, build_hf_headers
+def _from_hub(call: _Call) -> str:
+  """Brings what the cache lacks, each file resumable; links and the revision's name come last."""
+  from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+  from huggingface_hub.utils import build_hf_headers
 
-  cached = {"cache_dir": call.cache_dir, "revision": call.revision}
-  if call.source.file is not None:
-    files = [call.source.file]
-    if call.revision and _COMMIT.fullmatch(call.revision):
-      if isinstance(try_to_load_from_cache(call.source.repo, call.source.file, **cached), str):
-        return
+  file, commit, revision = call.source.file, None, call.revision or "main"
+  if _COMMIT.fullmatch(revision):
+    commit = revision
+  if file is None:
+    info = HfApi(endpoint=call.endpoint, token=call.token).model_info(call.source.repo, revision=revision)
+    every, commit = [s.rfilename for s in info.siblings or ()], info.sha
+    names = [n for n in every if any(fnmatch.fnmatch(n, p) for p in _PATTERNS)]
+    names = [n for n in names if "/" not in n or n.startswith(f"{VARIABLES}/")]  # a * takes in a /
+    _check_weights(call, names)
   else:
-    info = HfApi(endpoint=call.endpoint, token=call.token).model_info(
-      call.source.repo, revision=call.revision
-    )
-    cached["revision"] = info.sha
-    names = [s.rfilename for s in info.siblings or ()]
-    files = [n for n in names if n.endswith(_WEIGHTS) and any(fnmatch.fnmatch(n, p) for p in _PATTERNS)]
-    files = [n for n in files if not isinstance(try_to_load_from_cache(call.source.repo, n, **cached), str)]
-  headers = build_hf_headers(token=call.token, library_name="sam3lt_jax")
-  for name in files:
-    url = hf_hub_url(call.source.repo, name, revision=cached["revision"], endpoint=call.endpoint)
+    names = [file]
+  # Without compression: a part of a compressed transfer could not be continued.
+  headers = build_hf_headers(token=call.token, library_name="sam3lt_jax") | {"Accept-Encoding": "identity"}
+  links: dict[str, str] = {}
+  for name in names:
+    if commit is not None and os.path.exists(_inside(call.folder("snapshots", _commit(commit)), name)):
+      continue
+    url = hf_hub_url(call.source.repo, name, revision=commit or revision, endpoint=call.endpoint)
     # huggingface_hub adds keys of its own to the headers that it is given.
     meta = get_hf_file_metadata(url, token=call.token, headers=dict(headers), endpoint=call.endpoint)
-    if meta.etag is None or meta.size is None or os.sep in meta.etag:
-      continue  # not a hub's usual answer: leave the file to the hub's own code, and its errors
-    blobs = os.path.join(call.cache_dir, call.folder, "blobs")
-    locks = os.path.join(call.cache_dir, ".locks", call.folder)
-    os.makedirs(blobs, exist_ok=True)
-    os.makedirs(locks, exist_ok=True)
+    commit = _commit(commit or meta.commit_hash)
     send = headers
     if urlsplit(meta.location).netloc != urlsplit(url).netloc:
       send = {k: v for k, v in headers.items() if k.lower() != "authorization"}  # a signed address elsewhere
-    with WeakFileLock(os.path.join(locks, f"{meta.etag}.part.lock")):
-      _fetch(meta.location, os.path.join(blobs, meta.etag), name, meta.etag, meta.size, send)
+    links[_inside(call.folder("snapshots", commit), name)] = _fetch(call, name, meta, send)
+  for link, blob in links.items():
+    _link(blob, link)
+  _remember(_inside(call.folder("refs"), revision), commit)
+  snapshot = call.folder("snapshots", commit)
+  return snapshot if file is None else os.path.join(snapshot, file)
 
 
-def _fetch(url: str, blob: str, name: str, etag: str, size: int, headers: dict[str, Any]) -> None:
-  """One file to `blob` by way of `blob`.part, which stays when the connection breaks and is continued."""
+def _commit(commit: str | None) -> str:
+  if not _COMMIT.fullmatch(commit or ""):
+    raise DownloadError(f"the hub's answer has {commit!r} for a commit, which is none; nothing was written")
+  return commit
+
+
+def _inside(folder: str, name: str) -> str:
+  """The path of `name` in `folder`. A name that leads out of it is refused."""
+  path = os.path.abspath(os.path.join(folder, name))
+  if not path.startswith(os.path.abspath(folder) + os.sep):
+    raise DownloadError(f"{name!r} lies outside of the cache's folder {folder}; it is refused")
+  return path
+
+
+def _fetch(call: _Call, name: str, meta: Any, headers: Mapping[str, Any]) -> str:
+  """One file to `blobs/ETAG` by way of `.part` beside it, which stays when the connection breaks."""
   from huggingface_hub.file_download import http_get
+  from huggingface_hub.utils import WeakFileLock
 
-  if os.path.exists(blob):
-    return
-  part = blob + ".part"
-  for _ in range(2):
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    if have > size:
-      os.remove(part)
-      have = 0
-    try:
-      with open(part, "ab", buffering=0) as f:  # on disk chunk by chunk, even if the process is killed
-        http_get(url, f, resume_size=have, headers=headers, expected_size=size, displayed_filename=name)
-    except Exception as e:
-      raise _BrokeOff(name, os.path.getsize(part) if os.path.exists(part) else 0, size, e) from e
-    if os.path.getsize(part) == size and _matches(part, etag):
-      os.replace(part, blob)
-      return
-    os.remove(part)  # continued from another file's bytes, or damaged: once more from the start
+  etag, size = meta.etag, meta.size
+  if size is None or not _ETAG.fullmatch(etag or ""):
+    raise DownloadError(
+      f"the hub's answer for {name} of {call.source.repo} is not usable (ETag {etag!r}, size {size}); "
+      "nothing was written"
+    )
+  blob = os.path.join(call.folder("blobs"), etag)
+  part, lock = blob + ".part", os.path.join(call.cache_dir, ".locks", os.path.basename(call.folder()), etag)
+  for path in (blob, lock):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+  with WeakFileLock(f"{lock}.part.lock"):
+    for _ in range(2):
+      if os.path.exists(blob):
+        return blob
+      have = os.path.getsize(part) if os.path.exists(part) else 0
+      if have > size:
+        os.remove(part)
+        have = 0
+      try:
+        with open(part, "ab", buffering=0) as f:  # on disk chunk by chunk, even if the process is killed
+          http_get(
+            meta.location, f, resume_size=have, headers=headers, expected_size=size, displayed_filename=name
+          )
+      except Exception as e:
+        raise _BrokeOff(name, os.path.getsize(part) if os.path.exists(part) else 0, size, e) from e
+      if os.path.getsize(part) == size and _matches(part, etag):
+        os.replace(part, blob)
+      else:
+        os.remove(part)  # continued from another file's bytes, or damaged: once more from the start
+    if os.path.exists(blob):
+      return blob
   raise _BrokeOff(name, 0, size, OSError(f"the received file does not match its checksum {etag}"))
+
+
+def _link(blob: str, link: str) -> None:
+  os.makedirs(os.path.dirname(link), exist_ok=True)
+  try:
+    os.symlink(os.path.relpath(blob, os.path.dirname(link)), link)
+  except FileExistsError:
+    pass  # another process made it just now
+  except (OSError, NotImplementedError):  # a disk without links
+    shutil.copyfile(blob, link)
+
+
+def _remember(ref: str, commit: str) -> None:
+  """Which commit a branch or tag was, for when there is no network."""
+  if os.path.basename(ref) == commit:
+    return
+  with contextlib.suppress(OSError):  # a cache that is there, but cannot be written
+    os.makedirs(os.path.dirname(ref), exist_ok=True)
+    with open(f"{ref}.{os.getpid()}.tmp", "w", encoding="utf-8") as f:
+      f.write(commit)
+    os.replace(f.name, ref)
 
 
 def _matches(path: str, etag: str) -> bool:
@@ -282,7 +336,7 @@ def _is_unreachable(e: BaseException) -> bool:
 
 def _explain(call: _Call, e: Exception, offline: bool = False) -> Exception:
   """The exception a user should see in place of `e`: one sentence on what happened and what to do."""
-  if isinstance(e, UnknownRepositoryError):
+  if isinstance(e, (UnknownRepositoryError, DownloadError)):
     return e
   repo, revision, names = call.source.repo, call.revision or "main", _names(e)
   cause = e.cause if isinstance(e, _BrokeOff) else e

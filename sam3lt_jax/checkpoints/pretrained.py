@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _QUIET_SECONDS = 2.0  # a progress bar for what takes longer
-_ROPE_KEY = re.compile(r"(?:.*\.)?blocks\.(\d+)\.attn\.freqs_cis")
 
 
 def from_pretrained(
@@ -54,8 +52,8 @@ def from_pretrained(
       - a directory that `save_pretrained` wrote;
       - "random:s0" (also s1, l, sam3, tiny, tiny-s1, tiny-l): untrained weights drawn from `seed`, for trying
         and for benchmarks. What such a model finds means nothing.
-    config: the sizes, instead of those of `config.json` or those inferred from the tensors: a configuration,
-      or what `Sam3LiteTextConfig.from_json` takes.
+    config: the sizes, instead of those of `config.json` or, where there is none, of the released model that
+      the tensors are of: a configuration, or what `Sam3LiteTextConfig.from_json` takes.
     profile: "original", "transformers" or a `Profile`, overriding the source's. Its own is "original" for an
       original file and for random weights, "transformers" for a transformers directory, and what was saved
       for a directory of ours.
@@ -158,13 +156,13 @@ def _load_tensors(
         # An original file is complete in itself; a config.json beside it may be any other model's.
         config = _directory_config(path, profile) if layout.name == "transformers" else None
       if config is None:
-        rope = {int(m[1]): t.shape for key, t in tensors.items() if (m := _ROPE_KEY.fullmatch(key))}
-        config = infer.infer_config(
-          shapes, layout.text_kind, path, rope=rope, profile=profile or Profile.named(layout.name)
-        )
+        config = infer.released_config(shapes, layout.text_kind, path, profile or layout.name)
+        model, target = build(config, **dtypes)
+        infer.check_released(config, shapes, {leaf: tuple(x.shape) for leaf, x in target.items()}, path)
       else:
         infer.check_variant(config, shapes, layout.text_kind, path, given=given)
-      model, target = build(config, **dtypes)
+        infer.check_counts(config, shapes, path)
+        model, target = build(config, **dtypes)
       known(model, target)
       bar.start(sum(t.nbytes for t in tensors.values()))
       leaves = engine.load_tensors(layout, tensors, target, where=path, place=place, advance=bar.advance)

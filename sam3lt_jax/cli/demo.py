@@ -125,8 +125,8 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
 
 def _annotation(number: int, image: int, thing) -> dict[str, Any]:
   """An object of a scene as COCO has it."""
+  from sam3lt_jax.data import rle
   from sam3lt_jax.shapes.scenes import KINDS
-  from sam3lt_jax.training.data import rle
 
   outline = rle.encode(thing.mask)
   x1, y1, x2, y2 = thing.box

@@ -99,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> list:
-  from sam3lt_jax.training.data.load import load_records
-  from sam3lt_jax.training.data.saco import SaCoRecords
+  from sam3lt_jax.data.load import load_records
+  from sam3lt_jax.data.saco import SaCoRecords
 
   with busy("reading the annotations"):
     loaded = [load_records(path, args.images, negatives=not args.only_present) for path in args.annotations]

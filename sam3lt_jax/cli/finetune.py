@@ -174,8 +174,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _config(args: argparse.Namespace):
-  from sam3lt_jax.training.data.augment import AugmentConfig
-  from sam3lt_jax.training.data.batches import BatchConfig
+  from sam3lt_jax.data.augment import AugmentConfig
+  from sam3lt_jax.data.batches import BatchConfig
   from sam3lt_jax.training.detection.lora import LoraConfig
   from sam3lt_jax.training.detection.losses import DetectionLossConfig
   from sam3lt_jax.training.detection.setup import FinetuneConfig
@@ -219,7 +219,7 @@ def _config(args: argparse.Namespace):
 
 def _records(args: argparse.Namespace):
   """What to train on, and what to measure on (None: nothing)."""
-  from sam3lt_jax.training.data.load import load_records
+  from sam3lt_jax.data.load import load_records
   from sam3lt_jax.training.detection.run import hold_out
 
   with busy("reading the annotations"):

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from sam3lt_jax import parallel
 from sam3lt_jax.config import BOX_ONLY_PHRASE
-from sam3lt_jax.features import TextFeatures, VisionFeatures
+from sam3lt_jax.features import TextFeatures
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.programs import explain_memory, jit
@@ -159,7 +159,7 @@ class Forward:
   def _encode(self, variables, pixels):
     """pixels uint8 [R, S, S, 3] -> maps [R, h, w, D]. Bytes travel to the device, a quarter of float32."""
     pixels = (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5
-    return self._model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+    return self._model.apply(variables, pixels, method="get_vision_features")
 
   def _detect(self, variables, maps, tokens, mask, boxes, labels):
     """tokens [R, P, T, D], mask [R, P, T], boxes [R, P, N, 4], labels [R, P, N] -> logits [R, P, Q], presence
@@ -167,12 +167,9 @@ class Forward:
     lead = tokens.shape[:2]
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     spread = lambda m: flat(jnp.broadcast_to(m[:, None], (*lead, *m.shape[1:])))  # noqa: E731
-    vision = VisionFeatures(tuple(maps))
-    if lead[1] > 1:  # what the prompts share, once an image
-      vision = self._model.apply(variables, vision, method="prepare")
     out = self._model.apply(
       variables,
-      vision_embeds=jax.tree.map(spread, vision),
+      vision_embeds=jax.tree.map(spread, maps),
       text_embeds=TextFeatures(flat(tokens), flat(tokens), flat(mask)),
       input_boxes=flat(boxes),
       input_boxes_labels=flat(labels),

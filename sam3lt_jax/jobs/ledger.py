@@ -23,6 +23,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sam3lt_jax import storage
 from sam3lt_jax.jobs import files, locks, shard_files
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class _FilePart:
         raise Busy(f"{shard_files.shard_name(self._index)} was committed meanwhile")
       with files.writing(self._path):
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        files.sync_folder(os.path.dirname(self._path))
+        storage.sync_folder(os.path.dirname(self._path))
     except BaseException:
       self._lock.release()
       raise
@@ -238,7 +239,7 @@ class _FilePart:
     files.write_atomic(self._digest_path, _digest_file(about | digest), alone=True)
     files.move(self._path, self._final)
     with files.writing(self._final):
-      files.sync_folder(os.path.dirname(self._final))
+      storage.sync_folder(os.path.dirname(self._final))
 
   def close(self) -> None:
     if self._descriptor is not None:
@@ -283,7 +284,7 @@ class _MemoryPart:
       # Whoever puts the data last sees here whether the digest beside it is another's, and puts both again.
       if files.read(self._digest_path) == digest:
         return
-    raise files.CannotWrite(f"cannot write {self._final}: another job keeps writing it; end one of them")
+    raise files.CannotWrite(f"{self._final} is not written: another job keeps writing it; end one of them")
 
   def close(self) -> None:
     self._lines.clear()

@@ -10,7 +10,6 @@ and none waits for another.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import signal
 import threading
@@ -18,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sam3lt_jax import phrase_encoder
+from sam3lt_jax import phrase_encoder, storage
 from sam3lt_jax.config import BOX_ONLY_PHRASE
 from sam3lt_jax.jobs import files, ledger, reading, setup
 from sam3lt_jax.jobs.forward import Forward
@@ -153,7 +152,7 @@ def run_job(
   started = time.perf_counter()
   progress, stop = progress or Progress(), stop or threading.Event()
   index, count = setup.process_number(config)
-  with _signals(stop) as caught:
+  with storage.signals(stop.set) as caught:
     files.make_folder(files.absolute(config.out))
     progress.phase("listing the images")
     items = list_items(config.source, recursive=config.recursive, images=config.images)
@@ -292,25 +291,3 @@ class _Job:
   def _on_record(self, record: dict[str, Any]) -> None:
     self._summary.count(record)
     self._progress.image("error" in record)
-
-
-@contextlib.contextmanager
-def _signals(stop: threading.Event) -> Iterator[list[int]]:
-  """SIGINT and SIGTERM set `stop` and are listed; the second one raises KeyboardInterrupt."""
-  caught: list[int] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield caught
-    return
-
-  def handle(number, frame):
-    if caught:
-      raise KeyboardInterrupt
-    caught.append(number)
-    stop.set()
-
-  before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-  try:
-    yield caught
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

@@ -326,14 +326,13 @@ class PreNormLayer(nn.Module):
     self_mask: jax.Array | None = None,
     cross_mask: jax.Array | None = None,
     deterministic: bool = True,
-    mixed: bool = False,
+    mixed: jax.Array | None = None,
   ) -> jax.Array:
     """x: [B, T, D]; keys, values: [B, S, D] of the context; positions: [T, D], joins the queries and keys of
-    the self-attention only; self_mask: bool [B, 1, 1, T]; cross_mask: bool [B, 1, 1, S]; mixed: x comes from
-    `mix`, the self-attention is done. Returns [B, T, D].
+    the self-attention only; self_mask: bool [B, 1, 1, T]; cross_mask: bool [B, 1, 1, S]; mixed: [B, T, D],
+    what `mix` makes of x, where that is known. Returns [B, T, D].
     """
-    if not mixed:
-      x = self.mix(x, positions, self_mask, deterministic)
+    x = self.mix(x, positions, self_mask, deterministic) if mixed is None else mixed
     h = self.cross_attn(self.layer_norm2(x), keys, values, cross_mask, deterministic=deterministic)
     x = x + self.drop(h, deterministic=deterministic)
     return x + self.drop(self.mlp(self.layer_norm3(x), deterministic), deterministic=deterministic)

@@ -12,7 +12,7 @@
 
     distillation/  a LiteText text encoder learns a teacher's features
     detection/     the detector learns boxes, masks and scores
-    data/          annotation files -> batches
 
-Devices, meshes and several hosts are in `sam3lt_jax.parallel`.
+Devices, meshes and several hosts are in `sam3lt_jax.parallel`; annotation files
+and batches in `sam3lt_jax.data`.
 """

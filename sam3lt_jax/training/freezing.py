@@ -77,17 +77,7 @@ def merge(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Tree:
   Raises:
     ValueError: a parameter that is in both.
   """
-  return _merge(trainable, frozen, "")
-
-
-def _merge(a: Mapping[str, Any], b: Mapping[str, Any], where: str) -> Tree:
-  tree = dict(a)
-  for name, value in b.items():
-    path = f"{where}{name}"
-    if name not in tree:
-      tree[name] = value
-    elif isinstance(tree[name], Mapping) and isinstance(value, Mapping):
-      tree[name] = _merge(tree[name], value, f"{path}/")
-    else:
-      raise ValueError(f"merge: {path} is in both trees")
-  return tree
+  a, b = flatten(trainable), flatten(frozen)
+  if both := a.keys() & b.keys():
+    raise ValueError(f"merge: {min(both)} is in both trees")
+  return unflatten(a | b)

@@ -9,7 +9,6 @@ import functools
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel
+from sam3lt_jax import parallel, storage
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.errors import Interrupted, NonFiniteLoss
 from sam3lt_jax.training.prefetch import Prefetch
@@ -33,7 +32,7 @@ Report = Callable[[str], Any]
 
 def fit(
   state: TrainState,
-  step_fn: TrainStep | parallel.JitStep | parallel.PmapStep,
+  step_fn: TrainStep | parallel.JitStep,
   data: Any,
   *,
   total_steps: int,
@@ -59,7 +58,7 @@ def fit(
 
   Args:
     state: before the first step; left as it is.
-    step_fn: of `make_train_step`, compiled here; or what `parallel.data_parallel` or `pmap_step` return.
+    step_fn: of `make_train_step`, compiled here; or what `parallel.data_parallel` returns.
     data: data[step] -> {name: numpy [B, ...]}, the batch of that step, for steps from 0: the same every time
       it is asked. With several processes, the rows of this one. The array "id" (int64 [B], optional) names
       the records and is not sent to the device. An attribute `skipped` ({reason: count}) is shown when it
@@ -111,7 +110,7 @@ def fit(
     raise ValueError(f"{directory} holds a run of {there[-1]} steps; pass resume=True, or another directory")
   check_fingerprint(os.path.join(directory, "config.json"), fingerprint or {}, resuming=bool(there))
   restored = checkpoints.restore(runner.abstract_state(state)) if there else None
-  state = runner.place_state(state) if restored is None else runner.adopt_state(restored)
+  state = runner.place_state(state) if restored is None else restored
   done = 0 if restored is None else int(restored.step)
   if 0 < done < total_steps:
     report(f"going on after step {done} of {total_steps}")
@@ -123,14 +122,14 @@ def fit(
       report(f"nothing is left to do: all {total_steps} steps are done")
       return state
     batches = stack.enter_context(contextlib.closing(Prefetch(data, done, total_steps)))
-    stop = stack.enter_context(_signals())
+    caught = stack.enter_context(storage.signals())
     stack.callback(run.settle)
-    return run.through(state, batches, stop, log_every, evaluate, evaluate_every, checkpoint_every)
+    return run.through(state, batches, caught, log_every, evaluate, evaluate_every, checkpoint_every)
 
 
-def _runner(step_fn: Any, mesh: Any) -> Any:
-  if hasattr(step_fn, "place_batch"):
-    if mesh is not None and getattr(step_fn, "mesh", None) != mesh:
+def _runner(step_fn: Any, mesh: jax.sharding.Mesh | None) -> parallel.JitStep:
+  if isinstance(step_fn, parallel.JitStep):
+    if mesh is not None and step_fn.mesh != mesh:
       raise ValueError("mesh: the step is compiled already; pass the plain step, or leave mesh out")
     return step_fn
   if mesh is None:
@@ -144,7 +143,7 @@ def _runner(step_fn: Any, mesh: Any) -> Any:
 class _Run:
   """What the steps of one call of `fit` share."""
 
-  runner: Any
+  runner: parallel.JitStep
   data: Any
   frozen: Any
   checkpoints: TrainCheckpoints
@@ -166,7 +165,7 @@ class _Run:
     self,
     state: TrainState,
     batches: Prefetch,
-    stop: _Stop,
+    caught: list[int],
     log_every: int,
     evaluate: Callable | None,
     evaluate_every: int,
@@ -183,7 +182,7 @@ class _Run:
       self.look(0 if index == self.start else _IN_FLIGHT)
       self.clock.count(rows, first=index == self.start)
       self.checkpoints.check()  # a full disk ends the run now, not at the next checkpoint
-      asked = stop.asked(step, log_every)
+      asked = _asked(caught, step, log_every)
       scores: dict[str, float] = {}
       if step % log_every == 0 or last:
         self.write(step)
@@ -226,7 +225,7 @@ class _Run:
   def evaluate(self, step: int, evaluate: Callable, state: TrainState) -> dict[str, float]:
     self.look(0)
     with self.clock.paused():
-      values = evaluate(self.runner.saved_state(state))
+      values = evaluate(state)
       scores = {f"eval_{name}": float(x) for name, x in values.items()}
     if self.checkpoints.best is not None and self.checkpoints.best[0] not in scores:
       raise ValueError(f"best={self.checkpoints.best!r}; evaluate gives {', '.join(scores) or 'nothing'}")
@@ -237,7 +236,7 @@ class _Run:
   def save(self, step: int, state: TrainState, scores: dict[str, float]) -> None:
     self.look(0)  # a state after a bad step is never saved
     self.log.sync()
-    self.checkpoints.save(step, self.runner.saved_state(state), scores)
+    self.checkpoints.save(step, state, scores)
 
   def settle(self) -> None:
     """Before leaving: what is being written is written to its end."""
@@ -296,43 +295,19 @@ class _Clock:
     self.since += time.perf_counter() - start
 
 
-class _Stop:
-  """Whether a signal asked the run to end. `number` is set by its handler."""
+def _asked(caught: list[int], step: int, log_every: int) -> int:
+  """The number of the signal that asks the run to end, or 0.
 
-  number = 0
+  Several processes agree on it at every logged step: all must save.
+  """
+  number = caught[0] if caught else 0
+  if jax.process_count() == 1:
+    return number
+  if step % log_every:
+    return 0
+  from jax.experimental import multihost_utils
 
-  def asked(self, step: int, log_every: int) -> int:
-    """The signal's number, or 0. Several processes agree on it at every logged step: all must save."""
-    if jax.process_count() == 1:
-      return self.number
-    if step % log_every:
-      return 0
-    from jax.experimental import multihost_utils
-
-    return int(np.max(multihost_utils.process_allgather(np.int32(self.number))))
-
-
-@contextlib.contextmanager
-def _signals():
-  """SIGTERM and SIGINT set a flag, once: a second one of them does what it does without us."""
-  stop = _Stop()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop  # handlers can only be set there
-    return
-  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-  def handle(number, _):
-    stop.number = number
-    for each, handler in before.items():
-      signal.signal(each, handler)
-
-  for number in before:
-    signal.signal(number, handle)
-  try:
-    yield stop
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+  return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def _duration(seconds: float) -> str:

@@ -24,7 +24,6 @@ def make_train_step(
   *,
   ema_decay: float | None = None,
   schedule: Callable[[Any], jax.Array] | None = None,
-  axis_name: str | None = None,
 ) -> TrainStep:
   """A pure function step(state, frozen, batch) -> (state, metrics), to be compiled by `sam3lt_jax.parallel`.
 
@@ -35,9 +34,6 @@ def make_train_step(
     tx: the optimiser of `make_optimizer`.
     ema_decay: ema = decay * ema + (1 - decay) * params at every optimiser update; for states made with ema.
     schedule: of `make_optimizer`; adds the metric "learning_rate".
-    axis_name: the axis of `jax.pmap` over which losses, gradients, metrics and BatchNorm statistics are
-      averaged. Equal to one device with the whole batch if the loss is a mean over rows; a mean over valid
-      tokens is not, as each device divides by its own count. None: under `jax.jit`, where it always is.
 
   Returns:
     The step. Its metrics are those of the loss function and "loss", "grad_norm" (global, before clipping,
@@ -47,12 +43,8 @@ def make_train_step(
 
   def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(state.key, state.step)
-    if axis_name is not None:
-      key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (metrics, batch_stats)), grads = gradient(state.params, frozen, state.batch_stats, batch, key)
-    if axis_name is not None:
-      loss, metrics, batch_stats, grads = jax.lax.pmean((loss, metrics, batch_stats, grads), axis_name)
     norm = _norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -36,17 +36,19 @@ class Ours:
     self.predictor = Predictor.from_pretrained(workload.directory, dtype=dtype)
     self.model, self.variables = self.predictor.model, self.predictor.variables
     apply = self.model.apply
-    self._vision = jit(lambda v, x: apply(v, x, method="get_vision_features"))
+    self._vision = jit(lambda v, x: apply(v, x, method="neck_maps"))
     self._text = jit(
       lambda v, ids, mask, length: apply(v, ids, mask, method="get_text_features", length=length),
       static_argnums=3,
     )
     self._prepare = jit(lambda v, vision: apply(v, vision, method="prepare"))
-    self._detect = jit(
-      lambda v, vision, text, boxes, labels: apply(
-        v, vision_embeds=vision, text_embeds=text, input_boxes=boxes, input_boxes_labels=labels
-      )
-    )
+
+    def detect(v, vision, text, boxes, labels):
+      if isinstance(vision, tuple):  # the neck's maps, from which the reference's detection starts as well
+        vision = apply(v, vision, method="prepare")
+      return apply(v, vision_embeds=vision, text_embeds=text, input_boxes=boxes, input_boxes_labels=labels)
+
+    self._detect = jit(detect)
     self._forward = jit(apply)
     self._unseen = itertools.count(1)
 

@@ -46,6 +46,7 @@ class HubServer:
     self.stalled = threading.Event()
     self.release = threading.Event()
     self.down = False  # every answer is 503
+    self.lies: dict[str, str | None] = {}  # headers of files, and "sha" of a repository, to be sent instead
     hub = self
 
     class Handler(_Handler):
@@ -124,7 +125,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for path, data in files.items()
       ]
     else:
-      body = {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]}
+      sha = self.server_hub.lies.get("sha", commit)
+      body = {"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in files]}
     self._send(200, json.dumps(body).encode(), **{"Content-Type": "application/json"})
 
   def _resolve(self, name: str, revision: str, path: str, token: str | None):
@@ -141,11 +143,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if data is None:
       return self._error(404, "EntryNotFound", **{"X-Repo-Commit": commit})
     headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-    if _lfs(path, data):
+    if large := _lfs(path, data):
       sha = hashlib.sha256(data).hexdigest()
       headers |= {"X-Linked-Etag": f'"{sha}"', "X-Linked-Size": str(len(data))}
-      return self._send(302, b"", **headers, Location=f"{self.server_hub.cdn}/{sha}")
-    self._send(200, data, **headers, ETag=f'"{_git_hash(data)}"')
+      headers["Location"] = f"{self.server_hub.cdn}/{sha}"
+    else:
+      headers["ETag"] = f'"{_git_hash(data)}"'
+    headers |= {name: value for name, value in self.server_hub.lies.items() if name in headers}
+    self._send(302 if large else 200, b"" if large else data, **headers)
 
   def _cdn(self, sha: str):
     hub = self.server_hub

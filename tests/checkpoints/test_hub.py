@@ -26,6 +26,7 @@ _FILES = {
   "model.safetensors": _WEIGHTS,
   "README.md": b"not wanted",
   "old.pt": b"not wanted either",
+  "onnx/config.json": b"not wanted, in a folder",
 }
 
 # Chunks of 1 KiB instead of 10 MB, and no pause between retries, so that small files show what large ones do.
@@ -66,21 +67,26 @@ def server():
 
 
 @pytest.fixture
-def child(server, tmp_path):
+def environment(server, tmp_path):
+  """Of a process that knows no hub but the stand-in."""
+  clean = {
+    k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")
+  }
+  return clean | {
+    "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": str(_ROOT),
+  }  # fmt: skip
+
+
+@pytest.fixture
+def child(environment, tmp_path):
   """Starts `hub.download(**args)` against the stand-in; returns the process."""
 
   def start(source=_REPO, env=None, **args):
-    clean = {
-      k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")
-    }
-    clean |= {
-      "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
-      "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": str(_ROOT),
-    }  # fmt: skip
     args = {"source": source, "cache_dir": str(tmp_path / "cache")} | args
     return subprocess.Popen(
       [sys.executable, "-c", _CHILD, json.dumps(args), str(_ROOT / "sam3lt_jax" / "checkpoints")],
-      env=clean | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      env=environment | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
   return start
@@ -244,6 +250,85 @@ def test_each_mistake_has_its_sentence(download, args, error, base, text):
   assert base in answer["bases"]
   assert text in answer["message"]
   assert "\n" not in answer["message"]
+
+
+_OUT = "../../../../out"  # from blobs, snapshots or refs of a repository, past the cache
+
+
+@pytest.mark.parametrize(
+  ("source", "lies"),
+  [
+    (_REPO, {"ETag": f'"{_OUT}"'}),
+    (_REPO, {"ETag": '".."'}),
+    (_REPO, {"X-Linked-Etag": f'W/"{_OUT}"'}),
+    (f"{_REPO}:model.safetensors", {"X-Linked-Etag": '"/tmp/out"'}),
+    (f"{_REPO}:config.json", {"ETag": '"a/../../b"'}),
+    (_REPO, {"sha": _OUT}),
+    (f"{_REPO}:model.safetensors", {"X-Repo-Commit": _OUT}),
+    (f"{_REPO}:config.json", {"X-Repo-Commit": "main"}),
+  ],
+)
+def test_a_hub_cannot_name_a_place_outside_of_the_cache(server, download, tmp_path, source, lies):
+  server.lies = lies
+  answer = download(source)
+  assert answer.get("error") == "DownloadError", answer
+  assert "\n" not in answer["message"]
+  assert "nothing was written" in answer["message"]
+  assert set(os.listdir(tmp_path)) <= {"cache", "home"}
+  assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_symlink() or path.name == "out"]
+
+
+@pytest.mark.parametrize("name", [f"variables/{_OUT}", f"variables/x/../../{_OUT}.json"])
+def test_a_file_list_cannot_lead_out_of_the_cache(server, download, tmp_path, name):
+  server.repositories["owner/odd"] = Repository({_NEW: _FILES | {name: b"x"}}, {"main": _NEW})
+  answer = download("owner/odd")
+  assert answer.get("error") == "DownloadError" and "it is refused" in answer["message"], answer
+  assert set(os.listdir(tmp_path)) <= {"cache", "home"}
+
+
+def test_a_revision_cannot_lead_out_of_the_cache(server, download, tmp_path):
+  repository = server.repositories[_REPO]
+  repository.refs[_OUT] = _NEW
+  answer = download(revision=_OUT)
+  assert answer.get("error") in ("DownloadError", "UnknownRepositoryError"), answer
+  assert set(os.listdir(tmp_path)) <= {"cache", "home"}
+
+
+def test_what_broke_off_is_not_taken_for_whole_without_a_network(server, download):
+  server.cuts = [70_000] + [0] * 20
+  assert download(revision=_NEW)["error"] == "DownloadError"
+  server.down = True
+  for revision in (None, _NEW):
+    assert download(revision=revision, local_files_only=True)["error"] == "HubUnreachableError"
+
+
+def test_a_cache_that_the_library_filled_is_used_and_the_other_way_round(
+  server, environment, download, tmp_path
+):
+  path = download()["path"]
+  server.requests.clear()
+  code = (
+    "import huggingface_hub as h, sys; kw = dict(cache_dir=sys.argv[1])\n"
+    "print(h.hf_hub_download(sys.argv[2], 'model.safetensors', local_files_only=True, **kw))\n"
+    "print(h.snapshot_download(sys.argv[2], revision='v1', **kw))"
+  )
+  command = [sys.executable, "-c", code, str(tmp_path / "cache"), _REPO]
+  run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=True)
+  ours, theirs = run.stdout.split()
+  assert ours == os.path.join(path, "model.safetensors")
+  server.requests.clear()
+  assert download(revision="v1")["path"] == theirs
+  assert not server.asked("HEAD", "/resolve/") and not server.asked("GET", "/cdn/")
+
+
+def test_a_disk_without_links(monkeypatch, tmp_path):
+  def refuse(*args, **kwargs):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+  monkeypatch.setattr(os, "symlink", refuse)
+  (tmp_path / "blob").write_bytes(b"x")
+  hub._link(str(tmp_path / "blob"), str(tmp_path / "snapshot" / "a" / "b"))
+  assert (tmp_path / "snapshot" / "a" / "b").read_bytes() == b"x"
 
 
 def test_full_disk_and_read_only_cache(monkeypatch, tmp_path):

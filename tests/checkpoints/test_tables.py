@@ -108,13 +108,63 @@ def test_export_gives_the_released_keys(variant):
   assert {k: (e.shape, e.dtype.name) for k, e in entries.items()} == expected
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_released_configurations_are_inferred(variant):
+def released_shapes(variant):
   keys = real_size_layout(variant)
   sources, _ = engine.assign(tables.detect(keys, "file"), {k: shape for k, (shape, _) in keys.items()})
-  shapes = {leaf: s.shape for leaf, s in sources.items()}
-  for rope in ({}, {i: ((5184 if i % 8 == 7 else 576), 32) for i in range(32)}):
-    assert infer.infer_config(shapes, KINDS[variant], "file", rope=rope) == released_config(variant)
+  return {leaf: s.shape for leaf, s in sources.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("profile", ["original", "transformers"])
+def test_released_models_are_known_by_their_tensors(variant, profile):
+  shapes, config = released_shapes(variant), released_config(variant)
+  found = infer.released_config(shapes, KINDS[variant], "file", profile)
+  assert found == (config if profile == "original" else config.replace(profile=profile))
+  released = {leaf: tuple(x.shape) for leaf, x in abstract_leaves(Sam3LiteText(config)).items()}
+  infer.check_released(found, shapes, released, "file")
+  infer.check_counts(found, shapes, "file")
+
+
+def test_what_differs_from_the_released_model_is_said():
+  config, shapes = released_config("s1"), released_shapes("s1")
+  released = dict(shapes)
+  shapes["params/detr_decoder/query_embed/embedding"] = (300, 256)
+  shapes["params/detr_encoder/layers_6/layer_norm1/bias"] = (256,)
+  with pytest.raises(CheckpointError) as caught:
+    infer.check_released(config, shapes, released, "m.pt")
+  assert str(caught.value) == (
+    "m.pt has the text encoder of SAM3-LiteText-S1 (MobileCLIP text encoder, 12 layers of 512), but is not"
+    " that model: detr_decoder/query_embed/embedding is [300, 256] and not [200, 256];"
+    " detr_encoder.num_layers is 7 and not 6; pass config= with its sizes"
+  )
+  shapes |= {leaf: (1,) for leaf in list(released)[:9]}
+  with pytest.raises(CheckpointError, match=r"; .*; .* and 8 more; pass config="):
+    infer.check_released(config, shapes, released, "m.pt")
+
+
+_MANY = 10**6
+
+
+@pytest.mark.parametrize(
+  ("part", "changes", "told"),
+  [
+    ("vision", {"num_hidden_layers": _MANY}, "vision.num_hidden_layers=1000000, the tensors are for 32"),
+    ("vision", {"scale_factors": (1.0,) * _MANY}, "vision.scale_factors=1000000, the tensors are for 4"),
+    ("text", {"num_hidden_layers": _MANY}, "text.num_hidden_layers=1000000, the tensors are for 12"),
+    ("geometry_encoder", {"num_layers": _MANY}, "geometry_encoder.num_layers=1000000, the tensors are for 3"),
+    ("detr_encoder", {"num_layers": 7}, "detr_encoder.num_layers=7, the tensors are for 6"),
+    ("detr_decoder", {"num_layers": 7}, "detr_decoder.num_layers=7, the tensors are for 6"),
+    (
+      "mask_decoder", {"num_upsampling_stages": _MANY},
+      "mask_decoder.num_upsampling_stages=1000000, the tensors are for 3",
+    ),
+  ],
+)  # fmt: skip
+def test_more_layers_than_tensors_are_refused_before_a_model_is_built(part, changes, told):
+  config = released_config("s1")
+  config = config.replace(**{part: dataclasses.replace(getattr(config, part), **changes)})
+  with pytest.raises(CheckpointError, match=told):
+    infer.check_counts(config, released_shapes("s1"), "file")
 
 
 @pytest.mark.parametrize(("variant", "count"), [("s0", 42_541_312), ("s1", 63_528_192), ("l", 123_800_320)])

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from examples.shapes import record, train
+from examples.shapes import models, record, train
 from sam3lt_jax.checkpoints import from_pretrained
-from sam3lt_jax.shapes import models
 
 pytestmark = pytest.mark.full  # six train steps to compile: CI runs it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -53,11 +54,12 @@ def loss_fn(params, frozen, batch_stats, batch, key):
   return jnp.mean(error**2), ({"mae": jnp.mean(jnp.abs(error))}, batch_stats)
 
 
+CONFIG = OptimizerConfig(peak_lr=0.1, total_steps=30, warmup_steps=5, accumulate=2, ema_decay=0.9)
+
+
 def start(**config: Any) -> tuple[TrainState, Any]:
   """(state, plain step) with accumulation, an average and statistics, unless `config` says otherwise."""
-  config = OptimizerConfig(
-    **{"peak_lr": 0.1, "total_steps": 30, "warmup_steps": 5, "accumulate": 2, "ema_decay": 0.9} | config
-  )
+  config = dataclasses.replace(CONFIG, **config)
   tx, schedule = make_optimizer(config, params())
   stats = {"mean": np.zeros(FEATURES, np.float32)}
   state = TrainState.create(params(), tx, jax.random.key(7), batch_stats=stats, ema=True)

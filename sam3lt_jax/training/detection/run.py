@@ -12,16 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel
-from sam3lt_jax.checkpoints import disk
+from sam3lt_jax import parallel, storage
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.config import TextConfig
+from sam3lt_jax.data.batches import DetectionBatches
+from sam3lt_jax.data.records import Record
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
-from sam3lt_jax.training.data.batches import DetectionBatches
-from sam3lt_jax.training.data.records import Record
 from sam3lt_jax.training.detection.lora import count_parameters
 from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, exported, prepare
 from sam3lt_jax.training.loop import fit
@@ -82,7 +81,7 @@ def finetune(
 
   Args:
     source: what `from_pretrained` takes, or (model, variables), unfused.
-    records: what to train on, see `training.data`.
+    records: what to train on, see `sam3lt_jax.data`.
     directory: of the run.
     config: its numbers; None: the defaults.
     validation: records held out; then cgF1 on them is measured and the best state is the result, otherwise
@@ -115,7 +114,7 @@ def finetune(
     **(fingerprint or {}),
   }
   # Before a model is loaded: that can take minutes.
-  disk.check_directory(directory, "directory")
+  storage.check_directory(directory, "directory")
   check_unchanged(directory, facts, partly=True)
   predictor = _load(source, config, profile, processor)
   run = _Run(config, predictor, os.path.abspath(os.fspath(directory)), validation, iou_type, report)

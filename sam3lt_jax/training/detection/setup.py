@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
+from sam3lt_jax.data.batches import BatchConfig
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.training import freezing
-from sam3lt_jax.training.data.batches import BatchConfig
 from sam3lt_jax.training.detection import lora as lora_ops
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.losses import DetectionLossConfig, make_detection_loss_fn
@@ -50,7 +50,7 @@ class FinetuneConfig:
 
   Attributes:
     steps: calls of the train step, each on one batch.
-    data: batches, prompts, augmentation and their seed, see `data.batches.BatchConfig`.
+    data: batches, prompts, augmentation and their seed, see `sam3lt_jax.data.batches.BatchConfig`.
     loss: weights of the losses.
     freeze: parts (see `PARTS`) or regular expressions over parameter paths that stay as they are.
     lora: adapters; then everything else is frozen except what `train` finds.

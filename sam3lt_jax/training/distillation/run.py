@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel
-from sam3lt_jax.checkpoints import disk, sources
+from sam3lt_jax import parallel, storage
+from sam3lt_jax.checkpoints import sources
 from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
 from sam3lt_jax.model import Sam3LiteText, Variables
@@ -216,9 +216,9 @@ class _Distillation:
 def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
   """Reads, loads and checks everything, cheapest first."""
   c = config
-  disk.check_directory(c.out, "out")
+  storage.check_directory(c.out, "out")
   if c.features is not None:
-    disk.check_directory(c.features, "features")
+    storage.check_directory(c.features, "features")
     feature_files.check_target(c.features)
   profile = Profile.named(c.profile)
   prompts = read_prompts(c.prompts, profile)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples.shapes import models
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.ops import boxes as box_ops
-from sam3lt_jax.shapes import models
 from sam3lt_jax.training.detection.initialization import start_locally
 
 

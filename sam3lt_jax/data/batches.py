@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from sam3lt_jax.config import Sam3LiteTextConfig
+from sam3lt_jax.data.examples import Example, PromptConfig, make_example
+from sam3lt_jax.data.records import Record, RecordError
 from sam3lt_jax.processing.processor import Sam3Processor
-from sam3lt_jax.training.data.examples import Example, PromptConfig, make_example
-from sam3lt_jax.training.data.records import Record, RecordError
 
 _log = logging.getLogger(__name__)
 

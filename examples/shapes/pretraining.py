@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from examples.shapes import data
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.shapes import data
 from sam3lt_jax.shapes.scenes import Scene, SceneConfig, draw_scene
 
 # As the questions', but for the kind "no object", which comes first.
@@ -121,8 +121,8 @@ def make_dense_extra(side: int, weight: float) -> Callable:
   """
   heads = DenseHeads(side)
 
-  def extra(model, params, vision, output, batch):
-    maps = heads.apply({"params": params[HEADS]}, vision.fpn_hidden_states)
+  def extra(model, params, maps, output, batch):
+    maps = heads.apply({"params": params[HEADS]}, maps)
     loss, metrics = dense_loss(maps, batch["classes"], batch["edges"])
     return weight * loss, {f"dense_{name}": value for name, value in metrics.items()}
 
@@ -138,7 +138,7 @@ def make_dense_loss_fn(model: Sam3LiteText, side: int) -> tuple[Callable, Callab
 
   def encode(vision, pixels):
     variables = {"params": {"vision_encoder": vision}}
-    return model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+    return model.apply(variables, pixels, method="neck_maps")
 
   def loss_fn(params, frozen, batch_stats, batch, key):
     maps = encode(params["vision_encoder"], batch["pixel_values"])
@@ -167,7 +167,7 @@ def with_unit_maps(model: Sam3LiteText, vision: Any, heads: Any, pixels: np.ndar
     vision, heads: the parameters after stage 0. pixels: float32 [B, S, S, 3], scenes to measure by.
   """
   variables = {"params": {"vision_encoder": vision}}
-  maps = model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+  maps = model.apply(variables, pixels, method="neck_maps")
   neck, heads = dict(vision["neck"]), dict(heads)
   for i, x in enumerate(maps):
     level, head, scale = dict(neck[f"fpn_layers_{i}"]), heads[f"head_{i}"], float(x.std())

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+from sam3lt_jax.data import augment as augment_ops
+from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.data.augment import Augmentation, AugmentConfig
+from sam3lt_jax.data.records import Prompt, Record, RecordError
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing.processor import Sam3Processor
-from sam3lt_jax.training.data import augment as augment_ops
-from sam3lt_jax.training.data import rle as rle_ops
-from sam3lt_jax.training.data.augment import Augmentation, AugmentConfig
-from sam3lt_jax.training.data.records import Prompt, Record, RecordError
 
 Example = dict[str, np.ndarray]
 
