@@ -1,8 +1,11 @@
-"""What makers state of their accelerators."""
+"""What makers state of their accelerators, and where the figures of compiled programs are kept."""
 
 from __future__ import annotations
 
+import pathlib
 from typing import NamedTuple
+
+COMPILED = pathlib.Path(__file__).with_name("compiled.json")  # written by `tpu.compile`
 
 
 class Chip(NamedTuple):

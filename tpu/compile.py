@@ -28,20 +28,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax import parallel
+from sam3lt_jax import engine, parallel
 from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 from sam3lt_jax.config import Sam3LiteTextConfig
 from sam3lt_jax.data.batches import BatchConfig
-from sam3lt_jax.features import Detections, Prompts, VisionFeatures
+from sam3lt_jax.features import Prompts
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.ops import target
-from sam3lt_jax.processing import postprocess
 from sam3lt_jax.training.detection import memory
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.setup import FinetuneConfig
-from tpu.chips import CHIPS
+from tpu.chips import CHIPS, COMPILED
 
-BOXES = 8  # slots of a prompt, as `Predictor` pads them
+BOXES = engine.BOX_BUCKETS[0]  # slots of a prompt without boxes
 
 
 # -------------------------------------------------------------------- the programs
@@ -56,24 +55,6 @@ class Program(NamedTuple):
   donated: tuple[int, ...] = ()
 
 
-def encode(model: Sam3LiteText, variables: Any, pixels: jax.Array) -> VisionFeatures:
-  """Images uint8 [R, S, S, 3]."""
-  pixels = (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5
-  return model.apply(variables, pixels, method="get_vision_features")
-
-
-def detect(model: Sam3LiteText, variables: Any, vision: VisionFeatures, prompts: Prompts) -> Detections:
-  """P prompts about each of R images; `prompts` and the result have the leading axes [R, P]."""
-  lead = prompts.mask.shape[:2]
-  spread = lambda m: jnp.broadcast_to(m[:, None], (*lead, *m.shape[1:]))  # noqa: E731
-  flat = lambda x: x.reshape(lead[0] * lead[1], *x.shape[2:])  # noqa: E731
-  vision, prompts = jax.tree.map(lambda m: flat(spread(m)), vision), jax.tree.map(flat, prompts)
-  out = model.apply(variables, vision, prompts, method="detect")
-  scores = postprocess.detection_scores(out.pred_logits, out.presence_logits)
-  found = Detections(scores, out.pred_boxes, out.pred_masks)
-  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
-
-
 def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Program]]:
   """Name -> what makes the program for `ways` devices, each with as many images as the name says."""
   model = Sam3LiteText(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -82,7 +63,7 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
 
   def vision(images: int) -> Program:
     pixels = struct((ways * images, side, side, 3), jnp.uint8)
-    return Program(lambda *given: encode(model, *given), (variables, pixels), (False, True))
+    return Program(lambda *given: engine.encode(model, *given), (variables, pixels), (False, True))
 
   def detection(prompts: int) -> Program:
     function, arguments, _, _ = vision(1)
@@ -92,7 +73,9 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
       struct((*lead, BOXES, 4), jnp.float32), struct((*lead, BOXES), jnp.int32),
     )  # fmt: skip
     features = jax.eval_shape(function, *arguments)
-    return Program(lambda *given: detect(model, *given), (variables, features, asked), (False, True, True))
+    return Program(
+      lambda *given: engine.detect(model, *given), (variables, features, asked), (False, True, True)
+    )
 
   def training() -> Program:
     tuning = FinetuneConfig(
@@ -199,7 +182,6 @@ def figures(compiled: jax.stages.Compiled) -> Figures:
 # -------------------------------------------------------------------- the table
 
 
-DATA = pathlib.Path(__file__).with_name("compiled.json")
 _KEY = ("size", "topology", "chips", "program")
 
 
@@ -302,9 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(f"{name}, {chips} chip(s): compiled in {time.perf_counter() - start:.0f} s", flush=True)
       rows.append(row(args.size, args.topology, chips, name, found))
       if args.write:  # as soon as it is known: a compilation takes minutes
-        old = json.loads(DATA.read_text()) if DATA.exists() else []
+        old = json.loads(COMPILED.read_text()) if COMPILED.exists() else []
         rows_now = merged(old, rows)
-        DATA.write_text(json.dumps(rows_now, indent=1) + "\n")
+        COMPILED.write_text(json.dumps(rows_now, indent=1) + "\n")
         pathlib.Path(args.write).write_text(document(rows_now))
   print(table(rows))
   return 0

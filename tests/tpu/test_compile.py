@@ -17,6 +17,7 @@ from tests.benchmarks import flops
 from tests.tpu import compile_small
 from tests.tpu.conftest import ROOT
 from tpu import compile
+from tpu.chips import COMPILED
 
 NEEDS_LIBTPU = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'sam3lt_jax[tpu]'"
@@ -76,7 +77,7 @@ def test_full_size_vision_is_what_the_table_says_and_meets_its_goals():
 
 
 def rows():
-  return json.loads(compile.DATA.read_text())
+  return json.loads(COMPILED.read_text())
 
 
 def test_the_document_is_made_of_the_data():

@@ -65,7 +65,7 @@ def training_memory(model_config: Sam3LiteTextConfig, config: FinetuneConfig) ->
     donated arguments), temporary, total = arguments + outputs - aliased + temporary; state, frozen, batch:
     parts of the arguments; and trainable: the number of trained parameters.
   """
-  setup, state, batch = _abstract(model_config, config)
+  setup, state, batch = abstract(model_config, config)
   step = jax.jit(setup.step, donate_argnums=(0,))
   analysis = step.lower(state, setup.frozen, batch).compile().memory_analysis()
   out = {
@@ -80,7 +80,7 @@ def training_memory(model_config: Sam3LiteTextConfig, config: FinetuneConfig) ->
   return out | {"trainable": count_parameters(setup.params)}
 
 
-def _abstract(model_config: Sam3LiteTextConfig, config: FinetuneConfig) -> tuple[Setup, Any, dict[str, Any]]:
+def abstract(model_config: Sam3LiteTextConfig, config: FinetuneConfig) -> tuple[Setup, Any, dict[str, Any]]:
   model = Sam3LiteText(model_config)
   variables = jax.eval_shape(model.init_variables, jax.random.key(0))
   setup = prepare(model, variables, config)
