@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import numbers
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -24,8 +26,46 @@ GeometryCls = Literal["always", "with_boxes", "with_any_boxes"]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-  if value not in choices:
+  if not isinstance(value, str) or value not in choices:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+_LARGEST = 1 << 24  # of any number of ours that counts something
+
+
+def typed(name: str, value: Any, like: Any) -> Any:
+  """`value` in the type of `like` where that loses nothing: 512.0 is an int, 512.7, "512" and NaN are not.
+
+  Raises:
+    ValueError: another type, a number that is not finite, or a count that is negative or beyond 2**24.
+  """
+  kind = type(like)
+  if kind is tuple and isinstance(value, (list, tuple)):
+    return tuple(typed(f"{name}[{i}]", x, like[0]) for i, x in enumerate(value))
+  numeric = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+  if kind is float and numeric:
+    return float(value)
+  if kind is int and numeric and value == int(value):
+    if not 0 <= value <= _LARGEST:
+      raise ValueError(f"{name} must be from 0 to {_LARGEST}, got {value!r:.40}")
+    return int(value)
+  if kind in (bool, str) and isinstance(value, kind):
+    return value
+  raise ValueError(f"{name}: expected {kind.__name__}, got {value!r:.80}")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """What a JSON file holds.
+
+  Raises:
+    ValueError: it is not JSON, not UTF-8 or nested too deep; names the file.
+    OSError: it cannot be opened.
+  """
+  with open(path, encoding="utf-8") as f:
+    try:
+      return json.load(f)
+    except (ValueError, RecursionError) as e:
+      raise ValueError(f"{os.fspath(path)} is not valid JSON: {e}") from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +110,13 @@ class Profile:
   training_dropout: Literal["original", "transformers"]
 
   def __post_init__(self):
+    for name, like in {
+      "name": "", "pad_token_id": 0, "context_length": 0, "mask_text_padding": False,
+      "vit_layer_norm_eps": 0.0, "score_threshold": 0.0,
+    }.items():  # fmt: skip
+      typed(name, getattr(self, name), like)
+    if self.presence_logit_clamp is not None:
+      typed("presence_logit_clamp", self.presence_logit_clamp, 0.0)
     _check_choice("position_policy", self.position_policy, ("slice", "interpolate"))
     _check_choice("geometry_cls", self.geometry_cls, ("always", "with_boxes", "with_any_boxes"))
     _check_choice("text_cleaning", self.text_cleaning, ("original", "transformers"))
@@ -229,6 +276,10 @@ class Sam3LiteTextConfig:
   profile: Profile = Profile.original()
 
   def __post_init__(self):
+    for part in dataclasses.fields(self):
+      if part.name != "profile":
+        for field in dataclasses.fields(value := getattr(self, part.name)):
+          typed(f"{part.name}.{field.name}", getattr(value, field.name), field.default)
     v, t = self.vision, self.text
     for name, width, heads in (
       ("vision", v.hidden_size, v.num_attention_heads),
@@ -325,11 +376,7 @@ class Sam3LiteTextConfig:
       path = os.fspath(source)
       if os.path.isdir(path):
         path = os.path.join(path, "config.json")
-      with open(path, encoding="utf-8") as f:
-        try:
-          data = json.load(f)
-        except json.JSONDecodeError as e:
-          raise ValueError(f"{path} is not valid JSON: {e}") from e
+      data = read_json(path)
     from sam3lt_jax import config_schema
 
     return config_schema.from_schema(data, profile)

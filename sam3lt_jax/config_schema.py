@@ -18,6 +18,7 @@ from sam3lt_jax.config import (
   Sam3LiteTextConfig,
   TextConfig,
   VisionConfig,
+  typed,
 )
 
 _MODEL_TYPES = ("sam3_lite_text", "sam3", "sam3_video", "sam3_lite_text_video")
@@ -93,8 +94,8 @@ def from_schema(data: Mapping[str, Any], profile: str | Profile | None) -> Sam3L
   if not isinstance(data, Mapping):
     raise ValueError(f"config must be a JSON object, got {type(data).__name__}")
   for name, part in data.items():
-    if (name.endswith("_config") or name == "sam3lt_jax") and not isinstance(part, (Mapping, type(None))):
-      raise ValueError(f"config: {name} must be an object, got {part!r}")
+    if str(name).endswith("_config") or name == "sam3lt_jax":
+      _object(name, part)
   model_type = data.get("model_type")
   if model_type not in _MODEL_TYPES:
     raise ValueError(
@@ -106,12 +107,12 @@ def from_schema(data: Mapping[str, Any], profile: str | Profile | None) -> Sam3L
   profile = Profile.named(profile)
 
   vision = data.get("vision_config") or {}
-  vit = vision.get("backbone_config") or {}
-  if vit.get("layer_norm_eps") is not None and not ours and profile.name == "transformers":
-    profile = dataclasses.replace(profile, vit_layer_norm_eps=float(vit["layer_norm_eps"]))
+  vit = _object("backbone_config", vision.get("backbone_config"))
+  if (eps := vit.get("layer_norm_eps")) is not None and not ours and profile.name == "transformers":
+    profile = dataclasses.replace(profile, vit_layer_norm_eps=typed("layer_norm_eps", eps, 0.0))
   kind = "clip" if model_type in ("sam3", "sam3_video") else "mobileclip"
   text = _TRANSFORMERS_TEXT_DEFAULTS[kind] | dict(data.get("text_config") or {})
-  rope = vit.get("rope_parameters") or {}
+  rope = _object("rope_parameters", vit.get("rope_parameters"))
   extra = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
   if "drop_path_rate" in ours:
     extra["drop_path_rate"] = ours["drop_path_rate"]
@@ -131,6 +132,12 @@ def from_schema(data: Mapping[str, Any], profile: str | Profile | None) -> Sam3L
   )
 
 
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+  if not isinstance(value, (Mapping, type(None))):
+    raise ValueError(f"config: {name} must be an object, got {value!r:.80}")
+  return value or {}
+
+
 def _pick(cls, data: Mapping[str, Any] | None, where: str):
   """Builds `cls` from the fields that it has; other keys of the schema do not concern us."""
   values = {}
@@ -140,25 +147,11 @@ def _pick(cls, data: Mapping[str, Any] | None, where: str):
       continue
     default = field.default
     if isinstance(default, int) and isinstance(value, (list, tuple)):
-      if len(set(value)) != 1:
+      if not value or any(x != value[0] for x in value):
         raise ValueError(f"{where}.{field.name}: only square sizes are supported, got {value}")
       value = value[0]
-    values[field.name] = _typed(f"{where}.{field.name}", value, type(default))
+    values[field.name] = typed(f"{where}.{field.name}", value, default)
   return cls(**values)
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-  """`value` as `kind` where that loses nothing: 512.0 is an int, 512.7 and "512" are not."""
-  if kind is tuple and isinstance(value, (list, tuple)):
-    return tuple(value)
-  numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if kind is float and numeric:
-    return float(value)
-  if kind is int and numeric and value == int(value):
-    return int(value)
-  if kind in (bool, str) and isinstance(value, kind):
-    return value
-  raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}")
 
 
 def _profile(data: Any) -> Profile:

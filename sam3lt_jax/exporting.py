@@ -32,7 +32,7 @@ from sam3lt_jax.checkpoints import engine
 from sam3lt_jax.config import PADDING_LABEL
 from sam3lt_jax.features import TextFeatures, VisionFeatures
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.ops import attention
+from sam3lt_jax.ops import target
 
 if TYPE_CHECKING:
   from sam3lt_jax.predictor import Predictor
@@ -171,7 +171,7 @@ def _export(
     unread = {k: jnp.zeros(v.shape, v.dtype) for k, v in weights.items() if k not in w}
     return function(unread | w, *inputs)
 
-  with attention.traced_for(platforms):
+  with target.traced_for(platforms):
     program = jax.export.export(jax.jit(serve), platforms=tuple(platforms))(
       {k: weights[k] for k in read}, *given.values()
     )

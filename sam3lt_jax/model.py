@@ -254,19 +254,9 @@ class Sam3LiteText(nn.Module):
     input_ids: jax.Array,
     attention_mask: jax.Array | None = None,
     update_batch_stats: bool = False,
-    *,
-    length: int | None = None,
   ) -> TextFeatures:
-    """input_ids int32 [P, T] (attention_mask [P, T], 1 = token) -> `TextFeatures`, reusable over images.
-
-    length: only the first so many tokens are wanted, and all behind them are padding: the result is
-      [P, length, ...], the same up to rounding. Saves most of the work for short phrases in profiles that
-      hide padding from attention (not `original`, where tokens attend to it).
-
-    Raises:
-      ValueError: length beyond 1 to T, or with update_batch_stats, whose statistics count padding.
-    """
-    return self._text(input_ids, attention_mask, update_batch_stats, None, length)
+    """input_ids int32 [P, T] (attention_mask [P, T], 1 = token) -> `TextFeatures`, reusable over images."""
+    return self._text(input_ids, attention_mask, update_batch_stats, None)
 
   def init_variables(self, rng: jax.Array) -> Variables:
     """Random parameters for every layer, as `init` gives, without shaping inputs by hand."""
@@ -293,19 +283,13 @@ class Sam3LiteText(nn.Module):
 
     return fusing.fuse(self, variables)
 
-  def _text(
-    self, input_ids, attention_mask, update_batch_stats: bool, taps: Taps, length: int | None = None
-  ) -> TextFeatures:
+  def _text(self, input_ids, attention_mask, update_batch_stats: bool, taps: Taps) -> TextFeatures:
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
       raise ValueError(f"input_ids must be int [P, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
     mask = token_mask(attention_mask, input_ids.shape)
-    if length is not None and (update_batch_stats or not 1 <= length <= input_ids.shape[1]):
-      raise ValueError(
-        f"length must be 1 to {input_ids.shape[1]}, and None with update_batch_stats, got {length}"
-      )
-    hidden = self.text_encoder(input_ids, mask, update_batch_stats, taps, length)
-    return TextFeatures(hidden, self.text_projection(hidden), mask[:, :length])
+    hidden = self.text_encoder(input_ids, mask, update_batch_stats, taps)
+    return TextFeatures(hidden, self.text_projection(hidden), mask)
 
   def _given_text(self, text_embeds: TextFeatures | jax.Array, attention_mask) -> TextFeatures:
     """`text_embeds` as `TextFeatures`, checked."""

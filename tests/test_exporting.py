@@ -20,7 +20,7 @@ import pytest
 
 from sam3lt_jax import Predictor, exporting
 from sam3lt_jax.features import TextFeatures
-from sam3lt_jax.ops import attention
+from sam3lt_jax.ops import attention, target
 from tests import tiny
 
 pytestmark = pytest.mark.full  # long: CI runs it
@@ -229,7 +229,7 @@ def test_blocked_attention_is_for_the_cpu_only():
   q = jax.ShapeDtypeStruct((1, 2304, 2, 8), jnp.float32)
   cases = {("cpu",): (True, False), ("tpu",): (False, False), ("cpu", "tpu"): (True, True)}
   for platforms, (loops, chooses) in cases.items():
-    with attention.traced_for(platforms):
+    with target.traced_for(platforms):
       program = jax.export.export(jax.jit(lambda *a: attention.attend(*a)), platforms=platforms)(q, q, q)
     text = program.mlir_module()
     assert ("stablehlo.while" in text, "stablehlo.case" in text) == (loops, chooses)

@@ -20,6 +20,7 @@ class Problems:
     missing: leaves (loading) or keys (saving) that nothing fills.
     wrong_shape: shapes that differ.
     wrong_dtype: tensors that are not floating point.
+    not_finite: tensors with NaN or infinity in them.
   """
 
   unmapped: list[str] = dataclasses.field(default_factory=list)
@@ -28,6 +29,7 @@ class Problems:
   missing: list[str] = dataclasses.field(default_factory=list)
   wrong_shape: list[str] = dataclasses.field(default_factory=list)
   wrong_dtype: list[str] = dataclasses.field(default_factory=list)
+  not_finite: list[str] = dataclasses.field(default_factory=list)
 
   def __bool__(self) -> bool:
     return any(getattr(self, f.name) for f in dataclasses.fields(self))
@@ -40,6 +42,7 @@ _HEADINGS = {
   "missing": "nothing fills",
   "wrong_shape": "wrong shape",
   "wrong_dtype": "not floating point",
+  "not_finite": "NaN or infinity in",
 }
 
 

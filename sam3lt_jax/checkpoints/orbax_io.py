@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import warnings
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from sam3lt_jax import storage
-from sam3lt_jax.checkpoints.engine import flatten, unflatten
+from sam3lt_jax.checkpoints.engine import THREADS, all_finite, flatten, unflatten
 from sam3lt_jax.checkpoints.errors import CheckpointError, CheckpointMismatchError, Problems
 from sam3lt_jax.checkpoints.hub import VARIABLES
 
@@ -43,34 +44,58 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def load(directory: str, target: Mapping[str, Any], device: Any = None) -> dict[str, Any]:
-  """Reads the variables straight into the dtypes of `target`, a flat tree of shapes.
+def stored_shapes(directory: str) -> dict[str, Any]:
+  """The leaves that `save` wrote, with `shape` and `dtype`, flat; none of them is read.
 
   Raises:
-    CheckpointMismatchError: leaves missing, unexpected or misshapen; lists all.
     CheckpointError: incomplete or corrupted files.
   """
   from orbax.checkpoint import v1 as ocp
 
-  path = os.path.abspath(os.path.join(directory, VARIABLES))
+  with _read(directory):
+    return flatten(ocp.metadata(os.path.abspath(os.path.join(directory, VARIABLES))).metadata)
+
+
+def load(directory: str, target: Mapping[str, Any], device: Any = None) -> dict[str, Any]:
+  """Reads the variables straight into the dtypes of `target`, a flat tree of shapes.
+
+  Raises:
+    CheckpointMismatchError: leaves missing, unexpected, misshapen or with NaN or infinity; lists all.
+    CheckpointError: incomplete or corrupted files.
+  """
+  from orbax.checkpoint import v1 as ocp
+
   sharding = device if isinstance(device, jax.sharding.Sharding) else None
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
+  compare(stored_shapes(directory), target, directory)
+  abstract = {leaf: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for leaf, x in target.items()}
+  with _read(directory), warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # about shardings, which are given
+    flat = flatten(ocp.load(os.path.abspath(os.path.join(directory, VARIABLES)), unflatten(abstract)))
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    finite = dict(zip(target, pool.map(lambda leaf: _all_finite(flat[leaf]), target)))
+  if not all(finite.values()):
+    bad = [leaf for leaf, good in finite.items() if not good]
+    raise CheckpointMismatchError(directory, Problems(not_finite=bad))
+  return {leaf: flat[leaf] for leaf in target}
+
+
+def _all_finite(x: jax.Array) -> bool:
+  """Looked at by numpy: a CPU's arrays are not copied, and for others a copy is quicker than compiling."""
+  parts = {str(shard.index): i for i, shard in enumerate(x.addressable_shards)}  # each once, not each copy
+  # `addressable_data` is a new array each time, so what numpy sees is not kept with x.
+  return all(all_finite(np.ascontiguousarray(x.addressable_data(i))) for i in parts.values())
+
+
+@contextlib.contextmanager
+def _read(directory: str) -> Iterator[None]:
+  """Reading with Orbax for this process only, whatever goes wrong being the directory's fault."""
   try:
     with _alone():
-      stored = flatten(ocp.metadata(path).metadata)
+      yield
   except Exception as e:
     raise CheckpointError(f"{directory} is incomplete or corrupted ({_first_line(e)})") from e
-  compare(stored, target, directory)
-  abstract = {leaf: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for leaf, x in target.items()}
-  try:
-    with _alone(), warnings.catch_warnings():
-      warnings.simplefilter("ignore", UserWarning)  # about shardings, which are given
-      loaded = ocp.load(path, unflatten(abstract))
-  except Exception as e:
-    raise CheckpointError(f"{directory} is incomplete or corrupted ({_first_line(e)})") from e
-  flat = flatten(loaded)
-  return {leaf: flat[leaf] for leaf in target}
 
 
 @contextlib.contextmanager

@@ -19,11 +19,15 @@ from typing import Any
 import numpy as np
 
 from sam3lt_jax.checkpoints.errors import CheckpointError
+from sam3lt_jax.config import read_json
 
 SAFETENSORS_NAME = "model.safetensors"
 SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_SHARD = re.compile(r"-\d+-of-\d+\.")
 _LFS = b"version https://git-lfs"
+_STATE = ("model", "state_dict", "model_state_dict", "module")  # where trainers put the model's tensors
+_DEPTH = 4  # of these in each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,54 +57,75 @@ def open_tensors(path: str | os.PathLike) -> Iterator[Mapping[str, LazyTensor]]:
     ImportError: a `.pt` without torch installed.
   """
   path = os.fspath(path)
+  if os.path.isdir(path):
+    path = weights_file(path)
   with contextlib.ExitStack() as stack:
-    if os.path.isdir(path):
-      yield _open_directory(path, stack)
+    if os.path.basename(path) == SAFETENSORS_INDEX_NAME:
+      yield _open_shards(os.path.dirname(path), path, stack)
     elif path.endswith(TORCH_SUFFIXES):
       yield _open_torch(path)
     else:
       yield _open_safetensors(path, stack)
 
 
-def _open_directory(path: str, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
-  single, index = os.path.join(path, SAFETENSORS_NAME), os.path.join(path, SAFETENSORS_INDEX_NAME)
-  if os.path.isfile(single):
-    return _open_safetensors(single, stack)
-  if os.path.isfile(index):
-    return _open_shards(path, index, stack)
-  if (file := lone_torch_file(path)) is not None:
-    return _open_torch(file)
-  raise CheckpointError(no_weights(path))
+def weights_file(directory: str) -> str:
+  """What a directory's weights are read from: `model.safetensors`, an index of shards, or a lone file.
+
+  A lone file may have any name: the only `.safetensors`, or, where there is none, the only torch file.
+
+  Raises:
+    CheckpointError: none, or several of which none is the model; a link that leads nowhere.
+  """
+  names = sorted(os.listdir(directory))
+  tensors = [name for name in names if name.endswith(".safetensors")]
+  shards = [name for name in tensors if _SHARD.search(name)]
+  torch = [name for name in names if name.endswith(TORCH_SUFFIXES)]
+  for name in (SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME):
+    if name in names:
+      break
+  else:
+    if len(tensors or torch) == 1 and not shards:
+      (name,) = tensors or torch
+    elif not names:
+      raise CheckpointError(f"{directory} is an empty directory")
+    elif shards:
+      raise CheckpointError(
+        f"{directory} holds shards of safetensors but no {SAFETENSORS_INDEX_NAME}, which says what lies where"
+      )
+    elif tensors or torch:
+      kind = "safetensors" if tensors else "torch"
+      raise CheckpointError(
+        f"{directory} holds several {kind} files, name the one to load: {', '.join(tensors or torch)}"
+      )
+    else:
+      shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+      expected = f"{SAFETENSORS_NAME} or {SAFETENSORS_INDEX_NAME}"
+      raise CheckpointError(f"{directory} holds no weights: expected {expected}, found {shown}")
+  file = os.path.join(directory, name)
+  check_file(file)
+  return file
 
 
-def lone_torch_file(path: str) -> str | None:
-  """The `.pt` file of a directory that holds exactly one."""
-  found = [name for name in sorted(os.listdir(path)) if name.endswith(TORCH_SUFFIXES)]
-  return os.path.join(path, found[0]) if len(found) == 1 else None
-
-
-def no_weights(path: str) -> str:
-  """The sentence for a directory without weights that could be loaded."""
-  names = sorted(os.listdir(path))
-  if not names:
-    return f"{path} is an empty directory"
-  if any(name.endswith(".safetensors") for name in names):
-    return f"{path} holds shards of safetensors but no {SAFETENSORS_INDEX_NAME}, which says what lies where"
-  if files := [name for name in names if name.endswith(TORCH_SUFFIXES)]:
-    return f"{path} holds several torch files, name the one to load: {', '.join(files)}"
-  shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-  return f"{path} holds no weights: expected {SAFETENSORS_NAME} or {SAFETENSORS_INDEX_NAME}, found {shown}"
+def check_file(path: str) -> None:
+  """Raises CheckpointError, which says what is there instead, unless `path` is a regular file."""
+  if os.path.isfile(path):
+    return
+  if os.path.islink(path) and not os.path.exists(path):
+    raise CheckpointError(f"{path} is a link to {os.readlink(path)}, which is not there")
+  raise CheckpointError(f"{path} is no regular file")
 
 
 def _open_shards(path: str, index: str, stack: contextlib.ExitStack) -> dict[str, LazyTensor]:
   try:
-    with open(index, encoding="utf-8") as f:
-      weight_map = dict(json.load(f)["weight_map"])
+    weight_map = dict(read_json(index)["weight_map"])
+    shards = sorted({os.fspath(name) for name in weight_map.values()})
   except (ValueError, KeyError, TypeError) as e:
-    raise CheckpointError(f"{index} is not an index of safetensors shards ({type(e).__name__}: {e})") from e
-  shards = sorted(set(weight_map.values()))
+    raise CheckpointError(f"{index} is not an index of safetensors shards ({first_line(e)})") from e
   if strange := [s for s in shards if s != os.path.basename(s)]:
     raise CheckpointError(f"{index} names shards outside its directory: {', '.join(strange)}")
+  for shard in shards:
+    if os.path.lexists(os.path.join(path, shard)):
+      check_file(os.path.join(path, shard))
   if absent := [s for s in shards if not os.path.isfile(os.path.join(path, s))]:
     raise CheckpointError(
       f"{path}: {len(absent)} of {len(shards)} shards are missing: {', '.join(absent)}; download them again"
@@ -215,46 +240,50 @@ def _load_pickle(torch: Any, path: str) -> Any:
         f"{path} holds Python objects beside its tensors ({refused[1]}), and loading those would run code of "
         "the file; it is refused. Ask for a file with tensors only, or save its state dict alone"
       ) from e
-    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({_first_line(e)})") from e
+    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({first_line(e)})") from e
   except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, OSError) as e:
     if isinstance(e, PermissionError):
       raise
-    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({_first_line(e)})") from e
+    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({first_line(e)})") from e
 
 
-def _first_line(e: Exception) -> str:
+def first_line(e: Exception) -> str:
   text = (str(e).strip() or type(e).__name__).splitlines()[0]
   return f"{type(e).__name__}: {text[:160]}"
 
 
 def _state_dict(loaded: Any, torch: Any, path: str) -> dict[str, Any]:
-  """The dict of tensors: the file's top level, or what lies under `model` or `state_dict`."""
-  if isinstance(loaded, Mapping):
-    for name in ("model", "state_dict", None):
-      state = loaded if name is None else loaded.get(name)
-      if not isinstance(state, Mapping):
-        continue
-      tensors = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-      if tensors:
-        return tensors
-  raise CheckpointError(
-    f"{path} holds no tensors: a dictionary of tensors was expected, at the top or under 'model' or "
-    "'state_dict'"
-  )
+  """The dict of tensors: the file's top level, or what lies under `model`, `state_dict` and the like."""
+  tensors = _tensors(loaded, torch, _DEPTH)
+  if not tensors:
+    raise CheckpointError(
+      f"{path} holds no tensors: a dictionary of tensors was expected, at the top or under 'model' or "
+      "'state_dict'"
+    )
+  return tensors
+
+
+def _tensors(loaded: Any, torch: Any, depth: int) -> dict[str, Any]:
+  if not isinstance(loaded, Mapping) or depth == 0:
+    return {}
+  for name in _STATE:
+    if inner := _tensors(loaded.get(name), torch, depth - 1):
+      return inner
+  return {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
 
 
 def _torch_dtype(torch: Any, tensor: Any, key: str, path: str) -> np.dtype:
   name = str(tensor.dtype).removeprefix("torch.")
-  if tensor.dtype == torch.bfloat16:
-    return _dtypes()["BF16"]
-  try:
-    return np.dtype(name)
-  except TypeError:
-    raise CheckpointError(f"{path}: tensor {key} has dtype {name}, which cannot be read") from None
+  if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+    raise CheckpointError(f"{path}: tensor {key} is sparse, nested or without values, which cannot be read")
+  known = {dtype.name: dtype for dtype in _dtypes().values()}
+  if name not in known:
+    raise CheckpointError(f"{path}: tensor {key} has dtype {name}, which cannot be read")
+  return known[name]
 
 
 def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
-  tensor = tensor.detach().contiguous()
+  tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
   if tensor.dtype == torch.bfloat16:  # numpy knows it through ml_dtypes only
     return tensor.view(torch.int16).numpy().view(_dtypes()["BF16"])
   return tensor.numpy()

@@ -140,6 +140,13 @@ def fill(template: str, values: Mapping[str, str]) -> str:
   return _FIELD.sub(lambda m: values[m[1]], template)
 
 
+def substitute(key: str, aliases: Sequence[tuple[str, str]]) -> str:
+  """`key` with each pattern replaced in turn."""
+  for pattern, replacement in aliases:
+    key = re.sub(pattern, replacement, key)
+  return key
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """One way of storing the model.
@@ -161,9 +168,7 @@ class Layout:
   prefix: str = ""
 
   def canonical(self, key: str) -> str:
-    for pattern, replacement in self.aliases:
-      key = re.sub(pattern, replacement, key)
-    return key
+    return substitute(key, self.aliases)
 
   def is_ignored(self, key: str) -> bool:
     return any(p.fullmatch(key) for p in self._ignored_patterns)

@@ -56,7 +56,7 @@ def locate(
     return Located("random", name.removeprefix(_RANDOM))
   if name in BUNDLED:
     return _local(bundled(name))
-  if os.path.exists(name):
+  if os.path.lexists(name):
     return _local(name)
   if "://" in name:
     raise SourceError("source", f": {name!r} is an address; copy the checkpoint to a local directory first")
@@ -82,20 +82,17 @@ def random_sources() -> list[str]:
 
 
 def _local(path: str) -> Located:
-  if os.path.isfile(path):
-    if not path.endswith((".safetensors", *readers.TORCH_SUFFIXES)):
-      raise CheckpointError(
-        f"{path} is no checkpoint: expected .safetensors, .pt, .pth or .bin, or a directory"
-      )
-    return Located("tensors", path)
-  if orbax_io.is_saved(path):
-    return Located("orbax", path)
-  files = (readers.SAFETENSORS_NAME, readers.SAFETENSORS_INDEX_NAME)
-  if any(os.path.isfile(os.path.join(path, f)) for f in files):
-    return Located("tensors", path)
-  if (file := readers.lone_torch_file(path)) is not None:
-    return Located("tensors", file)
-  raise CheckpointError(readers.no_weights(path))
+  if os.path.isdir(path):
+    if orbax_io.is_saved(path):
+      return Located("orbax", path)
+    file = readers.weights_file(path)
+    return Located("tensors", file if file.endswith(readers.TORCH_SUFFIXES) else path)
+  readers.check_file(path)
+  if not path.endswith((".safetensors", *readers.TORCH_SUFFIXES)):
+    raise CheckpointError(
+      f"{path} is no checkpoint: expected .safetensors, .pt, .pth or .bin, or a directory"
+    )
+  return Located("tensors", path)
 
 
 def _looks_local(name: str) -> bool:

@@ -65,12 +65,13 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 def _device_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument_group("devices and processes").add_argument
   add("--batch", type=count, metavar="N",
-      help="images a device (default: what the compiled program leaves room for; 1 on a CPU)")  # fmt: skip
+      help="images a device (default: 8, or what its memory holds; 1 on a CPU)")  # fmt: skip
   add("--buckets", type=count, nargs="+", metavar="P",
-      help="questions of an image that run together, ascending (default: 1 4 16 32; 1 on a CPU)")  # fmt: skip
+      help="questions of an image that run together, ascending (default: as many as there are, up to 16;"
+      " 1 on a CPU)",
+  )  # fmt: skip
   add("--model-parallel", type=count, default=1, metavar="M",
       help="share one copy of the weights among M devices, where one is too small (default: 1)")  # fmt: skip
-  add("--pmap", action="store_true", help="run by jax.pmap instead of jax.jit over a mesh")
   add("--workers", type=count, metavar="N",
       help="images decoded at once (default: one a core, 2 to 16), and as many threads for the results",
   )  # fmt: skip

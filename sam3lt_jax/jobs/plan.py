@@ -112,6 +112,15 @@ class Plan:
       raise ValueError(f"{directory} {there}; accepted: the output folder of a job, with a {plan_files.PLAN}")
     return cls(directory, content)
 
+  @classmethod
+  def is_done(cls, directory: str | os.PathLike) -> bool:
+    """Whether a job stands there of which nothing is left."""
+    try:
+      plan = cls.load(directory)
+      return len(plan.committed()) == len(plan.shards)
+    except (ValueError, OSError):  # whoever opens it says what is wrong
+      return False
+
   def committed(self) -> set[int]:
     """Indices of the shards that are done, as the folder has them now."""
     return shard_files.committed(self.directory)

@@ -7,7 +7,6 @@ prompt, T tokens, S model image side.
 
 from __future__ import annotations
 
-import json
 import numbers
 import os
 import warnings
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3lt_jax.config import Profile, Sam3LiteTextConfig
+from sam3lt_jax.config import Profile, Sam3LiteTextConfig, read_json, typed
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
@@ -121,6 +120,19 @@ class Sam3Processor:
     if os.path.isfile(path):
       return cls(Profile.named(profile or "original"))
     return cls._from_directory(path, profile)
+
+  @classmethod
+  def beside(
+    cls, directory: str | None, config: Sam3LiteTextConfig, image_size: int | None = None
+  ) -> Sam3Processor:
+    """For a model of `config` whose weights lie in `directory`, with the tokenizer and the image size that
+    lie there; a file, or None, has neither.
+    """
+    if directory is None or not os.path.isdir(directory):
+      return cls(config, image_size=image_size)
+    saved = cls.from_pretrained(directory, config.profile)
+    image_size = saved.image_size if image_size is None else image_size
+    return cls(config, image_size=image_size, tokenizer=saved.tokenizer)
 
   @classmethod
   def _from_directory(cls, path: str, profile: str | Profile | None) -> Sam3Processor:
@@ -372,17 +384,18 @@ def _download(source: str) -> str:
 def _saved_image_size(path: str) -> int | None:
   """The image size that transformers saved beside a checkpoint, if it did."""
   for name in ("processor_config.json", "preprocessor_config.json"):
+    file = os.path.join(path, name)
     try:
-      with open(os.path.join(path, name), encoding="utf-8") as f:
-        data = json.load(f)
+      data = read_json(file)
     except FileNotFoundError:
       continue
-    except json.JSONDecodeError as e:
-      raise ValueError(f"{os.path.join(path, name)} is not valid JSON: {e}") from e
-    size = (data.get("image_processor") or data).get("size") or {}
-    height, width = size.get("height"), size.get("width")
+    try:
+      size = (data.get("image_processor") or data).get("size") or {}
+      height, width = size.get("height"), size.get("width")
+    except AttributeError:
+      raise ValueError(f"{file}: expected an object with image_processor and size, objects as well") from None
     if height != width:
-      raise ValueError(f"{os.path.join(path, name)}: only square sizes are supported, got {size}")
+      raise ValueError(f"{file}: only square sizes are supported, got {size}")
     if height is not None:
-      return height
+      return typed(f"{file}: size.height", height, 0)
   return None

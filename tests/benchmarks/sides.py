@@ -37,10 +37,7 @@ class Ours:
     self.model, self.variables = self.predictor.model, self.predictor.variables
     apply = self.model.apply
     self._vision = jit(lambda v, x: apply(v, x, method="neck_maps"))
-    self._text = jit(
-      lambda v, ids, mask, length: apply(v, ids, mask, method="get_text_features", length=length),
-      static_argnums=3,
-    )
+    self._text = jit(lambda v, ids, mask: apply(v, ids, mask, method="get_text_features"))
     self._prepare = jit(lambda v, vision: apply(v, vision, method="prepare"))
 
     def detect(v, vision, text, boxes, labels):
@@ -60,15 +57,11 @@ class Ours:
 
   boxes = ids
 
-  def length(self, tokens: tuple[np.ndarray, np.ndarray]) -> int:
-    """How many tokens of these phrases are computed, as `Predictor` chooses."""
-    return self.predictor.phrases.length_of(np.asarray(tokens[1]))
-
   def vision(self, pixels: Any) -> Any:
     return self._jax.block_until_ready(self._vision(self.variables, pixels))
 
-  def text(self, ids: Any, length: int | None = None) -> Any:
-    return self._jax.block_until_ready(self._text(self.variables, *ids, length))
+  def text(self, ids: Any) -> Any:
+    return self._jax.block_until_ready(self._text(self.variables, *ids))
 
   def row(self, text: Any, i: int) -> Any:
     """One phrase of several."""

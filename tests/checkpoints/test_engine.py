@@ -182,3 +182,27 @@ def test_shapes_alone_do():
 )
 def test_is_floating(dtype, floating):
   assert engine.is_floating(dtype) == floating
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+def test_all_finite(dtype):
+  x = np.random.default_rng(0).normal(size=(3, 70_001)).astype(dtype)
+  info = ml_dtypes.finfo(dtype)
+  x[1, 2:5] = info.max, info.min, info.smallest_subnormal
+  assert engine.all_finite(x) and engine.all_finite(x[:0]) and engine.all_finite(np.zeros((), dtype))
+  for value in (np.nan, -np.nan, np.inf, -np.inf):
+    for place in ((0, 0), (1, 40_000), (2, 70_000)):
+      bad = x.copy()
+      bad[place] = value
+      assert not engine.all_finite(bad)
+
+
+def test_tensors_with_nan_are_all_named():
+  given = tensors()
+  given["norm1.bias"][0] = np.nan
+  given["wrapped.blocks.0.qkv"][5, 4] = -np.inf
+  with pytest.raises(CheckpointMismatchError, match=r"NaN or infinity in \(2\):") as caught:
+    engine.load_tensors(LAYOUT, given, target())
+  assert sorted(caught.value.problems.not_finite) == [
+    "norm1.bias (params/norm1/bias)", "wrapped.blocks.0.qkv (params/block_0/v)",
+  ]  # fmt: skip

@@ -94,6 +94,17 @@ def test_original_file_forms(tmp_path):
 
 
 @pytest.mark.torch
+def test_wrapped_and_nested_original_files(tmp_path):
+  torch = pytest.importorskip("torch")
+  state, config = original_state_dict("s0", short_table=True), original_config("s0", short_table=True)
+  expected = flat(from_pretrained(save_pt(state, tmp_path / "a.pt"), config=config)[1])
+  wrapped = {f"module._orig_mod.{k}": torch.from_numpy(np.array(v)) for k, v in state.items()}
+  wrapped["n_averaged"] = torch.tensor(5)
+  torch.save({"state_dict": {"model": wrapped, "step": torch.tensor(3)}, "epoch": 1}, tmp_path / "b.pt")
+  assert_equal(flat(from_pretrained(tmp_path / "b.pt", config=config)[1]), expected)
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_sizes_ask_for_the_configuration(tmp_path, variant):
   pytest.importorskip("torch")
@@ -307,3 +318,98 @@ def test_saved_processor_loads_in_transformers(tmp_path, tiny):
   assert processor.target_size == 168
   ids = processor.tokenizer("a photo of a cat").input_ids
   assert ids[0] == 49406 and ids[-1] == 49407 and len(ids) == 7
+
+
+# --- without torch
+
+
+@pytest.fixture
+def directory(tmp_path, tiny_s1):
+  """A model in transformers' layout, to be changed."""
+  save_pretrained(tmp_path / "m", *tiny_s1, format="transformers")
+  return tmp_path / "m"
+
+
+def change_tensors(directory, change):
+  from safetensors.numpy import load_file, save_file
+
+  save_file(change(load_file(directory / "model.safetensors")), directory / "model.safetensors")
+
+
+def change_config(directory, part, **values):
+  data = json.loads((directory / "config.json").read_text())
+  data[part].get("backbone_config", data[part]).update(values)
+  (directory / "config.json").write_text(json.dumps(data))
+
+
+def test_a_wrapped_directory_with_a_file_of_another_name(directory, tiny_s1):
+  change_tensors(directory, lambda tensors: {f"_orig_mod.module.{k}": v for k, v in tensors.items()})
+  (directory / "model.safetensors").rename(directory / "model.fp32.safetensors")
+  model, variables = from_pretrained(directory)
+  assert model.config == tiny_s1[0].config
+  assert_equal(flat(variables), flat(tiny_s1[1]))
+
+
+def test_nan_weights_are_refused(directory):
+  def spoil(tensors):
+    tensors["text_projection.weight"][3, 1] = np.nan
+    tensors["detr_decoder.query_embed.weight"][0, 0] = np.inf
+    return tensors
+
+  change_tensors(directory, spoil)
+  with pytest.raises(CheckpointMismatchError, match="NaN or infinity in") as caught:
+    from_pretrained(directory)
+  assert [line.split(" ")[0] for line in sorted(caught.value.problems.not_finite)] == [
+    "detr_decoder.query_embed.weight", "text_projection.weight",
+  ]  # fmt: skip
+
+
+def test_nan_weights_of_our_own_format_are_refused(tmp_path, tiny_s1):
+  model, variables = tiny_s1
+  bad = engine.flatten(variables)
+  bad["params/text_projection/bias"] = bad["params/text_projection/bias"].at[2].set(np.nan)
+  save_pretrained(tmp_path / "m", model, engine.unflatten(bad))
+  for param_dtype in ("float32", "bfloat16"):
+    with pytest.raises(CheckpointMismatchError, match="NaN or infinity in") as caught:
+      from_pretrained(tmp_path / "m", param_dtype=param_dtype)
+    assert caught.value.problems.not_finite == ["params/text_projection/bias"]
+
+
+@pytest.mark.parametrize("format", ["transformers", "orbax"])
+@pytest.mark.parametrize(
+  ("part", "field"),
+  [
+    ("vision_config", "num_hidden_layers"),
+    ("text_config", "num_hidden_layers"),
+    ("detr_encoder_config", "num_layers"),
+    ("detr_decoder_config", "num_layers"),
+    ("mask_decoder_config", "num_upsampling_stages"),
+  ],
+)
+def test_a_million_layers_are_refused_unbuilt(tmp_path, tiny_s1, monkeypatch, format, part, field):
+  save_pretrained(tmp_path / "m", *tiny_s1, format=format)
+  change_config(tmp_path / "m", part, **{field: 10**6})
+  monkeypatch.setattr(pretrained, "build", None)
+  with pytest.raises(CheckpointError, match="1000000"):
+    from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, -1, "4", [4, 5], {"a": 1}, True])
+@pytest.mark.parametrize(
+  ("part", "field"), [("vision_config", "hidden_size"), ("detr_decoder_config", "num_queries")]
+)
+def test_numbers_of_a_config_that_are_none(directory, part, field, value):
+  change_config(directory, part, **{field: value})
+  with pytest.raises(ValueError, match=field) as caught:
+    from_pretrained(directory)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_dangling_link_is_called_that(directory, tmp_path):
+  (directory / "config.json").rename(tmp_path / "aside.json")
+  (directory / "config.json").symlink_to(tmp_path / "gone.json")
+  with pytest.raises(CheckpointError, match=r"config\.json is a link to .*gone\.json, which is not there"):
+    from_pretrained(directory)
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(CheckpointError, match=r"link is a link to .*nowhere, which is not there"):
+    from_pretrained(tmp_path / "link")

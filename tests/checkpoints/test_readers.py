@@ -133,7 +133,18 @@ def test_index_may_not_leave_its_directory(tmp_path):
   assert "outside its directory" in error(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+  "text",
+  [
+    "{",
+    "[]",
+    "{}",
+    '{"weight_map": 3}',
+    '{"weight_map": {"a": ["b"]}}',
+    '{"weight_map": {"a": 1}}',
+    "[" * 9**5,
+  ],
+)
 def test_broken_index(tmp_path, text):
   (tmp_path / readers.SAFETENSORS_INDEX_NAME).write_text(text)
   assert "is not an index" in error(tmp_path)
@@ -145,6 +156,33 @@ def test_directories_without_weights(tmp_path):
   assert "holds no weights" in error(tmp_path)
   save_file(TENSORS, tmp_path / "model-00001-of-00002.safetensors")
   assert "no model.safetensors.index.json" in error(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "sam3-litetext.safetensors"])
+def test_a_lone_file_of_another_name(tmp_path, name):
+  save_file(TENSORS, tmp_path / name)
+  (tmp_path / "config.json").write_text("{}")
+  (tmp_path / "optimizer.pt").write_bytes(b"not looked at")
+  assert_same(read_all(tmp_path), TENSORS)
+  save_file(TENSORS, tmp_path / "zzz.safetensors")
+  assert f"several safetensors files, name the one to load: {name}, zzz.safetensors" in error(tmp_path)
+  save_file(TENSORS, tmp_path / "model.safetensors")  # the one that is the model's by its name
+  assert_same(read_all(tmp_path), TENSORS)
+
+
+def test_links_that_lead_nowhere(tmp_path):
+  (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "ab12")
+  assert "is a link to" in error(tmp_path) and "ab12, which is not there" in error(tmp_path)
+  (tmp_path / "model.safetensors").unlink()
+  write_shards(tmp_path, {}, {"f32": "a.safetensors"})
+  (tmp_path / "a.safetensors").symlink_to("a.safetensors")
+  assert "a.safetensors is a link to a.safetensors, which is not there" in error(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "model.safetensors")
+  assert error(tmp_path).endswith("is no regular file")
 
 
 def test_several_torch_files(tmp_path):
@@ -187,10 +225,51 @@ def test_torch_file(tmp_path, torch, wrap, modern):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize(
+  "path", [("state_dict", "model"), ("model", "state_dict", "module"), ("model_state_dict",), ("module",)]
+)
+def test_tensors_within_dictionaries(tmp_path, torch, path):
+  content = as_torch(torch, TENSORS)
+  for name in reversed(path):
+    content = {name: content, "epoch": 3, "best": torch.zeros(1), "optimizer": {"state": {0: torch.ones(2)}}}
+  torch.save(content, tmp_path / "m.pt")
+  assert_same(read_all(tmp_path / "m.pt"), TENSORS)
+
+
+@pytest.mark.torch
+def test_a_dictionary_that_holds_itself(tmp_path, torch):
+  content = {"epoch": 3}
+  content["model"] = content
+  torch.save(content, tmp_path / "m.pt")
+  assert "holds no tensors" in error(tmp_path / "m.pt")
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+  ("make", "told"),
+  [
+    (lambda t: t.zeros(3).to_sparse(), "tensor x is sparse, nested or without values"),
+    (lambda t: t.eye(3).to_sparse_csr(), "tensor x is sparse, nested or without values"),
+    (lambda t: t.zeros(3, device="meta"), "tensor x is sparse, nested or without values"),
+    (lambda t: t.zeros(3).to(t.float8_e4m3fn), "tensor x has dtype float8_e4m3fn"),
+    (lambda t: t.zeros(3).to(t.complex128), "tensor x has dtype complex128"),
+    (lambda t: t.quantize_per_tensor(t.zeros(3), 0.1, 0, t.quint8), "m.pt"),
+  ],
+)
+def test_tensors_that_cannot_be_read_are_named(tmp_path, torch, make, told):
+  torch.save({"x": make(torch)}, tmp_path / "m.pt")
+  assert told in error(tmp_path / "m.pt")
+
+
+@pytest.mark.torch
 def test_views_and_parameters(tmp_path, torch):
   base = torch.arange(12.0).reshape(3, 4)
-  torch.save({"t": base.T, "part": base[1:, 2], "p": torch.nn.Parameter(base)}, tmp_path / "m.pt")
+  conjugate = torch.complex(base, base).conj()
+  content = {"t": base.T, "part": base[1:, 2], "p": torch.nn.Parameter(base), "c": conjugate}
+  torch.save(content, tmp_path / "m.pt")
   found = read_all(tmp_path / "m.pt")
+  np.testing.assert_array_equal(found["c"], base.numpy() * (1 - 1j))
   np.testing.assert_array_equal(found["t"], base.numpy().T)
   np.testing.assert_array_equal(found["part"], [6, 10])
   np.testing.assert_array_equal(found["p"], base.numpy())
@@ -242,7 +321,7 @@ def test_code_in_a_pickle_never_runs(tmp_path, torch, plain_pickle):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"model": {"a": "text"}}, {"model": {}}])
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"model": {"a": "text"}}, {"model": {}}, None, "text"])
 def test_no_tensors(tmp_path, torch, content):
   torch.save(content, tmp_path / "m.pt")
   assert "holds no tensors" in error(tmp_path / "m.pt")

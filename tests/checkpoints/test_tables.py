@@ -227,6 +227,42 @@ def test_original_prefixes(prefix):
     assert list(sources) == ["params/vision_encoder/backbone/layer_norm/bias"]
 
 
+@pytest.mark.parametrize(
+  "wrapped",
+  [
+    "module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "model.{}", "model.model.{}",
+    "model.module._orig_mod.{}", "state_dict.model.{}", "_forward_module.model.{}", "network.{}",
+    "_fsdp_wrapped_module.{}",
+  ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+  ("key", "layout"),
+  [
+    ("detector.backbone.vision_backbone.trunk.ln_pre.bias", "original"),
+    ("backbone.vision_backbone.trunk.ln_pre.bias", "original"),
+    ("vision_encoder.backbone.layer_norm.bias", "transformers"),
+    ("detector_model.vision_encoder.backbone.layer_norm.bias", "transformers"),
+  ],
+)
+def test_wrappers_are_taken_off(wrapped, key, layout):
+  found = tables.detect([wrapped.format(key)], "file")
+  assert found.name == layout
+  sources, problems = engine.assign(found, {wrapped.format(key): (8,), "n_averaged": ()})
+  assert not problems and list(sources) == ["params/vision_encoder/backbone/layer_norm/bias"]
+
+
+def test_wrapped_parts_and_derived_tables():
+  blocks = "backbone.vision_backbone.trunk.blocks.3"
+  key = f"module.detector.{blocks}._checkpoint_wrapped_module._orig_mod.norm1.bias"
+  sources, problems = engine.assign(tables.layout("original"), {key: (8,)})
+  assert not problems and list(sources) == ["params/vision_encoder/backbone/layers_3/layer_norm1/bias"]
+  for name in ("freqs_cis", "freqs_cis_real", "freqs_cis_imag"):
+    table = {f"detector.{blocks}.attn.{name}": (576, 32)}
+    assert engine.assign(tables.layout("original"), table) == ({}, engine.Problems())
+  both = {"module.text_projection.bias": (8,), "text_projection.bias": (8,)}
+  assert engine.assign(tables.layout("transformers"), both)[1].doubled  # never one over the other
+
+
 def test_patterns_are_anchored():
   layout = tables.layout("transformers")
   for key in (
