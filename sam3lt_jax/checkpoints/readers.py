@@ -241,9 +241,9 @@ def _load_pickle(torch: Any, path: str) -> Any:
         "the file; it is refused. Ask for a file with tensors only, or save its state dict alone"
       ) from e
     raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({first_line(e)})") from e
-  except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, OSError) as e:
-    if isinstance(e, PermissionError):
-      raise
+  except (PermissionError, MemoryError):
+    raise
+  except Exception as e:  # torch raises a dozen kinds
     raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({first_line(e)})") from e
 
 
