@@ -12,9 +12,9 @@ import pathlib
 import sys
 
 import scene
+from shapes import models
 
 from sam3lt_jax import from_pretrained
-from sam3lt_jax.shapes import models
 from sam3lt_jax.shapes.phrases import all_phrases
 from sam3lt_jax.training.distillation.config import DistillationConfig
 from sam3lt_jax.training.distillation.run import distill

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sam3lt_jax import Predictor
-from sam3lt_jax.training.data.batches import BatchConfig
-from sam3lt_jax.training.data.records import Prompt, Record
+from sam3lt_jax.data.batches import BatchConfig
+from sam3lt_jax.data.records import Prompt, Record
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.run import finetune
 from sam3lt_jax.training.detection.setup import FinetuneConfig

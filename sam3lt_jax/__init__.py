@@ -18,7 +18,6 @@ __version__ = "0.1.0"
 # Names are resolved on first use, so that importing the package stays fast and touches no device.
 _EXPORTS = {
   "Predictor": "predictor",
-  "PreparedFeatures": "features",
   "Profile": "config",
   "Results": "processing.results",
   "Sam3LiteText": "model",

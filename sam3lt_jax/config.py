@@ -17,6 +17,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from sam3lt_jax.errors import ArgumentError
+
 PADDING_LABEL = -10  # of a box slot that holds no box; real boxes have 1 or 0
 BOX_ONLY_PHRASE = "visual"  # what both references read where there are boxes and no phrase
 
@@ -297,8 +299,8 @@ class Sam3LiteTextConfig:
       ("mask_decoder", self.mask_decoder.hidden_size, self.mask_decoder.num_attention_heads),
     ):
       if heads < 1 or width < 1 or width % heads:
-        raise ValueError(
-          f"{name}: num_attention_heads must divide hidden_size, got {heads} heads for width {width}"
+        raise ArgumentError(
+          name, f": num_attention_heads must divide hidden_size, got {heads} heads for width {width}"
         )
     if v.patch_size < 1 or v.image_size % v.patch_size or v.image_size < 2 * v.patch_size:
       raise ValueError(

@@ -84,7 +84,7 @@ class Model:
     return tuple(np.array([r[k] for r in rows], t) for k, t in (("ids", np.int32), ("mask", bool)))
 
   def vision(self, pixels):
-    """float32 [B, S, S, 3] in [-1, 1] -> three feature maps, to be reused over many prompts."""
+    """float32 [B, S, S, 3] in [-1, 1] -> four feature maps, to be reused over many prompts."""
     return self._run("vision", pixels)
 
   def text(self, ids, mask):

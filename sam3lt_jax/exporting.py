@@ -2,7 +2,7 @@
 
 Three parts, so that an image and a phrase are encoded once and combined many times:
 
-    vision     pixels [B, S, S, 3]                                    -> three maps [B, h, w, D]
+    vision     pixels [B, S, S, 3]                                    -> four maps [B, h, w, D]
     text       ids [P, T], mask [P, T]                                -> tokens [P, T, D]
     detection  maps, tokens, mask, image_index [P], boxes, labels     -> logits, boxes, masks
 
@@ -32,7 +32,7 @@ from sam3lt_jax.checkpoints import engine
 from sam3lt_jax.config import PADDING_LABEL
 from sam3lt_jax.features import TextFeatures, VisionFeatures
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.ops import attention
+from sam3lt_jax.ops import target
 
 if TYPE_CHECKING:
   from sam3lt_jax.predictor import Predictor
@@ -53,7 +53,7 @@ class Part:
       dictionary of the names below.
     weights: leaf paths it reads, "params/...".
     inputs: name -> abstract array, in order. A symbolic axis is "b" (images) or "p" (prompts).
-    outputs: name -> abstract array; a tuple of three for "vision", one array for "text", a dictionary for
+    outputs: name -> abstract array; a tuple of four for "vision", one array for "text", a dictionary for
       "detection".
   """
 
@@ -96,16 +96,17 @@ def export_parts(
   weights = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in engine.flatten(variables).items()}
 
   def vision(w, pixels):
-    return model.apply(engine.unflatten(w), pixels, method="get_vision_features").fpn_hidden_states
+    features = model.apply(engine.unflatten(w), pixels, method="get_vision_features")
+    return features.image, features.mixed, *features.convolved
 
   def text(w, ids, mask):
     return model.apply(engine.unflatten(w), ids, mask, method="get_text_features").pooler_output
 
   def detection(w, *inputs):
-    *maps, tokens, mask, index = inputs[:6]
-    given = dict(zip(("input_boxes", "input_boxes_labels"), inputs[6:]))
+    image, mixed, *convolved, tokens, mask, index = inputs[:7]
+    given = dict(zip(("input_boxes", "input_boxes_labels"), inputs[7:]))
     out = model.apply(
-      engine.unflatten(w), vision_embeds=VisionFeatures(tuple(maps)), image_index=index,
+      engine.unflatten(w), vision_embeds=VisionFeatures(image, mixed, tuple(convolved)), image_index=index,
       text_embeds=TextFeatures(tokens, tokens, mask), **given,
     )  # fmt: skip
     return {name: getattr(out, name) for name in OUTPUTS}
@@ -170,7 +171,7 @@ def _export(
     unread = {k: jnp.zeros(v.shape, v.dtype) for k, v in weights.items() if k not in w}
     return function(unread | w, *inputs)
 
-  with attention.traced_for(platforms):
+  with target.traced_for(platforms):
     program = jax.export.export(jax.jit(serve), platforms=tuple(platforms))(
       {k: weights[k] for k in read}, *given.values()
     )

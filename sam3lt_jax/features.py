@@ -1,6 +1,6 @@
 """What passes from the encoders to the detector, and may be kept for other prompts or other images.
 
-Axes: B images, P prompts, T text tokens, D detector width, h, w rows and columns of a map.
+Axes: B images, P prompts, T text tokens, N boxes, D detector width, h, w rows and columns of a map.
 """
 
 from __future__ import annotations
@@ -11,27 +11,18 @@ import jax
 
 @flax.struct.dataclass
 class VisionFeatures:
-  """What an image becomes.
+  """What an image becomes: all that the detector computes of it whatever the prompt.
 
   Attributes:
-    fpn_hidden_states: three maps [B, h, w, D] of 4, 2 and 1 times the token grid (288, 144, 72 at 1008 px).
-  """
-
-  fpn_hidden_states: tuple[jax.Array, ...]
-
-
-@flax.struct.dataclass
-class PreparedFeatures:
-  """What the detector computes of an image whatever the prompt, from `Sam3LiteText.prepare`.
-
-  Attributes:
-    image: [B, h, w, D], the coarsest map.
-    mixed: [B, h, w, D], the same after the self-attention of the fusion encoder's first layer.
-    convolved: the finer maps, [B, 4h, 4w, D] and [B, 2h, 2w, D], through the pixel decoder's convolutions.
+    image: [B, h, w, D], the neck's coarsest map, one cell a token (72 x 72 at 1008 px).
+    mixed: [B, h, w, D], the same after the self-attention of the fusion encoder's first layer; None in
+      training with dropout or `remat`, where every prompt computes its own.
+    convolved: the neck's finer maps, [B, 4h, 4w, D] and [B, 2h, 2w, D], each through the convolution of the
+      pixel decoder that it would be added before.
   """
 
   image: jax.Array
-  mixed: jax.Array
+  mixed: jax.Array | None
   convolved: tuple[jax.Array, ...]
 
 
@@ -48,3 +39,37 @@ class TextFeatures:
   last_hidden_state: jax.Array
   pooler_output: jax.Array
   attention_mask: jax.Array
+
+
+@flax.struct.dataclass
+class Prompts:
+  """What is asked, as the detector reads it: one row a prompt.
+
+  Attributes:
+    tokens: [P, T, D], the phrases' `TextFeatures.pooler_output`.
+    mask: bool [P, T], True for tokens of the phrase.
+    boxes: float32 [P, N, 4], example boxes, normalised cxcywh; N may be 0.
+    labels: int32 [P, N], 1 positive, 0 negative, -10 padding.
+    image_index: int32 [P], which image each prompt is for; None: see `Sam3LiteText.__call__`.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  boxes: jax.Array
+  labels: jax.Array
+  image_index: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Detections:
+  """What prompts found in their images, before anything is left out. Leading axes may be more than P.
+
+  Attributes:
+    scores: float32 [P, Q] in [0, 1], presence included.
+    boxes: float32 [P, Q, 4], normalised xyxy, not clipped to the image.
+    masks: float32 [P, Q, h, w] logits, h = w = 4 times the token grid.
+  """
+
+  scores: jax.Array
+  boxes: jax.Array
+  masks: jax.Array

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.config import PADDING_LABEL, Sam3LiteTextConfig
-from sam3lt_jax.features import PreparedFeatures, TextFeatures, VisionFeatures
+from sam3lt_jax.features import Prompts, TextFeatures, VisionFeatures
 from sam3lt_jax.model_inputs import check_boxes, image_of_each_prompt, token_mask
 from sam3lt_jax.nn.detr_decoder import DetrDecoder
 from sam3lt_jax.nn.fusion_encoder import FusionEncoder
@@ -166,7 +166,7 @@ class Sam3LiteText(nn.Module):
     input_boxes: jax.Array | None = None,
     input_boxes_labels: jax.Array | None = None,
     image_index: jax.Array | None = None,
-    vision_embeds: VisionFeatures | PreparedFeatures | None = None,
+    vision_embeds: VisionFeatures | None = None,
     text_embeds: TextFeatures | jax.Array | None = None,
     deterministic: bool = True,
     update_batch_stats: bool = False,
@@ -181,7 +181,7 @@ class Sam3LiteText(nn.Module):
       input_boxes_labels: int32 [P, N], 1 positive, 0 negative, -10 padding; None: all positive.
       image_index: int32 [P], which image each prompt is for; a number beyond the images gives NaN.
         None: prompt p is for image p, a single image serves all prompts, a single prompt all images.
-      vision_embeds: in place of pixel_values, from `get_vision_features` or `prepare`.
+      vision_embeds: in place of pixel_values, from `get_vision_features`.
       text_embeds: in place of input_ids: `TextFeatures`, or its `pooler_output` [P, T, D] and attention_mask.
       deterministic: False applies dropout (rng "dropout"); where it acts follows the profile.
       update_batch_stats: True normalises RepMixer blocks by the batch and updates `batch_stats` (mutable).
@@ -191,58 +191,72 @@ class Sam3LiteText(nn.Module):
       ValueError: arguments that contradict each other, or shapes that are not as above.
     """
     taps: Taps = {} if output_intermediates else None
-    if not isinstance(vision_embeds, VisionFeatures | PreparedFeatures | None):
-      got = type(vision_embeds).__name__
-      raise ValueError(f"vision_embeds must be VisionFeatures or PreparedFeatures, got {got}")
+    if not isinstance(vision_embeds, VisionFeatures | None):
+      raise ValueError(f"vision_embeds must be VisionFeatures, got {type(vision_embeds).__name__}")
     if (pixel_values is None) == (vision_embeds is None):
       raise ValueError("pass exactly one of pixel_values and vision_embeds")
     if (input_ids is None) == (text_embeds is None):
       raise ValueError("pass exactly one of input_ids and text_embeds")
     if vision_embeds is None:
-      vision_embeds = self._vision(pixel_values, deterministic, taps)
+      vision_embeds = self.prepare(self.neck_maps(pixel_values, deterministic, taps), deterministic)
     if text_embeds is None:
       text_embeds = self._text(input_ids, attention_mask, update_batch_stats, taps)
     else:
       text_embeds = self._given_text(text_embeds, attention_mask)
     tap(taps, "text_features", text_embeds.pooler_output)
-    return self._detect(
-      vision_embeds, text_embeds, input_boxes, input_boxes_labels, image_index, deterministic, taps
-    )
+    P = text_embeds.pooler_output.shape[0]
+    rows = P if image_index is None else len(image_index)
+    if image_index is None and P == 1:
+      rows = vision_embeds.image.shape[0]
+    boxes, labels = check_boxes(input_boxes, input_boxes_labels, rows)
+    prompts = Prompts(text_embeds.pooler_output, text_embeds.attention_mask, boxes, labels, image_index)
+    return self.detect(vision_embeds, prompts, deterministic, taps)
 
   def get_vision_features(self, pixel_values: jax.Array, deterministic: bool = True) -> VisionFeatures:
     """pixel_values [B, S, S, 3] in [-1, 1] -> `VisionFeatures`, to be reused over many prompts."""
-    return self._vision(pixel_values, deterministic, None)
+    return self.prepare(self.neck_maps(pixel_values, deterministic), deterministic)
 
-  def prepare(self, vision: VisionFeatures) -> PreparedFeatures:
-    """What many prompts about the same images share, computed once: about a quarter of a prompt's work.
-
-    Equal to passing `vision` itself up to rounding. Without dropout: training with it takes `VisionFeatures`.
-    A call with more prompts than images does this by itself.
+  def neck_maps(
+    self, pixel_values: jax.Array, deterministic: bool = True, taps: Taps = None
+  ) -> tuple[jax.Array, ...]:
+    """pixel_values [B, S, S, 3] in [-1, 1] -> the neck's maps [B, h, w, D] of 4, 2 and 1 times the token grid
+    (288, 144, 72 at 1008 px): the first half of `get_vision_features`, for losses on the maps themselves.
     """
-    *finer, image = vision.fpn_hidden_states
+    v = self.config.vision
+    pixel_values = jnp.asarray(pixel_values)
+    shape = pixel_values.shape
+    if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+      raise ValueError(
+        f"pixel_values must be floating point in [-1, 1] (see Sam3Processor), got {pixel_values.dtype}"
+      )
+    if len(shape) != 4 or shape[-1] != v.num_channels:
+      hint = "; this looks channels-first" if len(shape) == 4 and shape[1] == v.num_channels else ""
+      raise ValueError(f"pixel_values must be [B, S, S, {v.num_channels}], got {tuple(shape)}{hint}")
+    if shape[1] != shape[2] or shape[1] % v.patch_size or shape[1] < 2 * v.patch_size:
+      raise ValueError(
+        f"pixel_values must be square with a side that is a multiple of {v.patch_size} (at least"
+        f" {2 * v.patch_size}), got {shape[1]} x {shape[2]}"
+      )
+    return self.vision_encoder(pixel_values, deterministic, taps)
+
+  def prepare(self, maps: tuple[jax.Array, ...], deterministic: bool = True) -> VisionFeatures:
+    """`neck_maps` -> what all prompts about an image share, about a quarter of a prompt's work, done once."""
+    *finer, image = maps
     B, h, w, D = image.shape
-    place = positions.map_positions(h, w, D).reshape(h * w, D)
-    mixed = self.detr_encoder.mix(image.reshape(B, h * w, D), place).reshape(image.shape)
-    return PreparedFeatures(image, mixed, self.mask_decoder.convolve(tuple(finer)))
+    mixed = None
+    if deterministic and not self.remat and not self.is_initializing():
+      place = positions.map_positions(h, w, D).reshape(h * w, D)
+      mixed = self.detr_encoder.mix(image.reshape(B, h * w, D), place).reshape(image.shape)
+    return VisionFeatures(image, mixed, self.mask_decoder.convolve(tuple(finer)))
 
   def get_text_features(
     self,
     input_ids: jax.Array,
     attention_mask: jax.Array | None = None,
     update_batch_stats: bool = False,
-    *,
-    length: int | None = None,
   ) -> TextFeatures:
-    """input_ids int32 [P, T] (attention_mask [P, T], 1 = token) -> `TextFeatures`, reusable over images.
-
-    length: only the first so many tokens are wanted, and all behind them are padding: the result is
-      [P, length, ...], the same up to rounding. Saves most of the work for short phrases in profiles that
-      hide padding from attention (not `original`, where tokens attend to it).
-
-    Raises:
-      ValueError: length beyond 1 to T, or with update_batch_stats, whose statistics count padding.
-    """
-    return self._text(input_ids, attention_mask, update_batch_stats, None, length)
+    """input_ids int32 [P, T] (attention_mask [P, T], 1 = token) -> `TextFeatures`, reusable over images."""
+    return self._text(input_ids, attention_mask, update_batch_stats, None)
 
   def init_variables(self, rng: jax.Array) -> Variables:
     """Random parameters for every layer, as `init` gives, without shaping inputs by hand."""
@@ -269,37 +283,13 @@ class Sam3LiteText(nn.Module):
 
     return fusing.fuse(self, variables)
 
-  def _vision(self, pixel_values: jax.Array, deterministic: bool, taps: Taps) -> VisionFeatures:
-    v = self.config.vision
-    pixel_values = jnp.asarray(pixel_values)
-    shape = pixel_values.shape
-    if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
-      raise ValueError(
-        f"pixel_values must be floating point in [-1, 1] (see Sam3Processor), got {pixel_values.dtype}"
-      )
-    if len(shape) != 4 or shape[-1] != v.num_channels:
-      hint = "; this looks channels-first" if len(shape) == 4 and shape[1] == v.num_channels else ""
-      raise ValueError(f"pixel_values must be [B, S, S, {v.num_channels}], got {tuple(shape)}{hint}")
-    if shape[1] != shape[2] or shape[1] % v.patch_size or shape[1] < 2 * v.patch_size:
-      raise ValueError(
-        f"pixel_values must be square with a side that is a multiple of {v.patch_size} (at least"
-        f" {2 * v.patch_size}), got {shape[1]} x {shape[2]}"
-      )
-    return VisionFeatures(self.vision_encoder(pixel_values, deterministic, taps))
-
-  def _text(
-    self, input_ids, attention_mask, update_batch_stats: bool, taps: Taps, length: int | None = None
-  ) -> TextFeatures:
+  def _text(self, input_ids, attention_mask, update_batch_stats: bool, taps: Taps) -> TextFeatures:
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
       raise ValueError(f"input_ids must be int [P, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
     mask = token_mask(attention_mask, input_ids.shape)
-    if length is not None and (update_batch_stats or not 1 <= length <= input_ids.shape[1]):
-      raise ValueError(
-        f"length must be 1 to {input_ids.shape[1]}, and None with update_batch_stats, got {length}"
-      )
-    hidden = self.text_encoder(input_ids, mask, update_batch_stats, taps, length)
-    return TextFeatures(hidden, self.text_projection(hidden), mask[:, :length])
+    hidden = self.text_encoder(input_ids, mask, update_batch_stats, taps)
+    return TextFeatures(hidden, self.text_projection(hidden), mask)
 
   def _given_text(self, text_embeds: TextFeatures | jax.Array, attention_mask) -> TextFeatures:
     """`text_embeds` as `TextFeatures`, checked."""
@@ -316,32 +306,17 @@ class Sam3LiteText(nn.Module):
       raise ValueError(f"text_embeds must be [P, T, {width}] (projected tokens), got {tuple(shape)}")
     return text_embeds
 
-  def _detect(
-    self,
-    vision: VisionFeatures | PreparedFeatures,
-    text: TextFeatures,
-    boxes,
-    labels,
-    image_index,
-    deterministic: bool,
-    taps: Taps,
+  def detect(
+    self, vision: VisionFeatures, prompts: Prompts, deterministic: bool = True, taps: Taps = None
   ) -> Sam3LiteTextOutput:
-    """Everything after the two encoders."""
-    P = text.pooler_output.shape[0]
-    rows = P if image_index is None else image_index.shape[0]
-    if isinstance(vision, VisionFeatures) and self._shares(vision, rows, deterministic):
-      vision = self.prepare(vision)
-    prepared = isinstance(vision, PreparedFeatures)
-    maps = (*vision.convolved, vision.mixed, vision.image) if prepared else vision.fpn_hidden_states
-    *finer, image = image_of_each_prompt(maps, P, image_index)
-    mixed = finer.pop() if prepared else image
-    prompts = image.shape[0]
-    tokens, mask = (
-      jnp.broadcast_to(a, (prompts, *a.shape[1:])) for a in (text.pooler_output, text.attention_mask)
+    """Everything after the two encoders; `__call__` says which image each prompt is for."""
+    rows = len(prompts.tokens)
+    image, mixed, *finer = image_of_each_prompt(
+      (vision.image, vision.mixed, *vision.convolved), rows, prompts.image_index
     )
+    tokens, mask = (jnp.broadcast_to(a, (len(image), *a.shape[1:])) for a in (prompts.tokens, prompts.mask))
     place = positions.map_positions(*image.shape[1:])
-    boxes, labels = check_boxes(boxes, labels, prompts)
-    geometry = self._geometry_tokens(boxes, labels, image, place, deterministic)
+    geometry = self._geometry_tokens(prompts.boxes, prompts.labels, image, place, deterministic)
     if geometry is not None:
       tokens = jnp.concatenate([tokens, geometry[0]], axis=1)
       mask = jnp.concatenate([mask, geometry[1]], axis=1)
@@ -350,8 +325,8 @@ class Sam3LiteText(nn.Module):
 
     P, h, w, D = image.shape
     flat_place = place.reshape(h * w, D)
-    mixed = mixed.reshape(P, h * w, D)
-    encoded = self.detr_encoder(mixed, flat_place, tokens, mask, deterministic, prepared)
+    flat, mixed = (None if x is None else x.reshape(P, h * w, D) for x in (image, mixed))
+    encoded = self.detr_encoder(flat, flat_place, tokens, mask, deterministic, mixed)
     tap(taps, "encoder_output", encoded)
     encoded = encoded.reshape(P, h, w, D)
     decoded = self.detr_decoder(encoded, place, tokens, mask, deterministic)
@@ -365,7 +340,7 @@ class Sam3LiteText(nn.Module):
     tap(taps, "decoder_boxes", boxes)
     tap(taps, "decoder_logits", logits)
     tap(taps, "decoder_presence_logits", decoded.presence_logits)
-    masks, semantic = self.mask_decoder(hidden[-1], tuple(finer), encoded, tokens, mask, taps, prepared)
+    masks, semantic = self.mask_decoder(hidden[-1], tuple(finer), encoded, tokens, mask, taps)
     return Sam3LiteTextOutput(
       pred_masks=masks,
       pred_boxes=box_ops.cxcywh_to_xyxy(boxes[-1]),
@@ -374,15 +349,6 @@ class Sam3LiteText(nn.Module):
       semantic_seg=semantic,
       intermediates=taps,
     )
-
-  def _shares(self, vision: VisionFeatures, rows: int, deterministic: bool) -> bool:
-    """Whether several prompts ask about one image, so that `prepare` pays."""
-    if not deterministic or self.remat or self.is_initializing():
-      return False
-    try:
-      return bool(vision.fpn_hidden_states[-1].shape[0] < rows)
-    except jax.errors.InconclusiveDimensionOperation:  # a symbolic number of prompts may turn out to be one
-      return False
 
   def _geometry_tokens(self, boxes, labels, image, place, deterministic: bool):
     """Box tokens and the CLS token with their mask, or None where the profile adds none without boxes."""

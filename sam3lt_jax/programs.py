@@ -1,30 +1,34 @@
-"""Programs that compile while something else goes on: a predictor's, while its weights are read."""
+"""Functions compiled once for each kind of arguments, by whoever needs them first, or ahead of that.
+
+Nothing else compiles for inference. What a program is traced for (platform, mesh) is said when it is made.
+"""
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import ctypes
 import functools
-import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-_log = logging.getLogger(__name__)
+from sam3lt_jax.ops import attention
 
 
-def jit(function: Callable, **options: Any) -> Any:
-  """`jax.jit` for inference with the compiler options that suit the platform.
+def jit(function: Callable, platform: str | None = None, **options: Any) -> Any:
+  """`jax.jit` for inference with the compiler options that suit the platform; None: the default backend.
 
   On CPUs XLA orders operations so that many can run at once, which keeps their results in memory all at once:
   884 MB beside the weights for the full-size image encoder in float32, against 239 MB in the order of the
   program (from the compiled programs, jax 0.10.2). Every operation uses all cores by itself, so nothing is
   lost by that.
   """
-  if jax.default_backend() == "cpu":
+  if (platform or jax.default_backend()) == "cpu":
     options["compiler_options"] = _cpu_options()
   return jax.jit(function, **options)
 
@@ -40,65 +44,93 @@ def _cpu_options() -> dict[str, str] | None:
 
 
 class Program:
-  """A function under `jit` whose compilation may be under way in another thread."""
+  """A function of (constants, *arguments) on the devices of a mesh; constants are of one kind throughout.
 
-  def __init__(self, function: Callable):
-    self._jitted = jit(function)
-    self._awaited: list[concurrent.futures.Future] = []
+  Any number of threads may call it. The first that brings a new kind of arguments compiles for it, the others
+  wait for that one.
 
-  def __call__(self, *args: Any) -> Any:
-    if self._awaited:
-      concurrent.futures.wait(self._awaited)  # what went wrong there is raised again below
-      self._awaited = []
-    return self._jitted(*args)
+  Attributes:
+    waited_s: seconds that callers have waited for compilation.
+  """
 
-  def call_after(self, future: concurrent.futures.Future) -> None:
-    """The next call waits until `future` is done, however it ends."""
-    self._awaited.append(future)
+  def __init__(self, name: str, function: Callable, mesh: Mesh, out_shardings: Any):
+    self._platform = mesh.devices.flat[0].platform
+    self._mesh, self.name = mesh, name
+    function.__name__ = name  # what logs and profiles show
+    self._jitted = jit(function, self._platform, out_shardings=out_shardings)
+    self._made: dict[tuple, futures.Future] = {}
+    self._lock = threading.Lock()
+    self.waited_s = 0.0
 
-  def compiled_for(self) -> int:
-    """Kinds of arguments that it was called with."""
-    return self._jitted._cache_size()
+  def __call__(self, constants: Any, *arguments: Any) -> Any:
+    start = time.perf_counter()
+    future, mine = self._promise(arguments)
+    if mine:
+      self._make(future, constants, arguments)
+    waits = mine or not future.done()
+    compiled = future.result()
+    if waits:
+      self.waited_s += time.perf_counter() - start
+    return compiled(constants, *arguments)
 
-  def compile(self, *args: Any) -> Any:
-    """Compiles for arguments of these shapes and dtypes, arrays or `jax.ShapeDtypeStruct`; a call with such
-    arguments then finds the program. Returns the shapes and dtypes of the result.
-    """
-    traced = self._jitted.trace(*shapes_of(args))
-    traced.lower().compile()
-    return shapes_of(traced.out_info)
+  def compile(self, constants: Any, *arguments: Any) -> jax.stages.Compiled:
+    """Compiles for arguments of these kinds, arrays or `jax.ShapeDtypeStruct`s with their shardings."""
+    future, mine = self._promise(arguments)
+    if mine:
+      self._make(future, constants, arguments)
+    return future.result()
 
-  def compile_in(self, executor: concurrent.futures.Executor, args: Callable[[], tuple]) -> Callable[[], Any]:
-    """The same in a thread of `executor`, under the settings of this one; `args` is called there, too.
-    Returns a function that waits and gives the shapes of the result.
-    """
-    precision, device = jax.config.jax_default_matmul_precision, jax.config.jax_default_device
+  def compiled(self) -> list[jax.stages.Compiled]:
+    """All that there is by now, to see what it does and what it takes."""
+    return [f.result() for f in list(self._made.values()) if f.done() and f.exception() is None]
+
+  def _promise(self, arguments: tuple) -> tuple[futures.Future, bool]:
+    """(what is or will be compiled for these arguments, whether the caller is the one to compile it)."""
+    leaves, structure = jax.tree.flatten(arguments)
+    precision = jax.config.jax_default_matmul_precision
+    key = (structure, precision, *((x.shape, np.dtype(x.dtype), _devices(x)) for x in leaves))
+    with self._lock:
+      mine = key not in self._made
+      future = self._made.setdefault(key, futures.Future())
+      if mine:
+        future.add_done_callback(lambda f: self._made.pop(key) if f.exception() else None)
+    return future, mine
+
+  def _make(self, future: futures.Future, constants: Any, arguments: tuple) -> None:
+    try:
+      with attention.traced_for((self._platform,)):
+        lowered = self._jitted.lower(constants, *arguments)
+      future.set_result(lowered.compile())
+    except BaseException as e:
+      future.set_exception(e)
+
+
+def _devices(x: Any) -> Any:
+  """Where an argument lies, as far as that makes another program: its sharding's devices."""
+  sharding = getattr(x, "sharding", None)
+  return None if sharding is None else tuple(sorted(d.id for d in sharding.device_set))
+
+
+class Ahead:
+  """Compiles in threads of its own what the caller will need, under the caller's settings."""
+
+  def __init__(self, threads: int = 3):
+    self._pool = futures.ThreadPoolExecutor(threads, "sam3lt-compile")
+    self._asked: list[futures.Future] = []
+
+  def compile(self, program: Program, constants: Any, *arguments: Any) -> None:
+    """What goes wrong there is raised by the call that needs the program, which tries again."""
+    precision = jax.config.jax_default_matmul_precision
 
     def work():
-      with jax.default_matmul_precision(precision), jax.default_device(device):
-        try:
-          return self.compile(*args())
-        except Exception:
-          _log.debug("compiling ahead failed", exc_info=True)
-          raise
+      with jax.default_matmul_precision(precision), contextlib.suppress(Exception):
+        program.compile(constants, *arguments)
 
-    compiled = executor.submit(work)
-    self.call_after(compiled)
-    return compiled.result
+    self._asked.append(self._pool.submit(work))
 
-
-def shapes_of(tree: Any) -> Any:
-  """Every array of a tree as a `jax.ShapeDtypeStruct`."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def return_freed_memory() -> None:
-  """Gives back to the system what compiling took and freed, which glibc keeps otherwise: 180 MB at full size.
-
-  With other C libraries nothing happens.
-  """
-  with contextlib.suppress(AttributeError, OSError, TypeError):
-    ctypes.CDLL(None).malloc_trim(0)
+  def wait(self) -> None:
+    futures.wait(self._asked)
+    self._asked = []
 
 
 @contextlib.contextmanager

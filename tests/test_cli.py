@@ -225,8 +225,11 @@ def test_table_is_cut_and_labels_are_one_line():
     ("photo.jpg truck --dtype float64", "choose from"),
     ("photo.jpg truck --profile mine", "choose from"),
     ("photo.jpg truck --colour red", "unrecognized arguments: --colour"),
-    ("photo.jpg truck --out notes.txt", "--out: cannot write to notes.txt"),
-    ("photo.jpg truck --out notes.txt/x", "--out: cannot write to notes.txt/x"),
+    ("photo.jpg truck --out notes.txt", "--out 'notes.txt': "),
+    (
+      "photo.jpg truck --out notes.txt/x",
+      "notes.txt is no directory; accepted: a directory, there or not yet",
+    ),
     ("photo.jpg truck --model s00", "no model 's00'; did you mean 's0'?"),
   ],
 )

@@ -8,8 +8,8 @@ import types
 import pytest
 
 from sam3lt_jax import cli
+from tests.data import scenes
 from tests.evaluation.fake import FakePredictor
-from tests.training.data import scenes
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_only_present_and_random_weights(folder, loaded, capsys):
       "--threshold: must be a number within",
     ),
     ("eval --annotations coco.json --images images --metrics f1", "invalid choice: 'f1'"),
-    ("eval --annotations coco.json --images images --out coco.json", "--out: cannot write to coco.json"),
+    ("eval --annotations coco.json --images images --out coco.json", "--out 'coco.json': .*is no directory"),
     ("eval --annotations coco.json --images empty", "nothing to evaluate in 3 records: coco.json, image 10"),
   ],
 )

@@ -83,7 +83,7 @@ def test_no_model_needs_no_jax(phrases, tmp_path):
     (["gone.txt"], "no such file of prompts: gone.txt"),
     (["{bad}"], "line 2, column 1: not valid JSON"),
     (["{phrases}", "--context", "1"], "--context: must be a number of tokens, at least 2, got '1'"),
-    (["{phrases}", "--out", "{phrases}"], "--out: cannot write to"),
+    (["{phrases}", "--out", "{phrases}"], "is no directory; accepted: a directory"),
     (["{phrases}", "--model", "s00"], "did you mean"),
     (["{phrases}", "--model", "random:tiny", "--context", "17"], "17 tokens"),
   ],

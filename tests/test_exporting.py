@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from sam3lt_jax import Predictor, exporting
-from sam3lt_jax.features import TextFeatures, VisionFeatures
-from sam3lt_jax.ops import attention
+from sam3lt_jax.features import TextFeatures
+from sam3lt_jax.ops import attention, target
 from tests import tiny
 
 pytestmark = pytest.mark.full  # long: CI runs it
@@ -92,13 +92,13 @@ def _library(predictor, given) -> dict[str, np.ndarray]:
 @functools.cache
 def _compiled(model):
   def whole(variables, pixels, ids, mask, boxes, labels, index):
-    maps = model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+    vision = model.apply(variables, pixels, method="get_vision_features")
     tokens = model.apply(variables, ids, mask, method="get_text_features").pooler_output
     out = model.apply(
-      variables, vision_embeds=VisionFeatures(maps), text_embeds=TextFeatures(tokens, tokens, mask),
+      variables, vision_embeds=vision, text_embeds=TextFeatures(tokens, tokens, mask),
       input_boxes=boxes, input_boxes_labels=labels, image_index=index,
     )  # fmt: skip
-    return {"tokens": tokens, "map_2": maps[2]} | {k: getattr(out, k) for k in exporting.OUTPUTS}
+    return {"tokens": tokens, "map_2": vision.convolved[0]} | {k: getattr(out, k) for k in exporting.OUTPUTS}
 
   return tiny.jit(whole)
 
@@ -229,7 +229,7 @@ def test_blocked_attention_is_for_the_cpu_only():
   q = jax.ShapeDtypeStruct((1, 2304, 2, 8), jnp.float32)
   cases = {("cpu",): (True, False), ("tpu",): (False, False), ("cpu", "tpu"): (True, True)}
   for platforms, (loops, chooses) in cases.items():
-    with attention.traced_for(platforms):
+    with target.traced_for(platforms):
       program = jax.export.export(jax.jit(lambda *a: attention.attend(*a)), platforms=platforms)(q, q, q)
     text = program.mlir_module()
     assert ("stablehlo.while" in text, "stablehlo.case" in text) == (loops, chooses)
@@ -242,7 +242,7 @@ def test_fixed_numbers_leave_no_symbol(predictor):
   )
   shapes = {n: x.shape for part in parts.values() for n, x in (part.inputs | part.outputs).items()}
   assert shapes["pixels"] == (2, SIDE, SIDE, 3) and shapes["ids"] == (5, 16)
-  assert shapes["pred_logits"] == (5, 20) and shapes["map_2"] == (2, 6, 6, 32)
+  assert shapes["pred_logits"] == (5, 20) and shapes["map_2"] == (2, 24, 24, 32)
   assert "boxes" not in shapes and "labels" not in shapes
   assert all(isinstance(d, int) for shape in shapes.values() for d in shape)
 

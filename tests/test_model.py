@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam3lt_jax import PreparedFeatures, Sam3LiteText, Sam3LiteTextConfig, TextFeatures, VisionFeatures
+from sam3lt_jax import Sam3LiteText, Sam3LiteTextConfig, TextFeatures, VisionFeatures
 from sam3lt_jax.config import PADDING_LABEL, TextConfig
 from tests import tiny
 
@@ -147,7 +147,8 @@ def test_full_size_features(abstract):
     abstract,
     shape((2, 1008, 1008, 3), jnp.float32),
   )
-  assert [m.shape for m in vision.fpn_hidden_states] == [(2, n, n, 256) for n in (288, 144, 72)]
+  maps = (*vision.convolved, vision.image, vision.mixed)
+  assert [m.shape for m in maps] == [(2, n, n, 256) for n in (288, 144, 72, 72)]
 
 
 def test_param_dtype_is_what_is_stored():
@@ -215,11 +216,10 @@ def test_one_image_serves_all_prompts_and_one_prompt_all_images(encode, read, de
   assert one_prompt.pred_logits.shape[0] == 2
 
 
-def test_prepared_features_change_nothing(model, variables, encode):
-  """Text, boxes and both, with one image a prompt (`index`) and without; sums run in another order."""
+def test_what_is_shared_by_prompts_is_what_each_would_compute(model, variables, encode):
+  """Text, boxes and both: the fusion encoder's first self-attention once an image, and once a prompt."""
   vision = encode(tiny.pixels(2))
-  prepared = tiny.jit(lambda v: model.apply(variables, v, method="prepare"))(vision)
-  assert isinstance(prepared, PreparedFeatures)
+  assert vision.mixed is not None
   ids, mask = tiny.phrases(3)
   boxes = np.full((3, 1, 4), 0.5, np.float32)
   labels = np.array([[1], [0], [PADDING_LABEL]], np.int32)
@@ -228,13 +228,10 @@ def test_prepared_features_change_nothing(model, variables, encode):
   def run(features, **kwargs):
     return model.apply(variables, None, ids, mask, vision_embeds=features, **kwargs)
 
-  by_prompt = jax.tree.map(lambda x: x[kwargs["image_index"]], (vision, prepared))
-  plain, made_before = by_prompt
   rest = {k: v for k, v in kwargs.items() if k != "image_index"}
-  wanted = tiny.jit(lambda v: run(v, **rest))(plain)  # a row an image: nothing is shared
-  assert_same(tiny.jit(lambda v: run(v, **kwargs))(vision), wanted, 1e-4)  # shared inside the call
-  assert_same(tiny.jit(lambda v: run(v, **kwargs))(prepared), wanted, 1e-4)
-  assert_same(tiny.jit(lambda v: run(v, **rest))(made_before), wanted, 1e-4)
+  by_prompt = jax.tree.map(lambda x: x[kwargs["image_index"]], vision.replace(mixed=None))
+  wanted = tiny.jit(lambda v: run(v, **rest))(by_prompt)
+  assert_same(tiny.jit(lambda v: run(v, **kwargs))(vision), wanted, 1e-4)
 
 
 def test_intermediates(whole, model):
@@ -309,8 +306,9 @@ def test_other_resolutions(side, model, variables, encode):
   """A grid of 2 is smaller than a window and than the position table, 5 divides neither, 12 both."""
   grid = side // 14
   vision = encode(tiny.pixels(1, side))
-  assert [m.shape for m in vision.fpn_hidden_states] == [(1, n * grid, n * grid, 16) for n in (4, 2, 1)]
-  assert all(np.isfinite(m).all() and m.std() > 1e-3 for m in vision.fpn_hidden_states)
+  maps = (*vision.convolved, vision.image, vision.mixed)
+  assert [m.shape for m in maps] == [(1, n * grid, n * grid, 16) for n in (4, 2, 1, 1)]
+  assert all(np.isfinite(m).all() and m.std() > 1e-3 for m in maps)
   ids, _ = tiny.phrases(1)
   out = jax.eval_shape(
     lambda v: model.apply(v, vision_embeds=vision, input_ids=ids, input_boxes=np.full((1, 1, 4), 0.5)),

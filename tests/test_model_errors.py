@@ -50,7 +50,7 @@ def test_pixels_of_another_shape(model, variables, shape, message):
   "message, kwargs",
   [
     ("exactly one of pixel_values and vision_embeds", {"pixel_values": None}),
-    ("exactly one of pixel_values and vision_embeds", {"vision_embeds": VisionFeatures(())}),
+    ("exactly one of pixel_values and vision_embeds", {"vision_embeds": VisionFeatures(None, None, ())}),
     ("exactly one of input_ids and text_embeds", {"input_ids": None}),
     ("exactly one of input_ids and text_embeds", {"text_embeds": np.zeros((2, 5, 16), np.float32)}),
     (r"input_ids must be int \[P, T\], got float32", {"input_ids": IDS.astype(np.float32)}),
@@ -113,7 +113,7 @@ def test_text_features_of_another_kind(model, variables, embeds, mask, message):
 
 
 def test_vision_features_of_another_kind(model, variables):
-  accepted = "vision_embeds must be VisionFeatures or PreparedFeatures, got tuple"
+  accepted = "vision_embeds must be VisionFeatures, got tuple"
   refused(model, variables, accepted, None, IDS, vision_embeds=())
 
 

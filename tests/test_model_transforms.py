@@ -147,7 +147,7 @@ try:
 except ValueError as e:
   assert "a batch of 3 rows cannot be split evenly over 2 devices" in str(e), e
 for out in (sharded, mapped):
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5), out, wanted)
+  chex.assert_trees_all_close(out, wanted, atol=2e-5)
 """
 
 

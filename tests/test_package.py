@@ -65,8 +65,9 @@ def sources(*folders):
   "file", sources("sam3lt_jax", "convert", "examples"), ids=lambda f: str(f.relative_to(ROOT))
 )
 def test_a_file_can_be_read_in_one_sitting(file):
+  """One idea a file: pieces that are always read together are not split to stay short."""
   source = file.read_text(encoding="utf-8")
-  assert source.count("\n") <= 400
+  assert source.count("\n") <= (400 if file.parent.name in ("nn", "ops") else 600)
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.FunctionDef):
       length = node.end_lineno - node.lineno + 1
@@ -102,20 +103,35 @@ def test_torch_is_never_imported_with_a_module():
 
 
 def test_layers_import_downwards_only():
-  """ops <- nn <- model <- predictor; config imports nothing of ours; processing and checkpoints see no nn."""
+  """ops <- nn <- model <- predictor; config imports nothing of ours; processing and data see no nn."""
   allowed = {
     "ops": {"ops"},
     "nn": {"ops", "nn"},
-    "config.py": {"config_schema"},
+    "errors.py": set(),
+    "storage.py": {"errors"},
+    "config.py": {"config_schema", "errors"},
     "config_schema.py": {"config"},
-    "processing": {"config", "processing", "ops"},
+    "processing": {"config", "processing", "ops", "errors"},
+    "data": {"config", "processing", "data", "errors"},
     "fusing.py": {"config", "model"},
     "features.py": set(),
     "model.py": {"config", "features", "nn", "ops", "fusing", "model_inputs"},
     "model_inputs.py": set(),
-    "programs.py": set(),
-    "phrase_encoder.py": {"model", "config", "processing", "programs"},
-    "predictor.py": {"model", "config", "processing", "checkpoints", "ops", "phrase_encoder", "programs"},
+    "programs.py": {"ops"},
+    "phrase_table.py": {"parallel", "processing", "programs"},
+    "kept.py": {"ops", "processing", "programs"},
+    "engine.py": {
+      "config",
+      "features",
+      "kept",
+      "model",
+      "parallel",
+      "phrase_table",
+      "processing",
+      "programs",
+      "errors",
+    },
+    "predictor.py": {"engine", "errors", "features", "kept", "model", "processing", "checkpoints"},
   }
   for place, wanted in allowed.items():
     path = LIBRARY / place

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from concurrent import futures
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from sam3lt_jax import Predictor, Profile, Results, Sam3Processor, phrase_encoder, save_pretrained
+from sam3lt_jax import Predictor, Profile, Results, Sam3Processor, phrase_table, save_pretrained
 from tests import tiny
 
 compilations = []
@@ -33,9 +34,9 @@ def sibling(base):
   def make(**options):
     with tiny.hurry():
       other = Predictor(base.model, base.variables, **{"processor": base.processor, "fuse": False} | options)
-    for name in ("_encode_image", "_detect"):
-      setattr(other, name, getattr(base, name))
-    other.phrases.programs = base.phrases.programs
+    for name in ("_encode", "_detect", "_read"):
+      setattr(other.engine, name, getattr(base.engine, name))
+    other.engine.phrases._read = base.engine._read
     return other
 
   return make
@@ -222,9 +223,8 @@ def test_another_phrase_box_count_or_photo_size_compiles_nothing(sibling):
 
 
 def test_a_phrase_is_encoded_once(base, sibling, monkeypatch):
-  predictor, calls = sibling(), []
-  counted = {n: lambda *args, p=p: calls.append(1) or p(*args) for n, p in base.phrases.programs.items()}
-  monkeypatch.setattr(predictor.phrases, "programs", counted)
+  predictor, calls, read = sibling(), [], base.engine._read
+  monkeypatch.setattr(predictor.engine.phrases, "_read", lambda *args: calls.append(1) or read(*args))
   first = predictor(PHOTO, ["a dog", "a dog", "a cat"], **ALL)
   assert len(calls) == 1
   assert_same(predictor(PHOTO, ["a dog", "a dog", "a cat"], **ALL), first, atol=0)
@@ -234,15 +234,83 @@ def test_a_phrase_is_encoded_once(base, sibling, monkeypatch):
   assert len(calls) == 3
 
 
-def test_the_phrase_cache_forgets_the_oldest(base, sibling, monkeypatch):
-  monkeypatch.setattr(phrase_encoder, "KEPT", 2)
+def test_more_phrases_than_are_kept(base, sibling, monkeypatch):
+  monkeypatch.setattr(phrase_table, "ROWS", (2,))
   predictor = sibling()
   wanted = base(PHOTO, ["a", "b", "c"], **ALL)
-  assert_same(predictor(PHOTO, ["a", "b", "c"], **ALL), wanted, atol=0)  # more at once than are kept
-  assert list(predictor.phrases) == ["b", "c"]
-  predictor(PHOTO, ["b", "d"], **ALL)
-  assert list(predictor.phrases) == ["b", "d"]
   assert_same(predictor(PHOTO, ["a", "b", "c"], **ALL), wanted, atol=1e-5)
+  assert list(predictor.engine.phrases) == ["b", "c"]
+  predictor(PHOTO, ["b", "d"], **ALL)
+  assert list(predictor.engine.phrases) == ["b", "d"]
+  assert_same(predictor(PHOTO, ["a", "b", "c"], **ALL), wanted, atol=1e-5)
+
+
+def test_threads_share_a_predictor(base, sibling, monkeypatch):
+  """With room for few phrases, so that they push out each other's."""
+  monkeypatch.setattr(phrase_table, "ROWS", (2,))
+  predictor, phrases = sibling(), ["a", "b", "c", "d"]
+  wanted = {phrase: base(PHOTO, phrase, **ALL) for phrase in phrases}
+
+  def ask(i):
+    phrase = phrases[i % len(phrases)]
+    assert_same(predictor(PHOTO, phrase, **ALL), wanted[phrase])
+
+  with futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(ask, range(40)))
+
+
+def test_other_weights_take_the_place_of_the_first(base, sibling):
+  """As after training: compiled programs stay, the features of phrases go; folded or not."""
+  predictor = sibling()
+  first = predictor(PHOTO, "a dog", **ALL)
+  model, variables = tiny.load(CONFIG)
+  changed = jax.tree.map(lambda x: x * 1.1, variables)
+  compilations.clear()
+  predictor._loaded = model
+  predictor.use_variables(changed)
+  second = predictor(PHOTO, "a dog", **ALL)
+  assert not [event for event in compilations if "detect" in event]
+  assert not np.allclose(first.scores, second.scores, atol=1e-4)
+  with tiny.hurry():
+    assert_same(Predictor(model, changed)(PHOTO, "a dog", **ALL), second)
+
+
+# Many images
+
+
+def test_a_stream_is_one_image_after_the_other(base, sibling):
+  images = [photo(40 + 3 * i, 50, seed=i) for i in range(7)]
+  wanted = [base(image, ["a", "b"], **ALL) for image in images]
+  for predictor in (base, sibling(image_buckets=(1, 3))):
+    found = list(predictor.stream(iter(images), ["a", "b"], **ALL))
+    assert len(found) == 7
+    for a, b in zip(found, wanted):
+      assert_same(a, b)
+    for a, b in zip(predictor(images[:4], ["a", "b"], **ALL), wanted):
+      assert_same(a, b)
+
+
+def test_a_stream_holds_few_images(base, monkeypatch):
+  """What was taken from the source beyond what was given out stays within a batch and the readers."""
+  monkeypatch.setattr("os.cpu_count", lambda: 2)
+  taken = [0]
+
+  def source():
+    for i in range(40):
+      taken[0] += 1
+      yield photo(20, 20, seed=i)
+
+  ahead = [taken[0] - i for i, _ in enumerate(base.stream(source(), "a", threshold=1.0))]
+  assert len(ahead) == 40 and max(ahead) <= 1 + 2 * 2 + 3
+
+
+def test_an_image_that_cannot_be_read_ends_the_stream_in_its_place(base, tmp_path):
+  (tmp_path / "bad.png").write_text("no image")
+  stream = base.stream([PHOTO, PHOTO, str(tmp_path / "bad.png"), PHOTO], "a", threshold=1.0)
+  with pytest.raises(ValueError, match=r"bad\.png"):
+    list(stream)
+  with pytest.raises(ValueError, match="text must be"):
+    base.stream([PHOTO], ["a", 3])
 
 
 def test_prompt_buckets_change_nothing(base, sibling):

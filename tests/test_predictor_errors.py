@@ -103,13 +103,12 @@ def test_buckets_ascend(sizes):
     )
 
 
-@pytest.mark.parametrize("function", ["_encode_image", "phrases", "_detect"])
+@pytest.mark.parametrize("function", ["_encode", "_read", "_detect"])
 def test_no_device_memory_says_what_to_lower(base, monkeypatch, function):
   def replace(program):
-    if function == "phrases":
-      monkeypatch.setattr(base.phrases, "programs", dict.fromkeys(base.phrases.lengths, program))
-    else:
-      monkeypatch.setattr(base, function, program)
+    monkeypatch.setattr(base.engine, function, program)
+    if function == "_read":
+      monkeypatch.setattr(base.engine.phrases, "_read", program)
 
   def fail(*_args, message="RESOURCE_EXHAUSTED: Out of memory allocating 123456789 bytes.\nlong dump"):
     raise jax.errors.JaxRuntimeError(message)

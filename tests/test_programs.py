@@ -1,6 +1,5 @@
 """Compilation while the weights are read."""
 
-import concurrent.futures
 import logging
 import threading
 
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 
 from sam3lt_jax import Predictor, from_pretrained
-from sam3lt_jax import predictor as predictor_module
-from sam3lt_jax.programs import Program, jit, shapes_of
+from sam3lt_jax.checkpoints import open_checkpoint
+from sam3lt_jax.programs import Ahead, jit
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
 
@@ -25,7 +24,7 @@ def compiled(caplog):
   jax.config.update("jax_log_compiles", False)
 
 
-NAMES = {"jit(encode_image)", "jit(encode_text)", "jit(detect)"}
+NAMES = {"jit(encode)", "jit(read)", "jit(detect)"}
 
 
 @pytest.mark.parametrize(
@@ -33,13 +32,14 @@ NAMES = {"jit(encode_image)", "jit(encode_text)", "jit(detect)"}
 )  # text encoders with and without RepMixer blocks
 def test_a_first_call_compiles_nothing_more(source, compiled, caplog):
   predictor = Predictor.from_pretrained(source)
-  phrases = predictor.phrases
-  for program in (predictor._encode_image, phrases.programs[phrases.lengths[0]], predictor._detect):
-    assert program._awaited and all(future.exception() is None for future in program._awaited)
+  predictor.engine._ahead.wait()
   assert set(compiled()) >= NAMES
   caplog.clear()
   predictor(PHOTO, text="shape")
   assert not set(compiled()) & NAMES
+  assert {name: len(made) for name, made in predictor.engine.programs().items()} == dict.fromkeys(
+    ("encode", "read", "detect"), 1
+  )
 
 
 def test_it_can_be_left_out_and_changes_nothing(compiled):
@@ -54,44 +54,30 @@ def test_it_can_be_left_out_and_changes_nothing(compiled):
 
 
 def test_the_model_is_known_before_its_weights():
-  seen = []
-  model, variables = from_pretrained("random:tiny", model_known=lambda *known: seen.append(known))
-  ((early, shapes),) = seen
-  assert early == model and shapes == shapes_of(variables)
+  opened = open_checkpoint("random:tiny")
+  model, variables = from_pretrained("random:tiny")
+  assert opened.model == model and opened.random
+  assert opened.shapes == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+  for a, b in zip(jax.tree.leaves(opened.load()), jax.tree.leaves(variables), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
-def test_settings_go_along_and_failures_show_in_the_call():
-  with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    product = Program(lambda x: x @ x)
-    with jax.default_matmul_precision("highest"):
-      shape = product.compile_in(executor, lambda: (jnp.ones((2, 2)),))()
-      assert shape == jax.ShapeDtypeStruct((2, 2), jnp.float32)
-      np.testing.assert_array_equal(product(np.eye(2, dtype=np.float32)), np.eye(2))
-    assert product.compiled_for() == 1
-    wrong = Program(lambda x: x @ jnp.ones((3, 3)))
-    early = wrong.compile_in(executor, lambda: (jnp.ones((2, 2)),))
-    with pytest.raises(TypeError):
-      early()
-    with pytest.raises(TypeError, match="dot_general"):
-      wrong(jnp.ones((2, 2)))
-
-
-def test_no_image_is_encoded_while_something_compiles(monkeypatch):
+def test_no_image_is_encoded_on_a_cpu_while_something_compiles(monkeypatch):
   """The two together need more memory than one after the other."""
   held, order = threading.Event(), []
 
-  def last():
+  def wait(self):
     held.wait(60)
     order.append("compiled")
 
-  monkeypatch.setattr(predictor_module, "return_freed_memory", last)
+  monkeypatch.setattr(Ahead, "wait", wait)
   predictor = Predictor.from_pretrained("random:tiny")
-  with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    image = executor.submit(lambda: (predictor.set_image(PHOTO), order.append("encoded")))
-    done, _ = concurrent.futures.wait([image], timeout=0.2)
-    assert not done
-    held.set()
-    image.result()
+  image = threading.Thread(target=lambda: (predictor.set_image(PHOTO), order.append("encoded")))
+  image.start()
+  image.join(0.2)
+  assert order == []
+  held.set()
+  image.join()
   assert order == ["compiled", "encoded"]
 
 

@@ -34,7 +34,7 @@ class Call:
   def _detect(self, variables, maps, tokens, mask, boxes, labels, index):
     out = self.model.apply(
       variables,
-      vision_embeds=VisionFeatures(maps),
+      vision_embeds=VisionFeatures(maps[2], None, maps[:2]),
       text_embeds=TextFeatures(tokens, tokens, mask),
       input_boxes=boxes,
       input_boxes_labels=labels,

@@ -16,9 +16,9 @@ import shutil
 import numpy as np
 from PIL import Image
 
+from examples.shapes.evaluation import held_out_scenes, questions_about
 from examples.shapes.train import FRESH_SCENES, STAGES, Runs
 from sam3lt_jax import Predictor
-from sam3lt_jax.shapes.evaluation import held_out_scenes, questions_about
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 from sam3lt_jax.training.curves import plot_run
 

@@ -23,21 +23,21 @@ import grain  # noqa: F401  stage 4 reads its phrases with it: better missed now
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel, save_pretrained
-from sam3lt_jax.config import BOX_ONLY_PHRASE
-from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.shapes import evaluation, models
-from sam3lt_jax.shapes.alignment import HEADS, AlignmentConfig, make_alignment, with_heads
-from sam3lt_jax.shapes.data import HELD_OUT_SCENES, HELD_OUT_SEED, QuestionMix, ShapesBatches
-from sam3lt_jax.shapes.phrases import all_phrases
-from sam3lt_jax.shapes.pretraining import HEADS as DENSE_HEADS
-from sam3lt_jax.shapes.pretraining import (
+from examples.shapes import evaluation, models
+from examples.shapes.alignment import HEADS, AlignmentConfig, make_alignment, with_heads
+from examples.shapes.data import HELD_OUT_SCENES, HELD_OUT_SEED, QuestionMix, ShapesBatches
+from examples.shapes.pretraining import HEADS as DENSE_HEADS
+from examples.shapes.pretraining import (
   DenseBatches,
   dense_labels,
   make_dense_extra,
   make_dense_loss_fn,
   with_unit_maps,
 )
+from sam3lt_jax import parallel, save_pretrained
+from sam3lt_jax.config import BOX_ONLY_PHRASE
+from sam3lt_jax.model import Sam3LiteText
+from sam3lt_jax.shapes.phrases import all_phrases
 from sam3lt_jax.shapes.scenes import SceneConfig
 from sam3lt_jax.training import freezing
 from sam3lt_jax.training.detection.initialization import start_locally

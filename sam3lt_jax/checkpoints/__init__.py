@@ -6,7 +6,7 @@ which model the tensors are of.
 """
 
 from sam3lt_jax.checkpoints.errors import CheckpointError, CheckpointMismatchError
-from sam3lt_jax.checkpoints.pretrained import from_pretrained
+from sam3lt_jax.checkpoints.pretrained import from_pretrained, open_checkpoint
 from sam3lt_jax.checkpoints.save import save_pretrained
 from sam3lt_jax.checkpoints.summary import PartSize, parameter_summary
 
@@ -15,6 +15,7 @@ __all__ = [
   "CheckpointMismatchError",
   "PartSize",
   "from_pretrained",
+  "open_checkpoint",
   "parameter_summary",
   "save_pretrained",
 ]

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.traverse_util
 import numpy as np
 
 from sam3lt_jax.checkpoints.errors import CheckpointMismatchError, Problems
@@ -26,26 +28,9 @@ _CHUNK = 1 << 16
 _ALIGNMENT = 64
 THREADS = min(4, os.cpu_count() or 1)  # numpy copies outside the interpreter's lock
 
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested mappings to one, names joined by "/". Empty mappings vanish."""
-  flat: dict[str, Any] = {}
-  for name, value in tree.items():
-    path = f"{prefix}{name}"
-    flat |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value}
-  return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`."""
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    *parents, name = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = value
-  return tree
+# Nested mappings to one, names joined by "/" (empty mappings vanish), and back.
+flatten = functools.partial(flax.traverse_util.flatten_dict, sep="/")
+unflatten = functools.partial(flax.traverse_util.unflatten_dict, sep="/")
 
 
 def is_floating(dtype: Any) -> bool:

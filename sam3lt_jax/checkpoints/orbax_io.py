@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax.checkpoints import disk
+from sam3lt_jax import storage
 from sam3lt_jax.checkpoints.engine import THREADS, all_finite, flatten, unflatten
 from sam3lt_jax.checkpoints.errors import CheckpointError, CheckpointMismatchError, Problems
 from sam3lt_jax.checkpoints.hub import VARIABLES
@@ -30,7 +30,7 @@ def save(directory: str, variables: Mapping[str, Any]) -> None:
   """
   from orbax.checkpoint import v1 as ocp
 
-  disk.quiet_orbax()
+  storage.need_room(directory, sum(x.nbytes for x in jax.tree.leaves(variables)))
   if jax.process_count() > 1:  # arrays of one process's devices are the same in all of them
     variables = jax.tree.map(np.asarray, variables)
   ocp.save(os.path.abspath(os.path.join(directory, VARIABLES)), unflatten(flatten(variables)))

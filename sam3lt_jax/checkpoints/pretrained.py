@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -36,7 +38,6 @@ def from_pretrained(
   seed: int = 0,
   device: Any = None,
   progress: bool = True,
-  model_known: Callable[[Sam3LiteText, Variables], None] | None = None,
 ) -> tuple[Sam3LiteText, Variables]:
   """Loads a checkpoint of any known layout.
 
@@ -63,8 +64,6 @@ def from_pretrained(
     seed: of random weights.
     device: a jax device or sharding for every variable. Default: the first device.
     progress: show a bar for what takes more than 2 seconds.
-    model_known: called with the model and its variables as `jax.ShapeDtypeStruct`s before weights are read,
-      for instance to compile in the meantime.
 
   Returns:
     The `Sam3LiteText` and its variables, `{"params": ...}` and for RepMixer text encoders `"batch_stats"`.
@@ -75,6 +74,51 @@ def from_pretrained(
     ImportError: a `.pt` without torch.
     PermissionError, ConnectionError, OSError: from the hub, see `hub.download`.
   """
+  opened = open_checkpoint(
+    source, config, profile, dtype, param_dtype, revision=revision, token=token, cache_dir=cache_dir,
+    local_files_only=local_files_only, seed=seed,
+  )  # fmt: skip
+  return opened.model, opened.load(device=device, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A checkpoint whose model is known and whose weights are not yet read, so that something may compile.
+
+  Attributes:
+    model: what the weights are for.
+    shapes: its variables as `jax.ShapeDtypeStruct`s.
+    path: the file or directory; the name of the configuration for random weights.
+    random: whether the weights are drawn.
+  """
+
+  model: Sam3LiteText
+  shapes: Variables
+  path: str
+  random: bool
+  _title: str
+  _read: Callable[[Callable[[np.ndarray], Any], Any, _Bar], dict[str, Any]]
+
+  def load(self, device: Any = None, progress: bool = True) -> Variables:
+    """Reads the weights; see `from_pretrained`."""
+    with _Bar(f"loading {self._title}", progress) as bar:
+      return engine.unflatten(self._read(lambda array: jax.device_put(array, device), device, bar))
+
+
+def open_checkpoint(
+  source: str | os.PathLike,
+  config: Sam3LiteTextConfig | Mapping[str, Any] | str | os.PathLike | None = None,
+  profile: str | Profile | None = None,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = None,
+  *,
+  revision: str | None = None,
+  token: str | bool | None = None,
+  cache_dir: str | os.PathLike | None = None,
+  local_files_only: bool = False,
+  seed: int = 0,
+) -> Opened:
+  """The first half of `from_pretrained`, with its arguments and errors: all but reading the weights."""
   dtypes = {"dtype": _dtype("dtype", dtype), "param_dtype": _dtype("param_dtype", param_dtype or jnp.float32)}
   if profile is not None:
     profile = Profile.named(profile)
@@ -85,32 +129,28 @@ def from_pretrained(
   found = sources.locate(
     source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
   )
+  path = found.path
+  if found.kind == "random":
+    config = config or random_init.RANDOM_CONFIGS[path]().replace(profile=profile or "original")
+    model, target = build(config, **dtypes)
 
-  def place(array: np.ndarray) -> jax.Array:
-    return jax.device_put(array, device)
-
-  def known(model: Sam3LiteText, target: Mapping[str, Any]) -> None:
-    if model_known is not None:
-      model_known(model, engine.unflatten(target))
-
-  bar = _Bar(f"loading {os.path.basename(os.fspath(source).rstrip(os.sep))}", progress)
-  with bar:
-    if found.kind == "random":
-      config = config or random_init.RANDOM_CONFIGS[found.path]().replace(profile=profile or "original")
-      model, target = build(config, **dtypes)
-      known(model, target)
+    def read(place, device, bar):
       bar.start(sum(_nbytes(x) for x in target.values()))
-      leaves = random_init.random_leaves(target, seed, place, bar.advance)
-    elif found.kind == "orbax":
-      config = config or _own_config(found.path, profile)
-      stored = orbax_io.stored_shapes(found.path)
-      infer.check_counts(config, {leaf: x.shape for leaf, x in stored.items()}, found.path)
-      model, target = build(config, **dtypes)
-      known(model, target)
-      leaves = orbax_io.load(found.path, target, device)
-    else:
-      model, leaves = _load_tensors(found.path, config, profile, dtypes, known, place, bar)
-  return model, engine.unflatten(leaves)
+      return random_init.random_leaves(target, seed, place, bar.advance)
+
+  elif found.kind == "orbax":
+    config = config or _own_config(path, profile)
+    stored = orbax_io.stored_shapes(path)
+    infer.check_counts(config, {leaf: x.shape for leaf, x in stored.items()}, path)
+    model, target = build(config, **dtypes)
+
+    def read(place, device, bar):
+      return orbax_io.load(path, target, device)
+
+  else:
+    model, target, read = _open_tensors(path, config, profile, dtypes)
+  title = os.path.basename(os.fspath(source).rstrip(os.sep))
+  return Opened(model, engine.unflatten(target), path, found.kind == "random", title, read)
 
 
 def build(config: Sam3LiteTextConfig, dtype: Any, param_dtype: Any) -> tuple[Sam3LiteText, dict[str, Any]]:
@@ -141,43 +181,49 @@ def _abstract_leaves(config: Sam3LiteTextConfig, param_dtype: Any) -> dict[str, 
   return engine.flatten(jax.eval_shape(model.init_variables, jax.random.key(0)))
 
 
-def _load_tensors(
-  path: str,
-  config: Sam3LiteTextConfig | None,
-  profile: Profile | None,
-  dtypes: dict[str, Any],
-  known: Callable[[Sam3LiteText, Mapping[str, Any]], None],
-  place: Callable[[np.ndarray], Any],
-  bar: _Bar,
-) -> tuple[Sam3LiteText, dict[str, Any]]:
+def _open_tensors(
+  path: str, config: Sam3LiteTextConfig | None, profile: Profile | None, dtypes: dict[str, Any]
+) -> tuple[Sam3LiteText, dict[str, Any], Callable]:
+  """(model, its leaves as shapes, how to read them) of a file or directory of PyTorch tensors."""
   if config is not None and config.text.fused:
     raise CheckpointError(
       "config.text.fused: this checkpoint holds RepMixer blocks as trained; load it unfused and call "
       "model.fuse"
     )
-  try:
-    with readers.open_tensors(path) as tensors:
-      layout = tables.detect(tensors, path)
-      filled, _ = engine.assign(layout, {key: t.shape for key, t in tensors.items()})
-      shapes = {leaf: source.shape for leaf, source in filled.items()}
-      given = config is not None
-      if config is None:
-        # An original file is complete in itself; a config.json beside it may be any other model's.
-        config = _directory_config(path, profile) if layout.name == "transformers" else None
-      if config is None:
-        config = infer.released_config(shapes, layout.text_kind, path, profile or layout.name)
-        model, target = build(config, **dtypes)
-        infer.check_released(config, shapes, {leaf: tuple(x.shape) for leaf, x in target.items()}, path)
-      else:
-        infer.check_variant(config, shapes, layout.text_kind, path, given=given)
-        infer.check_counts(config, shapes, path)
-        model, target = build(config, **dtypes)
-      known(model, target)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(_readable(path))
+    tensors = stack.enter_context(readers.open_tensors(path))
+    layout = tables.detect(tensors, path)
+    filled, _ = engine.assign(layout, {key: t.shape for key, t in tensors.items()})
+    shapes = {leaf: source.shape for leaf, source in filled.items()}
+    given = config is not None
+    if config is None:
+      # An original file is complete in itself; a config.json beside it may be any other model's.
+      config = _directory_config(path, profile) if layout.name == "transformers" else None
+    if config is None:
+      config = infer.released_config(shapes, layout.text_kind, path, profile or layout.name)
+      model, target = build(config, **dtypes)
+      infer.check_released(config, shapes, {leaf: tuple(x.shape) for leaf, x in target.items()}, path)
+    else:
+      infer.check_variant(config, shapes, layout.text_kind, path, given=given)
+      infer.check_counts(config, shapes, path)
+      model, target = build(config, **dtypes)
+    opened = stack.pop_all()  # stays open until the weights are read
+
+  def read(place, device, bar):
+    with opened:
       bar.start(sum(t.nbytes for t in tensors.values()))
-      leaves = engine.load_tensors(layout, tensors, target, where=path, place=place, advance=bar.advance)
+      return engine.load_tensors(layout, tensors, target, where=path, place=place, advance=bar.advance)
+
+  return model, target, read
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+  try:
+    yield
   except PermissionError as e:
     raise CheckpointError(f"{e.filename or path} cannot be read: permission denied") from e
-  return model, leaves
 
 
 def _directory_config(path: str, profile: Profile | None) -> Sam3LiteTextConfig | None:

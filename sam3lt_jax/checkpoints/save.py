@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from sam3lt_jax.checkpoints import disk, engine, orbax_io, tables
+from sam3lt_jax import storage
+from sam3lt_jax.checkpoints import engine, orbax_io, tables
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.pretrained import abstract_leaves
 from sam3lt_jax.checkpoints.readers import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
@@ -83,7 +84,7 @@ def save_pretrained(
     os.makedirs(unfinished)
   orbax_io.barrier("sam3lt-save")  # all have looked at the target, and the directory is there
   try:
-    with disk.needs_room(target, "make room and save again"):
+    with storage.writing(target, "make room and save again", CheckpointError):
       if format == "orbax":
         orbax_io.save(unfinished, variables)
       if leads:
@@ -95,7 +96,7 @@ def save_pretrained(
         _publish(unfinished, target)
   except BaseException:
     if leads:
-      disk.remove(parent, os.path.basename(unfinished))
+      storage.remove(parent, os.path.basename(unfinished))
     raise
 
 

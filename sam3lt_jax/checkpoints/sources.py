@@ -11,6 +11,7 @@ from typing import Literal
 from sam3lt_jax.checkpoints import hub, orbax_io, readers
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
+from sam3lt_jax.errors import ArgumentError
 
 ALIASES = {
   "s0": "Simon7108528/sam3-litetext-s0",
@@ -19,6 +20,10 @@ ALIASES = {
 }
 BUNDLED = ("shapes",)  # directories in `assets`: nothing to download
 _RANDOM = "random:"
+
+
+class SourceError(ArgumentError, CheckpointError):
+  """A source that names no checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +49,20 @@ def locate(
   """
   name = os.path.expanduser(os.fspath(source))
   if not name:
-    raise CheckpointError(f"source must name a checkpoint, got an empty string; accepted: {_ACCEPTED}")
+    raise SourceError("source", f" must name a checkpoint, got an empty string; accepted: {_ACCEPTED}")
   if name.startswith(_RANDOM):
     if name not in random_sources():
-      raise CheckpointError(_unknown(name))
+      raise SourceError("source", _unknown(name))
     return Located("random", name.removeprefix(_RANDOM))
   if name in BUNDLED:
     return _local(bundled(name))
   if os.path.lexists(name):
     return _local(name)
   if "://" in name:
-    raise CheckpointError(f"source: {name!r} is an address; copy the checkpoint to a local directory first")
+    raise SourceError("source", f": {name!r} is an address; copy the checkpoint to a local directory first")
   repository = ALIASES.get(name.lower(), name)
   if hub.parse_source(repository) is None or _looks_local(name):
-    raise CheckpointError(_unknown(name))
+    raise SourceError("source", _unknown(name))
   return _local(
     os.fspath(
       hub.download(
@@ -114,4 +119,4 @@ def _unknown(name: str) -> str:
     near = list(dict.fromkeys(short.get(c) or next(n for n in names if n.lower() == c) for c in close))[:3]
     what = "unknown model"
   hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-  return f"source: {what} {name!r}; {hint}accepted: {_ACCEPTED}"
+  return f": {what} {name!r}; {hint}accepted: {_ACCEPTED}"

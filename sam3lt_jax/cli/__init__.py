@@ -1,8 +1,8 @@
 """The command `sam3lt`: one verb a use, one module a verb, all of them in `VERBS`.
 
 A verb's module has `add_arguments(parser)`, which describes its options and shows examples, and `run(args)`,
-which returns the exit code. It is imported when the verb is called, so that `sam3lt --help` is quick. Its
-`OPTIONS`, if it has them, say which option sets which field of the library, see `as_typed`.
+which returns the exit code. It is imported when the verb is called, so that `sam3lt --help` is quick. An
+option's `dest` is the field of the library that it fills, so that a mistake in one is told of the other.
 
 argparse, not tyro: arguments and options may stand in any order (`photo.jpg --box 1,2,3,4 "a phrase"`), a
 mistake is one line on stderr, and --help ends in examples. tyro 1.0.17 does none of the three: it rejects the
@@ -22,9 +22,12 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
+
+from sam3lt_jax.errors import ArgumentError
 
 # verb -> (module, what it does in one line)
 VERBS = {
@@ -41,9 +44,6 @@ VERBS = {
   "finetune": ("sam3lt_jax.cli.finetune", "train the detector on annotated images: all of it, parts, LoRA"),
 }
 PROGRAM = "sam3lt"
-
-# Field of the library -> option that sets it. Several options: the one whose value the message quotes.
-Options = Mapping[str, str | tuple[str, ...]]
 
 
 class UserError(ValueError):
@@ -68,6 +68,13 @@ class Parser(argparse.ArgumentParser):
       else:
         joined.append(arg)
     return self.parse_intermixed_args(joined)
+
+  def option(self, field: str) -> str | None:
+    """The option that fills a field: its `dest`, or one of its `fills`, if it has them."""
+    for action in self._actions:
+      if action.option_strings and field in (action.dest, *getattr(action, "fills", ())):
+        return action.option_strings[-1]
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,11 +125,10 @@ def _run(argv: list[str]) -> int:
   args = parser.parse(rest)
   try:
     return module.run(args) or 0
-  except ValueError as e:
-    said = as_typed(str(e), getattr(module, "OPTIONS", {}), args)
-    if said == str(e) or not is_users_mistake(e):
-      raise
-    raise UserError(said) from e
+  except ArgumentError as e:
+    if option := parser.option(e.argument):
+      e.argument, e.said = option, e.said.replace("=", " ", 1) if e.said.startswith("=") else e.said
+    raise
 
 
 def _help() -> str:
@@ -151,42 +157,8 @@ def is_users_mistake(e: BaseException) -> bool:
     return True
   if not isinstance(e, (ValueError, ImportError, MemoryError)):
     return False
-  frame = e.__traceback__
-  while frame is not None and frame.tb_next is not None:
-    frame = frame.tb_next
-  raised_in = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
-  return f"{raised_in}.".startswith("sam3lt_jax.") or type(e).__module__.startswith("sam3lt_jax.")
-
-
-# Where a field's name is one: a plain word at the start of a part of the message and before a sign of it, one
-# with an underscore anywhere, and in front of "was 1, is 2" also behind what it is a part of ("data/").
-_FIELD = (
-  r"(?:^|(?<=[;:,]\s))(?P<name>{})(?P<sign>=|:(?=\s)| must\b)",
-  r"(?:^|(?<=\s))(?P<name>(?=[a-z]+_)(?:{}))(?P<sign>=|(?![\w./-]))",
-  r"(?<=[;:]\s)(?:\w+/)*(?P<name>{})(?P<sign>)(?= was .+, is )",
-)
-
-
-def as_typed(message: str, options: Options, args: argparse.Namespace) -> str:
-  """The library's message with the options of the command line in place of its fields.
-
-  "held_out=2.0; accepted: ..." becomes "--held-out 2.0; accepted: ...", "finetune/lr was 1" "--lr was 1".
-  """
-
-  def typed(found: re.Match) -> str:
-    option = options[found["name"]]
-    if not isinstance(option, str):
-      values = {o: getattr(args, o.lstrip("-").replace("-", "_")) for o in option}
-      quoted = message.partition("accepted:")[0]
-      option = next((o for o, value in values.items() if repr(value) in quoted), found["name"])
-    return option + found["sign"].replace("=", " ")
-
-  said = message
-  if options:
-    names = "|".join(map(re.escape, options))
-    for pattern in _FIELD:
-      said = re.sub(pattern.format(names), typed, said)
-  return message if said == message else said.replace("; accepted: None or ", "; accepted: ")
+  *_, (frame, _) = traceback.walk_tb(e.__traceback__)
+  return any(str(name).startswith("sam3lt_jax") for name in (frame.f_globals["__name__"], type(e).__module__))
 
 
 def error_line(e: BaseException) -> str:

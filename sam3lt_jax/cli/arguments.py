@@ -1,13 +1,14 @@
-"""What several verbs check: kinds of numbers, for argparse's `type`, and the output folder."""
+"""What several verbs share: kinds of numbers for argparse's `type`, options, the output folder."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
-import tempfile
+from typing import Any
 
-from sam3lt_jax.cli import UserError
+from sam3lt_jax import storage
 
 
 def count(text: str) -> int:
@@ -64,14 +65,27 @@ def up_to_one(text: str) -> float:
   return value
 
 
-def check_writable(folder: str) -> None:
-  """Makes the folder of --out; UserError if nothing can be written there."""
-  try:
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as e:
-    raise UserError(f"--out: cannot write to {folder} ({e.strerror})") from e
+def add_model(parser: argparse.ArgumentParser, dtype: str = "to compute in") -> None:
+  """--model, --profile and --dtype, of `Predictor.from_pretrained`."""
+  add = parser.add_argument
+  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
+      help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
+      " weights (default: s0)",
+  ).fills = ("source",)  # fmt: skip
+  add("--profile", choices=("original", "transformers"),
+      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help=f"{dtype} (default: float32)")
+
+
+def filled(kind: type, args: argparse.Namespace) -> dict[str, Any]:
+  """What `args` say of the fields of a dataclass, by name: each option's `dest` is a field."""
+  return {f.name: getattr(args, f.name) for f in dataclasses.fields(kind) if hasattr(args, f.name)}
+
+
+def make_folder(folder: str, name: str = "out") -> None:
+  """Makes the folder of an option. Raises ArgumentError if nothing can be written there."""
+  storage.check_directory(folder, name)
+  os.makedirs(folder, exist_ok=True)
 
 
 def add_hosts(parser: argparse.ArgumentParser) -> None:

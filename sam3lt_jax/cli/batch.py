@@ -8,7 +8,7 @@ import json
 import sys
 
 from sam3lt_jax.cli import PROGRAM
-from sam3lt_jax.cli.arguments import count, fraction, whole
+from sam3lt_jax.cli.arguments import add_model, count, filled, fraction, whole
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
@@ -34,39 +34,28 @@ Ctrl-C or SIGTERM, after writing what was in work. All but 2 print a summary, on
 """
 
 
-OPTIONS = {
-  "batch": "--batch", "buckets": "--buckets", "image_size": "--image-size", "max_failures": "--max-failures",
-  "max_pixels": "--max-pixels", "model_parallel": "--model-parallel", "process_count": "--process-count",
-  "process_index": "--process-index", "shard_size": "--shard-size", "source": ("--model",),
-  "workers": "--workers",
-}  # fmt: skip
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = "%(prog)s SOURCE... --prompts PHRASE... --out DIR [options]"
   parser.epilog = _EPILOG
   add = parser.add_argument
   add("source", nargs="+", metavar="SOURCE", help="images, see below")
   what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument("--prompts", nargs="+", default=[], metavar="PHRASE", help="phrases for every image")
+  what.add_argument(
+    "--prompts", dest="phrases", nargs="+", default=[], metavar="PHRASE", help="phrases for every image"
+  )
   what.add_argument("--prompts-file", metavar="FILE", help="phrases, or questions an image, see below")
   add("--out", required=True, metavar="DIR", help="the job's folder: plan, shards of results, summaries")
   add("--images", metavar="DIR", help="where COCO's file names are (default: beside the JSON file)")
-  add("--no-recursive", action="store_true", help="leave out subfolders")
+  add("--no-recursive", dest="recursive", action="store_false", help="leave out subfolders")
   _model_arguments(parser)
   _device_arguments(parser)
   _job_arguments(parser)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-  add = parser.add_argument_group("model").add_argument
-  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
-      help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
-      " weights (default: s0)",
-  )  # fmt: skip
-  add("--profile", choices=("original", "transformers"),
-      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
-  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
+  group = parser.add_argument_group("model")
+  add_model(group)
+  add = group.add_argument
   add("--image-size", type=count, metavar="PIXELS", help="side of the model's input, a multiple of 14")
   add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
   add("--mask-threshold", type=fraction, default=0.5, metavar="T",
@@ -76,12 +65,13 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 def _device_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument_group("devices and processes").add_argument
   add("--batch", type=count, metavar="N",
-      help="images a device (default: what the compiled program leaves room for; 1 on a CPU)")  # fmt: skip
+      help="images a device (default: 8, or what its memory holds; 1 on a CPU)")  # fmt: skip
   add("--buckets", type=count, nargs="+", metavar="P",
-      help="questions of an image that run together, ascending (default: 1 4 16 32; 1 on a CPU)")  # fmt: skip
+      help="questions of an image that run together, ascending (default: as many as there are, up to 16;"
+      " 1 on a CPU)",
+  )  # fmt: skip
   add("--model-parallel", type=count, default=1, metavar="M",
       help="share one copy of the weights among M devices, where one is too small (default: 1)")  # fmt: skip
-  add("--pmap", action="store_true", help="run by jax.pmap instead of jax.jit over a mesh")
   add("--workers", type=count, metavar="N",
       help="images decoded at once (default: one a core, 2 to 16), and as many threads for the results",
   )  # fmt: skip
@@ -95,7 +85,8 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
   add("--compilation-cache", metavar="DIR",
       help="where compiled programs are kept for the next start (default: in the user's cache folder)",
   )  # fmt: skip
-  add("--no-compilation-cache", action="store_true", help="compile anew at each start")
+  add("--no-compilation-cache", dest="compilation_cache", action="store_const", const="",
+      help="compile anew at each start")  # fmt: skip
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,18 +109,7 @@ def run(args: argparse.Namespace) -> int:
   with _Shown("starting") as shown:
     from sam3lt_jax.jobs.run import JobConfig, run_job
 
-    names = (
-      "out", "prompts_file", "model", "profile", "dtype", "image_size", "threshold", "mask_threshold",
-      "batch", "buckets", "model_parallel", "pmap", "workers", "worker_processes", "shard_size", "max_pixels",
-      "max_failures", "overlays", "allow_change", "verify", "images", "process_index", "process_count",
-    )  # fmt: skip
-    config = JobConfig(
-      source=args.source,
-      phrases=args.prompts,
-      recursive=not args.no_recursive,
-      compilation_cache="" if args.no_compilation_cache else args.compilation_cache,
-      **{name: getattr(args, name) for name in names},
-    )
+    config = JobConfig(**filled(JobConfig, args))
     if args.model.startswith(RANDOM):
       shown.note(RANDOM_WARNING.replace("the masks and scores below", "the results"))
     summary = run_job(config, progress=shown)

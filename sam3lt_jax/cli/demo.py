@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from sam3lt_jax.cli import UserError
-from sam3lt_jax.cli.arguments import check_writable, count, whole
+from sam3lt_jax.cli.arguments import count, make_folder, whole
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
   from sam3lt_jax.predictor import Predictor
   from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 
-  check_writable(args.out)
+  make_folder(args.out)
   picture, overlay = (os.path.join(args.out, f"demo_{name}.png") for name in ("scene", "overlay"))
   with busy("drawing a scene and loading the bundled model"):
     scene = draw_scene(args.seed, SceneConfig(side=SIDE))
@@ -99,7 +99,7 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
 
   if scenes < VALIDATION:
     raise UserError(f"--scenes: must be at least {VALIDATION}, so that val.json has one, got {scenes}")
-  check_writable(os.path.join(folder, "images"))
+  make_folder(os.path.join(folder, "images"), "data")
   categories = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
   parts = {n: {"images": [], "categories": categories, "annotations": []} for n in ("train", "val")}
   with busy("drawing", total=scenes) as progress:
@@ -125,8 +125,8 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
 
 def _annotation(number: int, image: int, thing) -> dict[str, Any]:
   """An object of a scene as COCO has it."""
+  from sam3lt_jax.data import rle
   from sam3lt_jax.shapes.scenes import KINDS
-  from sam3lt_jax.training.data import rle
 
   outline = rle.encode(thing.mask)
   x1, y1, x2, y2 = thing.box

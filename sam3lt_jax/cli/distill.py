@@ -15,6 +15,7 @@ from sam3lt_jax.cli.arguments import (
   add_hosts,
   below_one,
   count,
+  filled,
   join_hosts,
   not_negative,
   positive,
@@ -56,16 +57,6 @@ written to the output folder:
 """
 
 
-OPTIONS = {
-  "accumulate": "--accumulate", "batch_size": "--batch", "context_length": "--context",
-  "dropout": "--dropout", "dtype": "--dtype", "ema_decay": "--ema", "epochs": "--epochs",
-  "features": "--export-features",
-  "held_out": "--held-out", "images": "--eval-image", "init": "--init", "layer_decay": "--layer-decay",
-  "lr_rows": "--lr-as-given", "out": "--out", "peak_lr": "--lr", "phrases": "--eval-phrase",
-  "profile": "--profile", "prompts": "--prompts", "seed": "--seed", "shard_teacher": "--shard-teacher",
-  "source": ("--teacher", "--init"), "steps": "--steps", "student": "--student", "teacher": "--teacher",
-  "text": "--student", "update_batch_stats": "--freeze-batch-stats", "weight_decay": "--weight-decay",
-}  # fmt: skip
 CONTEXT = 16  # tokens; the authors'
 _KINDS = {
   int: "a whole number of at least 1",
@@ -83,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--out", required=True, metavar="DIR", help="the run's folder; a run in it goes on")
   add("--teacher", default="sam3", metavar="sam3|shapes|ID|DIR|FILE",
       help="whose text encoder is learnt from and whose detector is kept; shapes comes with the package"
-      " (default: sam3)")  # fmt: skip
+      " (default: sam3)",
+  ).fills = ("source",)  # fmt: skip
   add("--student", default="s0", metavar="s0|s1|l|FILE.json",
       help="text encoder to train: a released size, or its numbers in a file, see below (default: s0)",
   )  # fmt: skip
@@ -92,10 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )  # fmt: skip
   add("--profile", choices=("original", "transformers"), default="original",
       help="how the student reads phrases: padding and cleaning (default: original)")  # fmt: skip
-  add("--context", type=count, metavar="T",
+  add("--context", dest="context_length", type=count, metavar="T",
       help=f"tokens a phrase (default: {CONTEXT}, or the teacher's position table where that is shorter)",
   )  # fmt: skip
-  add("--export-features", metavar="DIR",
+  add("--export-features", dest="features", metavar="DIR",
       help="compute the teacher's features once into DIR and read them there (default: in every step)",
   )  # fmt: skip
   add("--shard-teacher", action="store_true",
@@ -103,27 +95,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   length = parser.add_mutually_exclusive_group()
   length.add_argument("--epochs", type=positive, default=100.0, metavar="N", help="(default: 100)")
   length.add_argument("--steps", type=count, metavar="N", help="batches to train on, instead of epochs")
-  add("--batch", type=count, default=64, metavar="N", help="phrases a step (default: 64)")
+  add("--batch", dest="batch_size", type=count, default=64, metavar="N", help="phrases a step (default: 64)")
   add("--accumulate", type=count, default=2, metavar="N", help="steps that make one update (default: 2)")
-  add("--lr", type=positive, default=5e-3, metavar="RATE",
+  add("--lr", dest="peak_lr", type=positive, default=5e-3, metavar="RATE",
       help="peak rate for 512 phrases an update; it is scaled to batch x accumulate (default: 0.005)",
   )  # fmt: skip
-  add("--lr-as-given", action="store_true", help="take --lr as it stands, whatever the batch")
+  add("--lr-as-given", dest="lr_rows", action="store_const", const=None, default=512,
+      help="take --lr as it stands, whatever the batch")  # fmt: skip
   add("--layer-decay", type=up_to_one, default=0.9, metavar="F",
       help="rate of a layer against the one above it; 1: all alike (default: 0.9)")  # fmt: skip
   add("--weight-decay", type=not_negative, default=0.05, metavar="F", help="AdamW's (default: 0.05)")
-  add("--ema", type=below_one, metavar="F",
+  add("--ema", dest="ema_decay", type=below_one, metavar="F",
       help="keep an average of the weights with this decay, and ship it")  # fmt: skip
   add("--dropout", type=below_one, default=0.0, metavar="F", help="in the student (default: 0)")
-  add("--freeze-batch-stats", action="store_true", help="leave BatchNorm's statistics as they start")
+  add("--freeze-batch-stats", dest="update_batch_stats", action="store_false",
+      help="leave BatchNorm's statistics as they start")  # fmt: skip
   add("--held-out", type=below_one, default=0.02, metavar="SHARE",
       help="share of the phrases to evaluate on, never trained on (default: 0.02)")  # fmt: skip
   add("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
       help="the student computes in (default: bfloat16)")  # fmt: skip
   add("--seed", type=whole, default=0, metavar="N", help="(default: 0)")
-  add("--eval-image", action="append", default=[], metavar="PHOTO",
+  add("--eval-image", dest="images", action="append", default=[], metavar="PHOTO",
       help="compare student and teacher on it at the end; repeatable")  # fmt: skip
-  add("--eval-phrase", action="append", default=[], metavar="PHRASE",
+  add("--eval-phrase", dest="phrases", action="append", default=[], metavar="PHRASE",
       help="what to ask of the photos; repeatable (default: eight held-out phrases)")  # fmt: skip
   add_hosts(parser)
 
@@ -141,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
 
   result = distill(
     config,
-    images=args.eval_image,
-    phrases=args.eval_phrase or None,
+    images=args.images,
+    phrases=args.phrases or None,
     report=None if leads else say_nothing,
   )
   if leads:
@@ -154,13 +148,13 @@ def _check(args: argparse.Namespace) -> None:
   for path in args.prompts:
     if not os.path.exists(path):
       raise UserError(f"--prompts: no such file: {path}")
-  for photo in args.eval_image:
+  for photo in args.images:
     if not os.path.isfile(photo):
       raise UserError(f"--eval-image: no such photo: {photo}")
-  if args.eval_phrase and not args.eval_image:
+  if args.phrases and not args.images:
     raise UserError("--eval-phrase without --eval-image: there is nothing to ask it of")
   _check_student(args.student)
-  if args.shard_teacher and args.export_features:
+  if args.shard_teacher and args.features:
     raise UserError("--shard-teacher with --export-features: the steps then read files and run no teacher")
 
 
@@ -198,44 +192,23 @@ def fewer(student: int, teacher: int) -> str:
 def _config(args: argparse.Namespace):
   from sam3lt_jax.training.distillation.config import DistillationConfig
 
-  return DistillationConfig(
-    prompts=tuple(args.prompts),
-    out=args.out,
-    teacher=args.teacher,
-    student=args.student,
-    init=args.init,
-    profile=args.profile,
-    context_length=args.context or CONTEXT,
-    features=args.export_features,
-    shard_teacher=args.shard_teacher,
-    held_out=args.held_out,
-    batch_size=args.batch,
-    accumulate=args.accumulate,
-    epochs=args.epochs,
-    steps=args.steps,
-    peak_lr=args.lr,
-    lr_rows=None if args.lr_as_given else 512,
-    weight_decay=args.weight_decay,
-    layer_decay=None if args.layer_decay == 1 else args.layer_decay,
-    ema_decay=args.ema,
-    update_batch_stats=not args.freeze_batch_stats,
-    dropout=args.dropout,
-    dtype=args.dtype,
-    seed=args.seed,
-  )
+  layer_decay = None if args.layer_decay == 1 else args.layer_decay
+  context = args.context_length or CONTEXT
+  given = filled(DistillationConfig, args) | {"layer_decay": layer_decay, "context_length": context}
+  return DistillationConfig(**given)
 
 
 def _fitted(config, args: argparse.Namespace, numbers: dict | None):
   """The configuration with what the teacher decides where nothing was asked for: context and vocabulary."""
   from sam3lt_jax.config import TextConfig
 
-  teacher = _teacher_config(args.teacher) if args.context is None or numbers is not None else None
+  teacher = _teacher_config(args.teacher) if args.context_length is None or numbers is not None else None
   context = config.context_length
-  if args.context is None and teacher is not None:
+  if args.context_length is None and teacher is not None:
     # What `Teacher.of` cuts; a table that is resampled serves any length.
     if teacher.text.kind == "clip" or teacher.profile.position_policy == "slice":
       context = min(context, teacher.text.max_position_embeddings)
-  if args.context is None and numbers is not None:
+  if args.context_length is None and numbers is not None:
     context = min(context, numbers.get("max_position_embeddings", context))
   changes = {"context_length": context}
   if numbers is not None:

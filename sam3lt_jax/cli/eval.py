@@ -8,7 +8,7 @@ import os
 import sys
 
 from sam3lt_jax.cli import PROGRAM, UserError
-from sam3lt_jax.cli.arguments import check_writable, count, fraction
+from sam3lt_jax.cli.arguments import add_model, count, fraction, make_folder
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
@@ -29,16 +29,11 @@ written to the output folder, where one is given:
 """
 
 
-OPTIONS = {"source": ("--model",)}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = "%(prog)s --annotations FILE... --images DIR [options]"
   parser.epilog = _EPILOG
   add = parser.add_argument
-  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
-      help="released variant, the bundled model (shapes), hub id, folder, or .pt file (default: s0)",
-  )  # fmt: skip
+  add_model(parser)
   add("--annotations", nargs="+", required=True, metavar="FILE",
       help="COCO or SA-Co JSON; several files: further annotators of the same SA-Co pairs")  # fmt: skip
   add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
@@ -51,9 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--limit", type=count, metavar="N", help="only the first N images")
   add("--threshold", type=fraction, default=0.5, metavar="T",
       help="of cgF1: results scored at least T count (default: 0.5)")  # fmt: skip
-  add("--profile", choices=("original", "transformers"),
-      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
-  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
   add("--out", metavar="DIR", help="folder for predictions.jsonl and report.json")
   add("--json", action="store_true", help="print the report as JSON instead of the table")
 
@@ -61,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   records, *annotators = _load(args)
   if args.out is not None:
-    check_writable(args.out)
+    make_folder(args.out)
   if args.model.startswith(RANDOM):
     print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
   with busy(f"loading {args.model}"):
@@ -99,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> list:
-  from sam3lt_jax.training.data.load import load_records
-  from sam3lt_jax.training.data.saco import SaCoRecords
+  from sam3lt_jax.data.load import load_records
+  from sam3lt_jax.data.saco import SaCoRecords
 
   with busy("reading the annotations"):
     loaded = [load_records(path, args.images, negatives=not args.only_present) for path in args.annotations]

@@ -7,6 +7,7 @@ import os
 import sys
 
 from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli.arguments import add_model
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
@@ -28,19 +29,10 @@ written to the output folder:
 """
 
 
-OPTIONS = {
-  "batch": "--batch", "boxes": "--boxes", "image_size": "--image-size", "phrases": "--phrases",
-  "platforms": "--platforms", "prompts": "--prompts", "source": ("--model",),
-}  # fmt: skip
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add = parser.add_argument
-  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
-      help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
-      " weights (default: s0)",
-  )  # fmt: skip
+  add_model(parser, "of weights and layers")
   add("--out", required=True, metavar="DIR", help="output folder, new or empty")
   add("--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="P",
       help="what it is to run on: cpu, cuda, tpu, rocm (default: cpu cuda tpu)")  # fmt: skip
@@ -51,11 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--boxes", type=int, default=8, metavar="N",
       help="slots for example boxes a prompt, 0 for none (default: 8)")  # fmt: skip
   add("--phrases", nargs="+", default=[], metavar="PHRASE", help="keep the token ids of these phrases")
-  add("--dtype", choices=("float32", "bfloat16"), default="float32",
-      help="of weights and layers (default: float32)")  # fmt: skip
   add("--image-size", type=int, metavar="S", help="side of the input in pixels (default: the model's, 1008)")
-  add("--profile", choices=("original", "transformers"),
-      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
 
 
 def _count(text: str) -> int | str:

@@ -9,8 +9,10 @@ import sys
 from sam3lt_jax.cli import PROGRAM, UserError
 from sam3lt_jax.cli.arguments import (
   add_hosts,
+  add_model,
   below_one,
   count,
+  filled,
   fraction,
   join_hosts,
   not_negative,
@@ -51,21 +53,6 @@ written to the output folder:
 """
 
 
-OPTIONS = {
-  "accumulate": "--accumulate", "alpha": "--lora-alpha", "batch_size": "--batch",
-  "box_prompts": "--box-prompts", "checkpoint_every": "--checkpoint-every", "clip_norm": "--clip",
-  "directory": "--out",
-  "dtype": "--dtype", "ema_decay": "--ema", "evaluate_every": "--evaluate-every", "freeze": "--freeze",
-  "held_out": "--held-out", "image_size": "--image-size", "iou": "--iou", "layer_decay": "--layer-decay",
-  "lora_lr": "--lora-lr", "lr": "--lr", "mask_points": "--mask-points",
-  "moment_dtype": "--moment-dtype", "negatives": "--negatives",
-  "objects": "--objects", "peak_lr": "--lr", "profile": "--profile", "prompts": "--prompts",
-  "rank": "--lora-rank", "remat": "--remat", "seed": "--seed", "share": "--held-out", "source": ("--model",),
-  "steps": "--steps", "text_lr": "--text-lr", "train": "--train", "vision_lr": "--vision-lr",
-  "weight_decay": "--weight-decay",
-}  # fmt: skip
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = "%(prog)s --annotations FILE --images DIR --out DIR [options]"
   parser.epilog = _EPILOG
@@ -75,37 +62,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
   add("--validation", metavar="FILE", help="annotations to measure cgF1 on, and to keep the best by")
   add("--validation-images", metavar="DIR", help="the folder of its images (default: --images)")
-  add("--held-out", type=fraction, metavar="SHARE", help="instead: this share of the images, drawn at random")
+  add("--held-out", type=fraction, metavar="SHARE",
+      help="instead: this share of the images, drawn at random",
+  ).fills = ("share",)  # fmt: skip
   add("--iou", choices=("segm", "bbox"), default="segm",
       help="measure by masks or, where annotations have none, by boxes (default: segm)")  # fmt: skip
-  add("--batch", type=count, default=1, metavar="N", help="images a step, over all devices (default: 1)")
+  add("--batch", dest="batch_size", type=count, default=1, metavar="N",
+      help="images a step, over all devices (default: 1)")  # fmt: skip
   add("--prompts", type=count, default=4, metavar="N", help="phrases an image (default: 4)")
   add("--objects", type=count, default=32, metavar="N", help="objects a phrase, the largest (default: 32)")
   add("--negatives", type=fraction, default=0.5, metavar="SHARE",
       help="absent phrases among them (default: 0.5)")  # fmt: skip
   add("--box-prompts", type=fraction, default=0.0, metavar="SHARE",
       help="present phrases that come with example boxes (default: 0)")  # fmt: skip
-  add("--no-augment", action="store_true", help="images as they are: no flip, zoom, crop, colour")
+  add(
+    "--no-augment",
+    dest="augment",
+    action="store_false",
+    help="images as they are: no flip, zoom, crop, colour",
+  )
   add("--image-size", type=count, metavar="PX", help="side of the model's input (default: the model's)")
 
   model = parser.add_argument_group("model")
   add = model.add_argument
-  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
-      help="released variant, the bundled model (shapes), hub id, folder, or .pt file (default: s0)",
-  )  # fmt: skip
-  add("--profile", choices=("original", "transformers"),
-      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
+  add_model(model)
   add("--freeze", nargs="+", default=[], metavar="PART", help="parts that stay as they are, see below")
-  add("--lora-rank", type=count, metavar="R",
+  add("--lora-rank", dest="rank", type=count, metavar="R",
       help="train adapters of this rank and nothing else but what --train names")  # fmt: skip
-  add("--lora-alpha", type=positive, metavar="F", help="scale of the adapters is this over R (default: R)")
+  add("--lora-alpha", dest="alpha", type=positive, metavar="F",
+      help="scale of the adapters is this over R (default: R)")  # fmt: skip
   add("--train", nargs="+", default=[], metavar="PART",
       help="with --lora-rank: parts trained beside the adapters")  # fmt: skip
-  add("--no-dropout", action="store_true", help="train without dropout and drop path")
-  add("--no-one-to-many", action="store_true", help="train without the second set of decoder rows")
+  add("--no-dropout", dest="dropout", action="store_false", help="train without dropout and drop path")
+  add("--no-one-to-many", dest="one_to_many", action="store_false",
+      help="train without the second set of decoder rows")  # fmt: skip
   add("--mask-points", type=count, metavar="N",
       help="mask losses at N random points a mask instead of every pixel")  # fmt: skip
-  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
   add("--remat", action="store_true", help="less memory: compute layers twice")
   add("--moment-dtype", choices=("float32", "bfloat16"), default="float32",
       help="to keep Adam's mean of gradients in; bfloat16 saves 2 bytes each (default: float32)",
@@ -113,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
   run = parser.add_argument_group("run")
   add = run.add_argument
-  add("--out", required=True, metavar="DIR", help="the run's folder; a run in it goes on")
+  add("--out", dest="directory", required=True, metavar="DIR", help="the run's folder; a run in it goes on")
   add("--steps", type=count, default=1000, metavar="N", help="(default: 1000)")
   add("--accumulate", type=count, default=1, metavar="N", help="steps that make one update (default: 1)")
   for name, default, what in (
@@ -125,8 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--layer-decay", type=up_to_one, default=0.9, metavar="F",
       help="rate of a vision layer against the one above it; 1: all alike (default: 0.9)")  # fmt: skip
   add("--weight-decay", type=not_negative, default=0.1, metavar="F", help="AdamW's (default: 0.1)")
-  add("--clip", type=positive, default=0.1, metavar="F", help="norm gradients are cut to (default: 0.1)")
-  add("--ema", type=below_one, metavar="F",
+  add("--clip", dest="clip_norm", type=positive, default=0.1, metavar="F",
+      help="norm gradients are cut to (default: 0.1)")  # fmt: skip
+  add("--ema", dest="ema_decay", type=below_one, metavar="F",
       help="keep an average of the weights with this decay, and ship it")  # fmt: skip
   add("--evaluate-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
   add("--checkpoint-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
@@ -147,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
   result = finetune(
     args.model,
     records,
-    args.out,
+    args.directory,
     config,
     validation=validation,
     iou_type=args.iou,
@@ -167,59 +160,35 @@ def _check(args: argparse.Namespace) -> None:
     raise UserError("--validation and --held-out: give one of the two")
   if args.validation_images and not args.validation:
     raise UserError("--validation-images without --validation")
-  if args.lora_rank is None and (args.train or args.lora_alpha):
+  if args.rank is None and (args.train or args.alpha):
     raise UserError("--train and --lora-alpha need --lora-rank; without it, all but --freeze is trained")
-  if args.lora_rank is not None and args.freeze:
+  if args.rank is not None and args.freeze:
     raise UserError("--freeze with --lora-rank, which freezes everything; name what to train with --train")
 
 
 def _config(args: argparse.Namespace):
-  from sam3lt_jax.training.data.augment import AugmentConfig
-  from sam3lt_jax.training.data.batches import BatchConfig
+  from sam3lt_jax.data.augment import AugmentConfig
+  from sam3lt_jax.data.batches import BatchConfig
   from sam3lt_jax.training.detection.lora import LoraConfig
   from sam3lt_jax.training.detection.losses import DetectionLossConfig
   from sam3lt_jax.training.detection.setup import FinetuneConfig
 
   lora = None
-  if args.lora_rank is not None:
-    lora = LoraConfig(rank=args.lora_rank, alpha=args.lora_alpha or float(args.lora_rank))
-  return FinetuneConfig(
-    steps=args.steps,
-    data=BatchConfig(
-      batch_size=args.batch,
-      prompts=args.prompts,
-      objects=args.objects,
-      negatives=args.negatives,
-      box_prompts=args.box_prompts,
-      augment=None if args.no_augment else AugmentConfig(),
-      seed=args.seed,
-    ),
-    loss=DetectionLossConfig(mask_points=args.mask_points),
-    freeze=tuple(args.freeze),
-    lora=lora,
-    train=tuple(args.train),
-    lr=args.lr,
-    vision_lr=args.vision_lr,
-    text_lr=args.text_lr,
-    lora_lr=args.lora_lr,
-    layer_decay=None if args.layer_decay == 1 else args.layer_decay,
-    weight_decay=args.weight_decay,
-    clip_norm=args.clip,
-    accumulate=args.accumulate,
-    ema_decay=args.ema,
-    one_to_many=not args.no_one_to_many,
-    dropout=not args.no_dropout,
-    dtype=args.dtype,
-    remat=args.remat,
-    moment_dtype=args.moment_dtype,
-    image_size=args.image_size,
-    seed=args.seed,
-  )
+  if args.rank is not None:
+    lora = LoraConfig(rank=args.rank, alpha=args.alpha or float(args.rank))
+  augment = AugmentConfig() if args.augment else None
+  given = filled(FinetuneConfig, args) | {
+    "data": BatchConfig(**filled(BatchConfig, args) | {"augment": augment}),
+    "loss": DetectionLossConfig(**filled(DetectionLossConfig, args)),
+    "lora": lora,
+    "layer_decay": None if args.layer_decay == 1 else args.layer_decay,
+  }
+  return FinetuneConfig(**given)
 
 
 def _records(args: argparse.Namespace):
   """What to train on, and what to measure on (None: nothing)."""
-  from sam3lt_jax.training.data.load import load_records
+  from sam3lt_jax.data.load import load_records
   from sam3lt_jax.training.detection.run import hold_out
 
   with busy("reading the annotations"):

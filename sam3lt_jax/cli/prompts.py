@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 
-from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli import PROGRAM
+from sam3lt_jax.cli.arguments import make_folder
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM
 
@@ -27,20 +28,17 @@ written to the output folder:
 """
 
 
-OPTIONS = {"context_length": "--context", "source": ("--model",)}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add = parser.add_argument
   add("files", nargs="+", metavar="FILE",
       help="text, JSON or JSON lines, told by content; folders, too")  # fmt: skip
   add("--synonyms", action="store_true", help="take the synonyms of LVIS categories, too")
-  add(
-    "--context", type=_tokens, metavar="T", help="context length in tokens to judge (default: the profile's)"
-  )
+  add("--context", dest="context_length", type=_tokens, metavar="T",
+      help="context length in tokens to judge (default: the profile's)")  # fmt: skip
   add("--model", metavar="s0|s1|l|shapes|ID|DIR|FILE",
-      help="measure the dimension of this model's text features as well (default: no model)")  # fmt: skip
+      help="measure the dimension of this model's text features as well (default: no model)",
+  ).fills = ("source",)  # fmt: skip
   add("--profile", choices=("original", "transformers"),
       help="whose cleaning and context (default: the model's own, original without one)")  # fmt: skip
   add("--out", default="sam3lt_prompts", metavar="DIR", help="output folder (default: sam3lt_prompts)")
@@ -58,16 +56,18 @@ def run(args: argparse.Namespace) -> int:
   from sam3lt_jax.training.prompt_report import prompt_report
   from sam3lt_jax.training.prompts import read_prompts
 
-  try:
-    os.makedirs(args.out, exist_ok=True)
-  except OSError as e:
-    raise UserError(f"--out: cannot write to {args.out} ({e.strerror})") from e
+  make_folder(args.out)
   tokenizer, model, variables = _load(args)
   with busy("reading the prompts") as progress:
     prompts = read_prompts(args.files, tokenizer.profile, synonyms=args.synonyms)
     progress.describe(f"measuring {len(prompts.phrases):,} phrases")
     report = prompt_report(
-      prompts, tokenizer, args.context, model=model, variables=variables, model_name=args.model or "model"
+      prompts,
+      tokenizer,
+      args.context_length,
+      model=model,
+      variables=variables,
+      model_name=args.model or "model",
     )
     progress.describe("writing the report")
     paths = [os.path.join(args.out, "report.json"), os.path.join(args.out, "report.png")]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
-from sam3lt_jax.cli.arguments import check_writable, fraction
+from sam3lt_jax.cli.arguments import add_model, fraction, make_folder
 from sam3lt_jax.cli.progress import busy
 
 if TYPE_CHECKING:
@@ -52,9 +52,6 @@ written to the output folder for photo.jpg:
 """
 
 
-OPTIONS = {"source": ("--model",)}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = '%(prog)s PHOTO... ["a phrase" ...] [options]'
   parser.epilog = _EPILOG
@@ -66,15 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--box", action="append", default=[], type=_box, metavar="X1,Y1,X2,Y2[:0|1]",
       help="an example in pixels of every photo, of what is sought (:1, default) or is not (:0); repeatable",
   )  # fmt: skip
-  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
-      help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
-      " weights (default: s0)",
-  )  # fmt: skip
+  add_model(parser)
   add("--random-if-offline", action="store_true",
       help="where the hub cannot be reached, run with random weights, to see the program work")  # fmt: skip
-  add("--profile", choices=("original", "transformers"),
-      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
-  add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default: float32)")
   add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
   add("--mask-threshold", type=fraction, default=0.5, metavar="T",
       help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
@@ -157,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     raise UserError("a phrase is empty")
   if not phrases and not args.box:
     raise UserError(f"nothing to look for: give a phrase or --box (see {PROGRAM} segment --help)")
-  check_writable(args.out)
+  make_folder(args.out)
   predictor = _load(args)
   random = args.model.startswith(RANDOM)
   profile = predictor.model.config.profile

@@ -33,7 +33,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
-from sam3lt_jax.training.data import rle as rle_ops
+from sam3lt_jax.data import rle as rle_ops
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 _STATE = {

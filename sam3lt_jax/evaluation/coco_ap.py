@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sam3lt_jax.training.data import records as record_ops
-from sam3lt_jax.training.data import rle as rle_ops
+from sam3lt_jax.data import records as record_ops
+from sam3lt_jax.data import rle as rle_ops
 
 # In the order of pycocotools' twelve figures.
 MEASURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",

@@ -12,11 +12,11 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
+from sam3lt_jax.data.coco import CocoRecords
+from sam3lt_jax.data.records import Prompt, Record, RecordError
 from sam3lt_jax.evaluation.cgf1 import CgF1
 from sam3lt_jax.evaluation.coco_ap import coco_ap
 from sam3lt_jax.processing.results import Results
-from sam3lt_jax.training.data.coco import CocoRecords
-from sam3lt_jax.training.data.records import Prompt, Record, RecordError
 
 METRICS = ("cgf1", "ap")
 MAX_DETECTIONS = 100  # a phrase, what COCO's AP looks at
@@ -47,7 +47,7 @@ def evaluate(
 
   Args:
     predictor: a `Predictor`, or anything with its `set_image` and `predict`.
-    records: see `training.data`. Those that cannot be read are counted, logged and left out.
+    records: see `sam3lt_jax.data`. Those that cannot be read are counted, logged and left out.
     metrics: "cgf1", "ap" or both.
     iou_types: by masks ("segm"), boxes ("bbox") or both.
     annotators: further annotations of the same pairs (SA-Co/Gold has three in all), matched by

@@ -10,42 +10,28 @@ and a put there, and what needs more than that (`ledger`) says how it does witho
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob as local_glob
 import os
 import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+from sam3lt_jax import storage
+from sam3lt_jax.storage import CannotWrite
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAGIC = re.compile(r"[*?[]")
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-KEPT = "what was computed before is kept"
-
-
-class CannotWrite(ValueError):
-  """A folder or disk that does not take what is written; the message says which, why and what is kept."""
+KEPT = "what was computed before is kept: mend that and start the same command again"
 
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-  """Turns what the file system says while `path` is written into one sentence.
-
-  Raises:
-    CannotWrite: for any OSError inside; at a URL for any error.
-  """
-  try:
+  """`storage.writing` for any OSError while `path` is written, at a URL for any error. Raises CannotWrite."""
+  # Object stores' packages have errors of their own.
+  with storage.writing(path, KEPT, CannotWrite, lambda e: isinstance(e, OSError) or is_remote(path)):
     yield
-  except Exception as e:
-    if not (isinstance(e, OSError) or is_remote(path)):  # object stores' packages have errors of their own
-      raise
-    number = getattr(e, "errno", None)
-    reason = os.strerror(number) if number else str(e) or type(e).__name__
-    remedy = "; make room and start the same command again" if number in _NO_ROOM else ""
-    raise CannotWrite(f"cannot write {path}: {reason} ({KEPT}{remedy})") from e
 
 
 def is_remote(path: str) -> bool:
@@ -242,7 +228,7 @@ def make_folder(path: str) -> None:
 def write_atomic(path: str, data: bytes | Iterable[bytes], alone: bool = False) -> None:
   """Writes `path` so that it is whole or not there, also after a power cut; replaces what was there.
 
-  `alone`: as for `atomic`.
+  `alone`: as for `storage.atomic`.
 
   Raises:
     CannotWrite: no room, no permission, no such folder.
@@ -256,10 +242,7 @@ def write_atomic(path: str, data: bytes | Iterable[bytes], alone: bool = False) 
 def atomic(path: str, alone: bool = False) -> Iterator[BinaryIO]:
   """A file to write that becomes `path` when the block ends without an error, and leaves no trace otherwise.
 
-  `alone`: the caller holds a lock, so that nobody else writes `path` now. The file's name while it is written
-  is then always the same, and what a kill leaves of it goes when it is written again.
-
-  A URL is written to a temporary local file and put as one object at the end.
+  A path is written by `storage.atomic`, a URL to a temporary local file and put as one object at the end.
 
   Raises:
     CannotWrite: for any OSError, one inside the block included: what the block reads, it answers for itself.
@@ -277,31 +260,8 @@ def atomic(path: str, alone: bool = False) -> Iterator[BinaryIO]:
           with fs.open(inner, "wb") as out:  # a multipart upload: it shows when it is complete
             shutil.copyfileobj(f, out, 1 << 24)
     return
-  folder = os.path.dirname(path) or "."
-  unique = "" if alone else f".{secrets.token_hex(4)}"
-  temporary = os.path.join(folder, f".{os.path.basename(path)}{unique}.tmp")
-  with writing(path):
-    try:
-      with open(temporary, "wb" if alone else "xb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-      os.replace(temporary, path)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        os.unlink(temporary)
-      raise
-    sync_folder(folder)
-
-
-def sync_folder(path: str) -> None:
-  """Returns when the names in a local folder are on the disk, where the file system can tell."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    with contextlib.suppress(OSError):  # some network file systems do not know fsync of a folder
-      os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  with writing(path), storage.atomic(path, alone) as f:
+    yield f
 
 
 def move(old: str, new: str) -> None:

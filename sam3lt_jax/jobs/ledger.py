@@ -23,6 +23,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sam3lt_jax import storage
 from sam3lt_jax.jobs import files, locks, shard_files
 
 if TYPE_CHECKING:
@@ -96,15 +97,14 @@ class ShardWriter:
       ValueError: an id that is not of this shard or has a record already, or a value that JSON cannot hold.
       CannotWrite: the disk is full or became read-only; nothing of this call is kept, all before it is.
     """
-    lines, ids = [], set()
+    lines: dict[str, bytes] = {}
     for record in records:
       item_id = record.get("id")
       if item_id not in self._ids:
         raise ValueError(f"records: {item_id!r} is no item of {shard_files.shard_name(self.shard.index)}")
-      if item_id in self.done or item_id in ids:
+      if item_id in self.done or item_id in lines:
         raise ValueError(f"records: {item_id!r} has a record already")
-      ids.add(item_id)
-      lines.append(_encode(record))
+      lines[item_id] = _encode(record)
     if lines:
       self._part.append(lines)
       for record in records:
@@ -115,8 +115,8 @@ class ShardWriter:
 
     "shard", "sha256" and "bytes" of the data; "records", "failures" (how many), "reasons" (how many a
     reason), "examples" (some failures); "host", "process", "started", "committed" (seconds since the epoch),
-    "seconds" and "recovered" (records that earlier runs had written); "generation" of the plan's
-    fingerprint; and what `summary` adds or replaces.
+    "seconds" and "recovered" (records that earlier runs had written); "settings" (a digest of
+    the plan's fingerprint); and what `summary` adds or replaces.
 
     Raises:
       ValueError: an item has no record yet.
@@ -141,7 +141,7 @@ class ShardWriter:
       "committed": now,
       "seconds": round(now - self._started, 3),
       "recovered": self._recovered,
-      "generation": self.plan.generation,
+      "settings": self.plan.settings,
     }
     self._part.commit(about | dict(summary or {}))
 
@@ -194,7 +194,7 @@ class _FilePart:
         raise Busy(f"{shard_files.shard_name(self._index)} was committed meanwhile")
       with files.writing(self._path):
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        files.sync_folder(os.path.dirname(self._path))
+        storage.sync_folder(os.path.dirname(self._path))
     except BaseException:
       self._lock.release()
       raise
@@ -218,8 +218,8 @@ class _FilePart:
       os.ftruncate(self._descriptor, self._size)
       os.fsync(self._descriptor)
 
-  def append(self, lines: Sequence[bytes]) -> None:
-    data = b"".join(lines)
+  def append(self, lines: dict[str, bytes]) -> None:
+    data = b"".join(lines.values())
     try:
       with files.writing(self._path):
         written = 0
@@ -238,7 +238,7 @@ class _FilePart:
     files.write_atomic(self._digest_path, _digest_file(about | digest), alone=True)
     files.move(self._path, self._final)
     with files.writing(self._final):
-      files.sync_folder(os.path.dirname(self._final))
+      storage.sync_folder(os.path.dirname(self._final))
 
   def close(self) -> None:
     if self._descriptor is not None:
@@ -269,8 +269,8 @@ class _MemoryPart:
   def recover(self) -> Iterator[dict[str, Any]]:
     return iter(())
 
-  def append(self, lines: Sequence[bytes]) -> None:
-    self._lines.update((json.loads(line)["id"], line) for line in lines)
+  def append(self, lines: dict[str, bytes]) -> None:
+    self._lines.update(lines)
 
   def commit(self, about: dict[str, Any]) -> None:
     data = b"".join(self._lines[item.id] for item in self._shard.items)
@@ -283,7 +283,7 @@ class _MemoryPart:
       # Whoever puts the data last sees here whether the digest beside it is another's, and puts both again.
       if files.read(self._digest_path) == digest:
         return
-    raise files.CannotWrite(f"cannot write {self._final}: another job keeps writing it; end one of them")
+    raise files.CannotWrite(f"{self._final} is not written: another job keeps writing it; end one of them")
 
   def close(self) -> None:
     self._lines.clear()

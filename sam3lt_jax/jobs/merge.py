@@ -97,8 +97,7 @@ def merge(
 
     def open_sink(kind: type[_Sink], path: str | os.PathLike | None, *more: Any) -> None:
       if path is not None:
-        path = os.fspath(path)
-        sinks.append(kind(path, stack.enter_context(files.atomic(path)), *more))
+        sinks.append(kind(stack.enter_context(files.atomic(os.fspath(path))), *more))
         stack.callback(sinks[-1].close)
 
     if results_only:
@@ -122,12 +121,12 @@ def _info(plan: Plan, missing: Sequence[int]) -> dict[str, Any]:
 
 def _pour(plan: Plan, done: set[int], sinks: list, merged: Merged, on_shard: Callable[[], None]) -> None:
   first = _first_number(plan)
-  generations = set()
+  settings = set()
   position = 0
   for index in range(len(plan.shards)):
     if index in done:
       about, records = _records(plan, plan.shards[index])
-      generations.add(about.get("generation", 0))
+      settings.add(about.get("settings"))
       for i, (item, record) in enumerate(records):
         image_id = item.coco_id if item.coco_id is not None else first + position + i
         failed = "error" in record
@@ -138,9 +137,9 @@ def _pour(plan: Plan, done: set[int], sinks: list, merged: Merged, on_shard: Cal
           sink.add(image_id, item, record)
       on_shard()
     position += plan.shards.size(index)
-  if len(generations) > 1:
+  if len(settings) > 1:
     merged.notes.append(
-      f"the settings were changed during the job: {len(generations)} kinds of shards were merged"
+      f"the settings were changed during the job: {len(settings)} kinds of shards were merged"
     )
 
 
@@ -170,12 +169,8 @@ def _dump(value: Any) -> bytes:
 class _Sink:
   """A file that images are poured into; `end` completes it, `close` is called in any case."""
 
-  def __init__(self, path: str, file: BinaryIO):
-    self._path, self._file = path, file
-
-  def _write(self, data: bytes) -> None:
-    with files.writing(self._path):
-      self._file.write(data)
+  def __init__(self, file: BinaryIO):
+    self._file = file
 
   def add(self, image_id: int, item: Item, record: dict[str, Any]) -> None:
     raise NotImplementedError
@@ -192,24 +187,24 @@ class _FailuresSink(_Sink):
 
   def add(self, image_id: int, item: Item, record: dict[str, Any]) -> None:
     if "error" in record:
-      self._write(_dump(record) + b"\n")
+      self._file.write(_dump(record) + b"\n")
 
 
 class _ResultsSink(_Sink):
   """A list of COCO results."""
 
-  def __init__(self, path: str, file: BinaryIO, categories: Categories):
-    super().__init__(path, file)
+  def __init__(self, file: BinaryIO, categories: Categories):
+    super().__init__(file)
     self._categories = categories
     self._count = 0
-    self._write(self._beginning())
+    self._file.write(self._beginning())
 
   def _beginning(self) -> bytes:
     return b"["
 
   def add(self, image_id: int, item: Item, record: dict[str, Any]) -> None:
     for result in record.get("results", ()):
-      self._write((b",\n" if self._count else b"\n") + _dump(self._annotation(image_id, result)))
+      self._file.write((b",\n" if self._count else b"\n") + _dump(self._annotation(image_id, result)))
       self._count += 1
 
   def _annotation(self, image_id: int, result: dict[str, Any]) -> dict[str, Any]:
@@ -223,16 +218,16 @@ class _ResultsSink(_Sink):
     }
 
   def end(self) -> None:
-    self._write(b"\n]\n")
+    self._file.write(b"\n]\n")
 
 
 class _CocoSink(_ResultsSink):
   """A COCO data set. Its images, far fewer than its annotations, wait in a temporary file."""
 
-  def __init__(self, path: str, file: BinaryIO, categories: Categories, info: dict[str, Any]):
+  def __init__(self, file: BinaryIO, categories: Categories, info: dict[str, Any]):
     self._info, self._images = info, 0
     self._waiting = tempfile.TemporaryFile()
-    super().__init__(path, file, categories)
+    super().__init__(file, categories)
 
   def _beginning(self) -> bytes:
     return b'{"info":' + _dump(self._info) + b',\n"annotations":['
@@ -252,11 +247,11 @@ class _CocoSink(_ResultsSink):
     return super()._annotation(image_id, result) | own
 
   def end(self) -> None:
-    self._write(b'\n],\n"images":[')
+    self._file.write(b'\n],\n"images":[')
     self._waiting.seek(0)
     while block := self._waiting.read(1 << 20):
-      self._write(block)
-    self._write(b'\n],\n"categories":' + _dump(self._categories.to_coco()) + b"}\n")
+      self._file.write(block)
+    self._file.write(b'\n],\n"categories":' + _dump(self._categories.to_coco()) + b"}\n")
 
   def close(self) -> None:
     self._waiting.close()
@@ -279,13 +274,13 @@ class _ParquetSink(_Sink):
 
   _ROWS, _RESULTS, _GROUP = 256, 2000, 1 << 25  # images, results; bytes of a row group, uncompressed
 
-  def __init__(self, path: str, file: BinaryIO):
+  def __init__(self, file: BinaryIO):
     try:
       import pyarrow
       import pyarrow.parquet
     except ImportError as e:
       raise ImportError(f"Parquet needs the package pyarrow: pip install 'sam3lt_jax[jobs]' ({e})") from e
-    super().__init__(path, file)
+    super().__init__(file)
     self._arrow = pyarrow
     self._rows: list[dict[str, Any]] = []
     self._waiting = 0
@@ -324,8 +319,7 @@ class _ParquetSink(_Sink):
 
   def _flush(self) -> None:
     if self._tables:
-      with files.writing(self._path):
-        self._writer.write_table(self._arrow.concat_tables(self._tables).combine_chunks())
+      self._writer.write_table(self._arrow.concat_tables(self._tables).combine_chunks())
     self._tables = []
 
   def end(self) -> None:
@@ -334,5 +328,4 @@ class _ParquetSink(_Sink):
     self.close()
 
   def close(self) -> None:
-    with files.writing(self._path):
-      self._writer.close()
+    self._writer.close()

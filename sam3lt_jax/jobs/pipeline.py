@@ -1,9 +1,9 @@
 """From images to lines of a shard, with every stage at work at the same time.
 
     reader threads           decode, resize, in order                        bounded by images ahead
-    the caller's thread      batches -> devices; starts the next call, then takes the last one's scores
-    devices                  one call runs, one waits
-    post-processing threads  masks of the kept queries -> image's size -> RLE
+    the caller's thread      batches -> `Engine.run`: starts the next call, then takes the last one's scores
+    devices                  one call runs, one waits; on accelerators kept masks are enlarged here
+    post-processing threads  masks -> RLE
     writer thread            appends, a write and an fsync for several images; commits shards, in order
 
 Images of consecutive shards share batches, so devices do not wait at a shard's end, and only the job's last
@@ -16,16 +16,17 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
 import jax
-import numpy as np
 
+from sam3lt_jax.engine import Asked, Engine
 from sam3lt_jax.jobs import results
-from sam3lt_jax.jobs.forward import Forward, Found
 from sam3lt_jax.jobs.reading import Failure, Pixels, Reader, Stopped
+from sam3lt_jax.kept import Kept
+from sam3lt_jax.processing.prompts import Prompt
 
 FLUSH_RECORDS, FLUSH_S = 32, 2.0  # written together; what a kill may cost beyond what is in work
 FEWEST = 20  # images, before a share of failures stops a job
@@ -165,25 +166,14 @@ class Writer:
     self._flushed = time.perf_counter()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Entry:
   """An image, a failure, or a shard's end (`item` None) on its way; `row` where the devices have it."""
 
   shard: ShardInWork
   item: Any
   found: Pixels | Failure | None
-  questions: tuple = ()
-  arrays: list = dataclasses.field(default_factory=list)
   row: int | None = None
-
-
-@dataclasses.dataclass
-class _Group:
-  """What one batch of images brings, shards' ends and failures between them included."""
-
-  entries: list[_Entry]
-  calls_left: int = 0
-  found: list[Found] = dataclasses.field(default_factory=list)
 
 
 class Pipeline:
@@ -191,32 +181,32 @@ class Pipeline:
 
   def __init__(
     self,
-    forward: Forward,
+    engine: Engine,
     reader: Reader,
     writer: Writer,
-    questions: Callable[[str], tuple],
+    questions: Callable[[str], Sequence[Prompt]],
     *,
     threshold: float,
     mask_threshold: float,
-    mask_order: str,
     post_workers: int = 2,
     max_failures: float = 1.0,
     stop: Callable[[], bool] = lambda: False,
     on_image: Callable[[Any, results.Record], None] = lambda item, record: None,
   ):
     """Args:
-    questions: item id -> its questions.
-    threshold: scores above it are kept. mask_threshold, mask_order: see `postprocess.binary_masks`.
+    questions: item id -> what is asked of it.
+    threshold: scores above it are kept. mask_threshold: see `postprocess.binary_masks`.
     post_workers: post-processing threads.
     max_failures: share of failures above which to give up, once 20 images were read.
     stop: whether to end early.
     on_image: called from a post-processing thread with each image's record.
     """
-    self._forward, self._reader, self._writer, self._questions = forward, reader, writer, questions
-    self._threshold, self._mask = threshold, (mask_threshold, mask_order)
+    self._engine, self._reader, self._writer, self._questions = engine, reader, writer, questions
+    self._thresholds = threshold, mask_threshold
     self._max_failures, self._stop, self._on_image = max_failures, stop, on_image
     self._pool = futures.ThreadPoolExecutor(post_workers, thread_name_prefix="sam3lt-post")
-    self._pending: tuple[Any, Any, _Group] | None = None
+    self._ended: Stopped | TooManyFailures | None = None
+    self._in_hand = 0  # batches that the devices have
     self.images = self.failures = 0
 
   def run(self, works: Iterable[tuple[ShardInWork, Any]]) -> bool:
@@ -228,39 +218,45 @@ class Pipeline:
     Raises:
       TooManyFailures: saying how many; and whatever the writer raises.
     """
-    group: list[_Entry] = []
-    rows = 0
+    try:
+      for entries, kept in self._engine.run(self._batches(works), *self._thresholds):
+        self._in_hand -= bool(kept)
+        self._hand_over(entries, kept)
+    finally:
+      self._pool.shutdown(wait=False)  # what was handed over is still computed, for the writer
+    if isinstance(self._ended, TooManyFailures):
+      raise self._ended
+    return self._ended is None
+
+  def _batches(self, works: Iterable[tuple[ShardInWork, Any]]) -> Iterator[tuple[list[_Entry], list[Asked]]]:
+    """Images in batches for the devices, each with all entries up to its last image."""
+    entries: list[_Entry] = []
+    asked: list[Asked] = []
     try:
       for shard, item, found in self._reader.stream(works):
         if self._stop():
           raise Stopped
-        entry = self._entry(shard, item, found)
-        if entry.questions:
-          entry.row, rows = rows, rows + 1
-        group.append(entry)
-        if rows == self._forward.rows or (not rows and self._pending is None):
-          self._start(_Group(group))
-          group, rows = [], 0
-      self._start(_Group(group))
-      self._finish_pending()
-      return True
-    except Stopped:
-      self._finish_pending()
-      return False
-    except TooManyFailures:
-      self._finish_pending()
-      raise
-    finally:
-      self._pool.shutdown(wait=False)  # what was handed over is still computed, for the writer
+        entries.append(self._entry(shard, item, found, asked))
+        # What only failed waits for no image, unless the devices are at work before it.
+        if len(asked) == self._engine.rows or not (asked or self._in_hand):
+          self._in_hand += bool(asked)
+          yield entries, asked
+          entries, asked = [], []
+    except (Stopped, TooManyFailures) as e:
+      self._ended = e
+    else:
+      yield entries, asked
 
-  def _entry(self, shard: ShardInWork, item: Any, found: Pixels | Failure | None) -> _Entry:
+  def _entry(
+    self, shard: ShardInWork, item: Any, found: Pixels | Failure | None, asked: list[Asked]
+  ) -> _Entry:
+    """Adds an image of which something is asked to `asked`."""
     if item is None:
       return _Entry(shard, None, None)
     self.images += 1
-    questions, arrays = self._questions(item.id), []
     if isinstance(found, Pixels):
       try:
-        arrays = [self._forward.box_arrays(q, (found.height, found.width)) for q in questions]
+        one = self._engine.asked(found.pixels, (found.height, found.width), self._questions(item.id))
       except ValueError as e:
         found = Failure("other", f"its question cannot be asked: {e}")
     if isinstance(found, Failure):
@@ -270,57 +266,29 @@ class Pipeline:
           f"{self.failures} of {self.images} images failed, more than the accepted share of"
           f" {self._max_failures:g} (--max-failures); the last one: {item.uri}: {found.message}"
         )
-      questions = ()
-    return _Entry(shard, item, found, questions, arrays)
+      return _Entry(shard, item, found)
+    found = dataclasses.replace(found, pixels=None)  # 3 MB each, and `asked` has them
+    if not one.prompts:
+      return _Entry(shard, item, found)
+    asked.append(one)
+    return _Entry(shard, item, found, len(asked) - 1)
 
-  def _start(self, group: _Group) -> None:
-    """Starts a group's calls; each time a call was started, the one before is taken from the devices."""
-    on_device = [entry for entry in group.entries if entry.row is not None]
-    if not on_device:
-      self._finish_pending()
-      self._hand_over(group)
-      return
-    maps = self._forward.encode([entry.found.pixels for entry in on_device])
-    for entry in on_device:
-      entry.found = dataclasses.replace(entry.found, pixels=None)  # 3 MB each, and no longer needed
-    questions, arrays = [entry.questions for entry in on_device], [entry.arrays for entry in on_device]
-    calls = self._forward.calls(arrays)
-    group.calls_left = len(calls)
-    for call in calls:
-      raw = self._forward.detect(maps, call, questions, arrays)
-      self._finish_pending()
-      self._pending = raw, call, group
-
-  def _finish_pending(self) -> None:
-    if self._pending is None:
-      return
-    raw, call, group = self._pending
-    self._pending = None
-    group.found.append(self._forward.kept(raw, call, self._threshold))
-    group.calls_left -= 1
-    if not group.calls_left:
-      self._hand_over(group)
-
-  def _hand_over(self, group: _Group) -> None:
-    for entry in group.entries:
+  def _hand_over(self, entries: Sequence[_Entry], kept: Sequence[Kept]) -> None:
+    for entry in entries:
       if entry.item is None:
         self._writer.put(entry.shard, None)
       elif isinstance(entry.found, Failure):
         self._writer.put(entry.shard, results.failure_record(entry.item, entry.found))
       else:
-        self._writer.put(entry.shard, self._pool.submit(self._record, entry, group.found))
+        found = None if entry.row is None else kept[entry.row]
+        self._writer.put(entry.shard, self._pool.submit(self._record, entry, found))
 
-  def _record(self, entry: _Entry, found: list[Found]) -> results.Record:
+  def _record(self, entry: _Entry, kept: Kept | None) -> results.Record:
     """Post-processing of one image."""
-    size = (entry.found.height, entry.found.width)
-    kept = []
-    for call in found if entry.row is not None else ():
-      for k in np.flatnonzero(call.image == entry.row):
-        number = int(call.question[k])
-        made = results.instance(
-          entry.questions[number], number, call.scores[k], call.boxes[k], call.masks()[k], size, *self._mask
-        )
-        kept.append((number, int(call.query[k]), made))
-    record = results.image_record(entry.item, size, [made for *_, made in sorted(kept, key=lambda k: k[:2])])
+    prompts, instances = self._questions(entry.item.id), []
+    for k in range(0 if kept is None else len(kept)):
+      number = int(kept.prompt[k])
+      instances.append(results.instance(prompts[number], number, kept.scores[k], kept.boxes[k], kept.mask(k)))
+    record = results.image_record(entry.item, (entry.found.height, entry.found.width), instances)
     self._on_image(entry.item, record)
     return record

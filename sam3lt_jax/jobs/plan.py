@@ -12,10 +12,10 @@ store has no lock: there plan.json is read back, so that the one who was overwri
 from __future__ import annotations
 
 import array
-import bisect
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,18 +41,16 @@ class Plan:
     fingerprint: what the job asks and with what, as `open` was given it: plain JSON values.
     shards: the shards, each read from the items file when it is asked for.
     num_items: how many items all shards have.
-    generation: how often the fingerprint was changed by `allow_change`; committed shards name theirs.
-    fingerprints: one a generation; the last is `fingerprint`.
+    settings: a digest of the fingerprint, by which committed shards tell what they were made with.
     notes: what `open` did that the user may want to know, a sentence each.
   """
 
   def __init__(self, directory: str, content: dict[str, Any], notes: Sequence[str] = ()):
     self.directory, self._content, self.notes = directory, content, list(notes)
-    self.fingerprints: list[dict[str, Any]] = content["fingerprints"]
-    self.fingerprint: dict[str, Any] = self.fingerprints[-1]
-    self.generation = len(self.fingerprints) - 1
+    self.fingerprint: dict[str, Any] = content["fingerprint"]
+    self.settings = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
     self.shards: Sequence[Shard] = _Shards(directory, content)
-    self.num_items = sum(segment["items"] for segment in content["segments"])
+    self.num_items = sum(content["shards"])
 
   @classmethod
   def open(
@@ -114,6 +112,15 @@ class Plan:
       raise ValueError(f"{directory} {there}; accepted: the output folder of a job, with a {plan_files.PLAN}")
     return cls(directory, content)
 
+  @classmethod
+  def is_done(cls, directory: str | os.PathLike) -> bool:
+    """Whether a job stands there of which nothing is left."""
+    try:
+      plan = cls.load(directory)
+      return len(plan.committed()) == len(plan.shards)
+    except (ValueError, OSError):  # whoever opens it says what is wrong
+      return False
+
   def committed(self) -> set[int]:
     """Indices of the shards that are done, as the folder has them now."""
     return shard_files.committed(self.directory)
@@ -156,7 +163,7 @@ class Plan:
   def check_current(self) -> None:
     """Raises ValueError if another job changed the plan since this one opened it."""
     content = plan_files.read(self.directory)
-    if content is None or content["fingerprints"] != self.fingerprints:
+    if content is None or content["fingerprint"] != self.fingerprint:
       raise ValueError(f"the plan of {self.directory} was changed by another job; start this one again")
 
 
@@ -165,21 +172,16 @@ class _Shards(Sequence):
 
   def __init__(self, directory: str, content: dict[str, Any]):
     self._path = files.join(directory, content["items_file"])
-    self._first: list[int] = [0]  # segments' first shards, then the end
-    self._segments = content["segments"]
-    for segment in self._segments:
-      self._first.append(self._first[-1] + -(-segment["items"] // segment["shard_size"]))
+    self._sizes: list[int] = content["shards"]
     self._digest = content["items_sha256"]
     self._offsets: array.array | None = None
 
   def __len__(self) -> int:
-    return self._first[-1]
+    return len(self._sizes)
 
   def size(self, index: int) -> int:
     """How many items shard `index` has; the items file is not read."""
-    part = bisect.bisect_right(self._first, index) - 1
-    segment = self._segments[part]
-    return min(segment["shard_size"], segment["items"] - (index - self._first[part]) * segment["shard_size"])
+    return self._sizes[index]
 
   def __getitem__(self, key):
     if isinstance(key, slice):
@@ -194,20 +196,17 @@ class _Shards(Sequence):
     return Shard(index, tuple(map(plan_files.item_of, lines)))
 
   def _scan(self) -> array.array:
-    offsets, sha, position = array.array("Q", [0]), hashlib.sha256(), 0
-    sizes = map(self.size, range(len(self)))
-    left = next(sizes, 0)
+    offsets, sha = array.array("Q", [0]), hashlib.sha256()
     try:
       with files.open_read(self._path) as f:
-        for line in f:
-          sha.update(line)
-          position += len(line)
-          left -= 1
-          if left == 0:
-            offsets.append(position)
-            left = next(sizes, -1)
+        for size in self._sizes:
+          offsets.append(offsets[-1])
+          for line in itertools.islice(f, size):
+            sha.update(line)
+            offsets[-1] += len(line)
+        sha.update(f.read())  # nothing, or lines that were not planned
     except FileNotFoundError:
       raise ValueError(f"{self._path} is missing: the plan cannot be opened without it") from None
-    if sha.hexdigest() != self._digest or len(offsets) != len(self) + 1:
+    if sha.hexdigest() != self._digest:
       raise ValueError(f"{self._path} is not what was planned: it was changed or damaged")
     return offsets

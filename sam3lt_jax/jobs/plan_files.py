@@ -1,8 +1,7 @@
 """plan.json and the items file: written, read, and compared with what a restarted job brings.
 
-plan.json: {"format", "program", "created", "fingerprints": [one a generation, the last is in force],
-"segments": [{"items", "shard_size"}, ...], "items_file", "items_sha256", "source_digest"}. Segment 0 is the
-job as it began; each change that brought new items added one, so that shards once planned keep their items.
+plan.json: {"format", "program", "created", "fingerprint", "shards": [how many items each has], "items_file",
+"items_sha256", "source_digest"}. Shards once planned keep their items: new ones follow in their own.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from sam3lt_jax.jobs.sources import Item, Items
 
 PLAN = "plan.json"
 ITEMS = "items.jsonl"
-FORMAT = 1
+FORMAT = 2
 _SHOWN = 60  # characters of a value in a message
 _REMEDY = "give another output folder, or allow the change (--allow-change)"
 
@@ -51,9 +50,9 @@ def read(directory: str) -> dict[str, Any] | None:
   path = files.join(directory, PLAN)
   try:
     content = json.loads(files.read(path))
-    if content["format"] > FORMAT:
-      raise ValueError(f"{path} is of a later version of this program")
-    if not content["fingerprints"] or not content["segments"]:
+    if content["format"] != FORMAT:
+      raise ValueError(f"{path} is of another version of this program")
+    if not content["shards"] or type(content["fingerprint"]) is not dict:
       raise KeyError
   except (FileNotFoundError, NotADirectoryError):
     return None
@@ -73,14 +72,18 @@ def create(directory: str, items: Iterable[Item], fingerprint: dict, shard_size:
     "format": FORMAT,
     "program": f"sam3lt_jax {sam3lt_jax.__version__}",
     "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    "fingerprints": [fingerprint],
-    "segments": [{"items": written.count, "shard_size": shard_size}],
+    "fingerprint": fingerprint,
+    "shards": _sizes(written.count, shard_size),
     "items_file": ITEMS,
     "items_sha256": written.sha256,
     "source_digest": written.source_digest,
   }
   _write(directory, content)
   return content
+
+
+def _sizes(items: int, shard_size: int) -> list[int]:
+  return [min(shard_size, items - start) for start in range(0, items, shard_size)]
 
 
 def _write(directory: str, content: dict[str, Any]) -> None:
@@ -144,7 +147,7 @@ def agree(
   for item in items:
     digest.add(line_of(item))
   new_items = str(digest) != content["source_digest"]
-  changes = _differences(content["fingerprints"][-1], fingerprint)
+  changes = _differences(content["fingerprint"], fingerprint)
   items_changes = _ItemChanges(directory, content, items) if new_items else None
   if not changes and items_changes is None:
     return content, []
@@ -154,7 +157,7 @@ def agree(
   notes, content = [], dict(content)
   if changes:
     dropped = shard_files.drop_started(directory)
-    content["fingerprints"] = [*content["fingerprints"], fingerprint]
+    content["fingerprint"] = fingerprint
     kept = len(shard_files.committed(directory))
     begun = f"; started ones that begin again: {dropped}" if dropped else ""
     notes.append(f"changed: {'; '.join(changes)}; committed shards kept as they are: {kept}{begun}")
@@ -211,9 +214,9 @@ class _ItemChanges:
     name = f"items-{int(content['items_file'].removesuffix('.jsonl').partition('-')[2] or 0) + 1}.jsonl"
     written = _Written(files.join(directory, name), self._all())
     content |= {"items_file": name, "items_sha256": written.sha256}
-    if self.new:
-      content["segments"] = [*content["segments"], {"items": len(self.new), "shard_size": shard_size}]
-    done = [f"shards added for the new ones: {-(-len(self.new) // shard_size)}"] if self.new else []
+    added = _sizes(len(self.new), shard_size)
+    content["shards"] = content["shards"] + added
+    done = [f"shards added for the new ones: {len(added)}"] if added else []
     done += ["those gone are kept"] if self.gone else []
     done += ["the new places are used from now on"] if self.moved else []
     return ", ".join(done)

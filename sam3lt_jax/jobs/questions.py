@@ -15,7 +15,6 @@ A file of questions is one of two, told by its content:
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -24,23 +23,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sam3lt_jax.jobs import files
+from sam3lt_jax.processing.prompts import Prompt
 
 _KEYS = ("id", "image", "text", "boxes", "box_labels")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Question:
-  """One thing sought in an image.
-
-  Attributes:
-    text: a phrase, or None where boxes alone say what is sought.
-    boxes: (x1, y1, x2, y2) each, pixels of the image.
-    labels: 1 (like this) or 0 (not like this) a box.
-  """
-
-  text: str | None
-  boxes: tuple[tuple[float, float, float, float], ...] = ()
-  labels: tuple[int, ...] = ()
 
 
 class Questions:
@@ -52,7 +37,7 @@ class Questions:
     per_image: whether images have their own questions.
   """
 
-  def __init__(self, common: tuple[Question, ...], lines: dict[str, tuple[bytes, ...]] | None, digest: str):
+  def __init__(self, common: tuple[Prompt, ...], lines: dict[str, tuple[bytes, ...]] | None, digest: str):
     self._common, self._lines, self.digest = common, lines, digest
     self.per_image = lines is not None
     self.phrases: tuple[str, ...] = tuple(q.text for q in common)
@@ -73,7 +58,7 @@ class Questions:
       raise ValueError("nothing to look for: give at least one phrase")
     kept = list(dict.fromkeys(phrase.strip() for phrase in phrases))
     digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
-    return cls(tuple(Question(phrase) for phrase in kept), None, digest)
+    return cls(tuple(Prompt(phrase) for phrase in kept), None, digest)
 
   @classmethod
   def from_file(cls, path: str | os.PathLike) -> Questions:
@@ -119,7 +104,7 @@ class Questions:
     self.phrases = tuple(phrases)
     return self
 
-  def for_item(self, item_id: str) -> tuple[Question, ...]:
+  def for_item(self, item_id: str) -> tuple[Prompt, ...]:
     """The questions about an image, in order; () where the file has none about it."""
     if self._lines is None:
       return self._common
@@ -166,7 +151,7 @@ def _check_phrase(phrase: Any, place: str) -> str:
   return phrase.strip()
 
 
-def _parse(line: str, place: str) -> tuple[str, tuple[Question, ...]]:
+def _parse(line: str, place: str) -> tuple[str, tuple[Prompt, ...]]:
   """A line of JSON to (item id, questions)."""
   try:
     entry = json.loads(line)
@@ -190,9 +175,9 @@ def _parse(line: str, place: str) -> tuple[str, tuple[Question, ...]]:
   if not texts or (texts == [None] and not boxes):
     raise ValueError(f'{place} asks nothing: give "text", "boxes" or both')
   if texts == [None]:
-    return item_id, (Question(None, boxes, labels),)
+    return item_id, (Prompt(None, boxes, labels),)
   phrases = dict.fromkeys(_check_phrase(text, place) for text in texts)
-  return item_id, tuple(Question(phrase, boxes, labels) for phrase in phrases)
+  return item_id, tuple(Prompt(phrase, boxes, labels) for phrase in phrases)
 
 
 def _boxes(value: Any, place: str) -> tuple[tuple[float, float, float, float], ...]:

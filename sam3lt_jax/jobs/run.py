@@ -10,18 +10,17 @@ and none waits for another.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import itertools
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sam3lt_jax import phrase_encoder
-from sam3lt_jax.config import BOX_ONLY_PHRASE
+from sam3lt_jax import storage
+from sam3lt_jax.engine import Engine
 from sam3lt_jax.jobs import files, ledger, reading, setup
-from sam3lt_jax.jobs.forward import Forward
 from sam3lt_jax.jobs.overlays import Overlays
 from sam3lt_jax.jobs.pipeline import DeviceClock, Pipeline, ShardInWork, TooManyFailures, Writer
 from sam3lt_jax.jobs.plan import Plan
@@ -47,7 +46,10 @@ class JobConfig:
     model, profile, dtype, image_size: see `Predictor.from_pretrained`.
     threshold: detections with a score above it are kept. None: the profile's.
     mask_threshold: probability above which a pixel belongs to its object.
-    batch, buckets, model_parallel, pmap: see `forward.Forward`.
+    batch: images a device that run together. None: 8 on accelerators, or as many as the compiled programs
+      leave room for; 1 on a CPU.
+    buckets: questions of an image that run together, ascending. None: see `setup.engine_options`.
+    model_parallel: devices that share one copy of the weights.
     workers: images decoded at once. None: as many as there are cores, 2 to 16. worker_processes: in processes
       instead of threads, see `reading`.
     shard_size: images that are committed together. None: an eighth of what a process does, 16 to 500. What
@@ -75,7 +77,6 @@ class JobConfig:
   batch: int | None = None
   buckets: Sequence[int] | None = None
   model_parallel: int = 1
-  pmap: bool = False
   workers: int | None = None
   worker_processes: bool = False
   shard_size: int | None = None
@@ -153,7 +154,7 @@ def run_job(
   started = time.perf_counter()
   progress, stop = progress or Progress(), stop or threading.Event()
   index, count = setup.process_number(config)
-  with _signals(stop) as caught:
+  with storage.signals(stop.set) as caught:
     files.make_folder(files.absolute(config.out))
     progress.phase("listing the images")
     items = list_items(config.source, recursive=config.recursive, images=config.images)
@@ -163,9 +164,14 @@ def run_job(
     if skipped := questions.check_items(item.id for item in items) if questions.per_image else 0:
       progress.note(f"nothing is asked of {skipped} of {len(items)} images")
     setup.use_compilation_cache(config.compilation_cache)
+    asked = max((len(questions.for_item(i.id)) for i in itertools.islice(items, SHARD_SIZES[1])), default=1)
     progress.phase(f"loading {config.model}")
-    predictor, weights = setup.load(config) if predictor is None else (predictor, setup.digest(predictor))
-    fingerprint = setup.fingerprint(config, predictor, questions, weights)
+    if predictor is None:
+      engine, weights = setup.load(config, max(asked, 1), ahead=not Plan.is_done(config.out))
+    else:
+      engine, weights = None, setup.digest(predictor.variables)
+    loaded = predictor or engine
+    fingerprint = setup.fingerprint(config, loaded.model, loaded.processor, questions, weights)
     shard_size = config.shard_size or min(max(-(-len(items) // (8 * count)), SHARD_SIZES[0]), SHARD_SIZES[1])
     plan = Plan.open(
       config.out, items, fingerprint, shard_size,
@@ -181,7 +187,13 @@ def run_job(
     progress.total(plan.num_items - summary.images_before)
     progress.phase("preparing the devices")
     overlays = Overlays(plan.directory, items, config.overlays)
-    job = _Job(config, predictor, plan, questions, summary, progress, stop, overlays)
+    if engine is None:
+      options = setup.engine_options(config, max(asked, 1))
+      engine = Engine(predictor.model, predictor.variables, predictor.processor, **options)
+    engine.compile_ahead(engine.rows, max(asked, 1))
+    if config.batch is None:
+      engine.fit_memory(max(asked, 1))
+    job = _Job(config, engine, plan, questions, summary, progress, stop, overlays)
     job.run(plan.missing(index, count), index, started)
     if caught and summary.stopped is not None:
       summary.signal, summary.stopped = caught[0], f"{summary.stopped} by {signal.Signals(caught[0]).name}"
@@ -193,46 +205,28 @@ def run_job(
 class _Job:
   """The stages of one run, put together, and what is counted of them."""
 
-  def __init__(self, config, predictor, plan, questions, summary, progress, stop, overlays):
+  def __init__(self, config, engine, plan, questions, summary, progress, stop, overlays):
     self._config, self._plan, self._summary, self._progress = config, plan, summary, progress
     self._stop, self._left_some = stop, False
     self._open: list[ShardInWork] = []
-    self._compiled_before: float | None = None  # seconds, when the first program was started
-    self.clock = DeviceClock()
-    asked = max((len(questions.for_item(item.id)) for item in plan.shards[0].items), default=1)
-    try:
-      # Before the devices start, which would wait for it. Where images have their own questions one is enough
-      # to compile the program; the others are encoded as they come.
-      phrases = questions.phrases[: 1 if questions.per_image else phrase_encoder.KEPT] or (BOX_ONLY_PHRASE,)
-      predictor.text_features(phrases)
-      self.forward = Forward(
-        predictor,
-        batch=config.batch,
-        model_parallel=config.model_parallel,
-        pmap=config.pmap,
-        buckets=config.buckets,
-        questions=max(asked, 1),
-        on_start=self._on_start,
-      )
-    except BaseException:
-      self.clock.close()
-      raise
+    self._waited_before: float | None = None  # for compilation, when the first program was started
+    self.engine, self.clock = engine, DeviceClock()
+    engine.on_start = self._on_start
     workers = config.workers or reading.default_workers()
     # A batch is being gathered while another is decoded.
     self.reader = reading.Reader(
-      predictor.processor.image_size,
+      engine.processor.image_size,
       workers=workers,
       processes=config.worker_processes,
-      ahead=2 * workers + self.forward.rows,
+      ahead=2 * workers + engine.rows,
       max_pixels=config.max_pixels,
       stop=stop.is_set,
     )
-    profile = predictor.processor.profile
+    default = engine.processor.profile.score_threshold
     self.pipeline_options = {
       "questions": questions.for_item,
-      "threshold": profile.score_threshold if config.threshold is None else config.threshold,
+      "threshold": default if config.threshold is None else config.threshold,
       "mask_threshold": config.mask_threshold,
-      "mask_order": profile.mask_order,
       "post_workers": workers,
       "max_failures": config.max_failures,
       "stop": stop.is_set,
@@ -241,14 +235,14 @@ class _Job:
 
   def run(self, shards: Iterator[Any], process: int, started: float) -> None:
     """Works through `shards` until all are done, the job is stopped, or too much failed."""
-    summary = self._summary
-    summary.devices, summary.batch = self.forward.devices, self.forward.batch
-    writer = Writer(2 * self.forward.rows + 8, self._on_record)
+    engine, summary = self.engine, self._summary
+    summary.devices, summary.batch = len(engine.devices), engine.image_buckets[-1]
+    writer = Writer(2 * engine.rows + 8, self._on_record)
     summary.startup_s = time.perf_counter() - started
     self._progress.phase("")
     try:
       with self.reader:
-        pipeline = Pipeline(self.forward, self.reader, writer, **self.pipeline_options)
+        pipeline = Pipeline(engine, self.reader, writer, **self.pipeline_options)
         try:
           whole = pipeline.run(self._works(shards, process))
           if not whole or self._left_some:
@@ -261,8 +255,8 @@ class _Job:
       for shard in self._open:
         shard.writer.__exit__(None, None, None)
       self.clock.close()
-      compiled_since = self.forward.compile_s - (self._compiled_before or 0.0)
-      summary.take_counters(self.clock, self.reader, writer, self.forward, compiled_since)
+      waited_since = engine.waited_s - (self._waited_before or 0.0)
+      summary.take_counters(self.clock, self.reader, writer, engine.waited_s, waited_since)
 
   def _works(self, shards: Iterator[Any], process: int) -> Iterator[tuple[ShardInWork, Any]]:
     """(shard, item) of what is to do, (shard, None) at each shard's end; opens shards as they are needed."""
@@ -285,32 +279,10 @@ class _Job:
       yield work, None
 
   def _on_start(self, at: float, output: Any) -> None:
-    if self._compiled_before is None:
-      self._compiled_before = self.forward.compile_s
+    if self._waited_before is None:
+      self._waited_before = self.engine.waited_s
     self.clock.started(at, output)
 
   def _on_record(self, record: dict[str, Any]) -> None:
     self._summary.count(record)
     self._progress.image("error" in record)
-
-
-@contextlib.contextmanager
-def _signals(stop: threading.Event) -> Iterator[list[int]]:
-  """SIGINT and SIGTERM set `stop` and are listed; the second one raises KeyboardInterrupt."""
-  caught: list[int] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield caught
-    return
-
-  def handle(number, frame):
-    if caught:
-      raise KeyboardInterrupt
-    caught.append(number)
-    stop.set()
-
-  before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-  try:
-    yield caught
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from sam3lt_jax import parallel
+from sam3lt_jax.checkpoints import open_checkpoint
+from sam3lt_jax.engine import IMAGE_BUCKETS, PROMPT_BUCKETS, Engine
+from sam3lt_jax.errors import renamed
 from sam3lt_jax.jobs import files
 from sam3lt_jax.jobs.questions import Questions
+from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.predictor import Predictor
+from sam3lt_jax.processing.processor import Sam3Processor
 
 if TYPE_CHECKING:
   from sam3lt_jax.jobs.run import JobConfig
@@ -52,29 +57,44 @@ def use_compilation_cache(folder: str | None) -> None:
   jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
-def load(config: JobConfig) -> tuple[Predictor, str]:
-  """The configuration's predictor and the digest of its weights."""
-  options = {"profile": config.profile, "dtype": config.dtype, "image_size": config.image_size}
-  with _where_it_fits(config):
-    loaded = Predictor.from_pretrained(config.model, **options, fuse=False, compile_ahead=False)
-    weights = digest(loaded)  # before folding, whose rounding may depend on the platform
-    predictor = Predictor(loaded.model, loaded.variables, loaded.processor)
-  if config.model_parallel > 1 and jax.default_backend() != "cpu":
-    predictor.variables = jax.device_put(predictor.variables, jax.local_devices(backend="cpu")[0])
-  return predictor, weights
+def load(config: JobConfig, questions: int, ahead: bool) -> tuple[Engine, str]:
+  """The configuration's model on this process's devices, and the digest of its weights.
+
+  Args:
+    questions: of each image, as far as is known. ahead: compile for them while the weights are read.
+  """
+  opened = open_checkpoint(config.model, None, config.profile, config.dtype, config.dtype)
+  directory = None if opened.random else opened.path
+  processor = Sam3Processor.beside(directory, opened.model.config, config.image_size)
+  with renamed("prompt_buckets", "buckets"):
+    predictor = Predictor(opened.model, opened.shapes, processor, **engine_options(config, questions))
+  if ahead:
+    predictor.engine.compile_ahead(predictor.engine.rows, questions)
+  # On the host where one device is too small for the weights.
+  variables = opened.load(parallel.host_device() if config.model_parallel > 1 else None)
+  weights = digest(variables)  # before folding, whose rounding may depend on the platform
+  predictor.use_variables(variables)
+  return predictor.engine, weights
 
 
-def _where_it_fits(config: JobConfig) -> Any:
-  """On the host where one device is too small for the weights; phrases are then encoded there, once each."""
-  if config.model_parallel == 1 or jax.default_backend() == "cpu":
-    return contextlib.nullcontext()
-  return jax.default_device(jax.local_devices(backend="cpu")[0])
+def engine_options(config: JobConfig, questions: int) -> dict[str, Any]:
+  """All local devices; what runs together is as the configuration says, or as suits the questions."""
+  devices = jax.local_devices()
+  options: dict[str, Any] = {"devices": devices, "model_parallel": config.model_parallel}
+  on_cpu = devices[0].platform == "cpu"
+  if config.batch is not None or not on_cpu:
+    options["image_buckets"] = (config.batch or IMAGE_BUCKETS[-1],)
+  if config.buckets is not None:
+    options["prompt_buckets"] = config.buckets
+  elif not on_cpu:
+    options["prompt_buckets"] = sorted({*PROMPT_BUCKETS, questions})
+  return options
 
 
-def digest(predictor: Predictor) -> str:
+def digest(variables: Variables) -> str:
   """Of a sample of every array's values, in order of their names: another model gives another digest."""
   sha = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(predictor.variables):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     flat = leaf.reshape(-1)
     sample = np.asarray(flat[:: max(1, flat.size // _SAMPLES)], np.float32)
     sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} ".encode() + sample.tobytes())
@@ -82,18 +102,18 @@ def digest(predictor: Predictor) -> str:
 
 
 def fingerprint(
-  config: JobConfig, predictor: Predictor, questions: Questions, weights: str
+  config: JobConfig, model: Sam3LiteText, processor: Sam3Processor, questions: Questions, weights: str
 ) -> dict[str, Any]:
   """What must be the same on a restart, and what `merge` and a reader need to know, once."""
-  profile = predictor.processor.profile
-  model = config.model.rstrip("/")
+  profile = processor.profile
+  name = config.model.rstrip("/")
   return {
     # By name where that says something; a folder may be another one on another host.
-    "model": os.path.basename(model) if os.path.exists(model) else model,
+    "model": os.path.basename(name) if os.path.exists(name) else name,
     "weights": weights,
     "profile": profile.name,
-    "dtype": np.dtype(predictor.model.dtype).name,
-    "image_size": predictor.processor.image_size,
+    "dtype": np.dtype(model.dtype).name,
+    "image_size": processor.image_size,
     "threshold": profile.score_threshold if config.threshold is None else config.threshold,
     "mask_threshold": config.mask_threshold,
     "max_pixels": config.max_pixels,

@@ -65,9 +65,11 @@ class Summary:
     if "error" in record:
       self.failures[record["error"]] += 1
 
-  def take_counters(self, clock: Any, reader: Any, writer: Any, forward: Any, compiled_since: float) -> None:
+  def take_counters(
+    self, clock: Any, reader: Any, writer: Any, compile_s: float, compiled_since: float
+  ) -> None:
     self.shards_done = writer.committed
-    self.compile_s = forward.compile_s
+    self.compile_s = compile_s
     self.decode_wait_s, self.write_wait_s = reader.waited_s, writer.waited_s
     if clock.first is not None:
       # Programs compiled on the way kept the devices waiting once; a longer job does not see it.

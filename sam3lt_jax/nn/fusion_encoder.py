@@ -37,15 +37,16 @@ class FusionEncoder(nn.Module):
     self.layers = [self._layer() for _ in range(self.num_layers)]
 
   def __call__(
-    self, image, positions, prompt, prompt_mask, deterministic: bool = True, mixed: bool = False
+    self, image, positions, prompt, prompt_mask, deterministic: bool = True, mixed: jax.Array | None = None
   ) -> jax.Array:
-    """image: [P, S, D]; positions: [S, D]; prompt: [P, L, D]; prompt_mask: bool [P, L]; mixed: the image
-    comes from `mix`. Returns [P, S, D].
+    """image: [P, S, D]; positions: [S, D]; prompt: [P, L, D]; prompt_mask: bool [P, L]; mixed: [P, S, D],
+    what `mix` makes of the image, where that is known. Returns [P, S, D].
     """
-    if self.remat and not self.is_initializing() and not mixed:
+    if self.remat and mixed is None and not self.is_initializing():
       return self._scanned(image, positions, prompt, prompt_mask, deterministic)
-    for i, layer in enumerate(self.layers):
-      image = self._call(layer, image, positions, prompt, prompt_mask, deterministic, mixed and i == 0)
+    for layer in self.layers:
+      image = self._call(layer, image, positions, prompt, prompt_mask, deterministic, mixed)
+      mixed = None
     return image
 
   def mix(self, image, positions) -> jax.Array:
@@ -65,7 +66,7 @@ class FusionEncoder(nn.Module):
       **fields,
     )
 
-  def _call(self, layer, image, positions, prompt, prompt_mask, deterministic: bool, mixed: bool = False):
+  def _call(self, layer, image, positions, prompt, prompt_mask, deterministic: bool, mixed=None):
     mask = prompt_mask[:, None, None, :]
     return layer(
       image, prompt, prompt, positions=positions, cross_mask=mask, deterministic=deterministic, mixed=mixed

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.ops import attention
+from sam3lt_jax.ops import attention, target
 
 Dtype = Any
 # Where a module leaves its intermediates when a caller asks for them: name -> array. None: do not collect.
@@ -32,13 +32,15 @@ def gelu(x: jax.Array) -> jax.Array:
   return nn.gelu(x, approximate=False)
 
 
-def _dot_f32(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
-  """A matrix product accumulated in float32: 3-4 times faster on XLA:CPU in bfloat16, and more exact."""
-  del preferred_element_type
-  out = jax.lax.dot_general(
-    lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=jnp.float32
-  )
-  return out.astype(lhs.dtype)
+def _dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+  """lhs [..., D_in] times rhs [D_in, D_out], accumulated in float32, in the dtype of lhs.
+
+  On CPUs the float32 is asked for and rounded behind: 3-4 times faster in bfloat16, and more exact. GPUs and
+  TPUs accumulate so by themselves; a GPU that is asked for it writes float32 for the next kernel to read.
+  """
+  kind = jnp.float32 if target.current().has_cpu else None
+  dimensions = (((lhs.ndim - 1,), (0,)), ((), ()))
+  return jax.lax.dot_general(lhs, rhs, dimensions, preferred_element_type=kind).astype(lhs.dtype)
 
 
 class Dense(nn.Module):
@@ -56,7 +58,7 @@ class Dense(nn.Module):
       "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features), self.param_dtype
     )
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    y = _dot_f32(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    y = _dot(x, kernel)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
       y = y + bias.astype(self.dtype)
@@ -84,7 +86,7 @@ class PatchConv(nn.Module):
     )
     x = x.astype(self.dtype).reshape(B, H // p, p, W // p, p, D)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // p, W // p, p * p * D)
-    return _dot_f32(x, kernel.astype(self.dtype).reshape(p * p * D, -1), (((3,), (0,)), ((), ())))
+    return _dot(x, kernel.astype(self.dtype).reshape(p * p * D, -1))
 
 
 class DoublingConv(nn.Module):
@@ -103,7 +105,7 @@ class DoublingConv(nn.Module):
     )
     bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
     kernel = kernel.astype(self.dtype).transpose(2, 0, 1, 3).reshape(D, 4 * self.features)
-    y = _dot_f32(x.astype(self.dtype), kernel, (((3,), (0,)), ((), ())))
+    y = _dot(x.astype(self.dtype), kernel)
     y = y.reshape(B, H, W, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
     return y.reshape(B, 2 * H, 2 * W, self.features) + bias.astype(self.dtype)
 
@@ -125,7 +127,7 @@ class Conv(nn.Module):
     kernel, bias = self._params(x.shape[-1])
     x = x.astype(self.dtype)
     if self.kernel_size == 1:
-      y = _dot_f32(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+      y = _dot(x, kernel[0, 0])
     else:
       y = jax.lax.conv_general_dilated(
         x, kernel, (1, 1), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -185,8 +187,15 @@ class LayerNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
     bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), self.param_dtype)
     x = x.astype(jnp.float32)
-    x = x - x.mean(axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    mean = x.mean(axis=-1, keepdims=True)
+    if target.current().has_cpu:
+      x = x - mean
+      variance = jnp.mean(x * x, axis=-1, keepdims=True)
+    else:
+      # In one pass, which XLA:TPU joins to the product that wrote x. A constant row may come out below zero.
+      variance = jnp.maximum(jnp.mean(x * x, axis=-1, keepdims=True) - mean * mean, 0.0)
+      x = x - mean
+    x = x * jax.lax.rsqrt(variance + self.epsilon)
     return (x * scale + bias).astype(self.dtype)
 
 
@@ -317,14 +326,13 @@ class PreNormLayer(nn.Module):
     self_mask: jax.Array | None = None,
     cross_mask: jax.Array | None = None,
     deterministic: bool = True,
-    mixed: bool = False,
+    mixed: jax.Array | None = None,
   ) -> jax.Array:
     """x: [B, T, D]; keys, values: [B, S, D] of the context; positions: [T, D], joins the queries and keys of
-    the self-attention only; self_mask: bool [B, 1, 1, T]; cross_mask: bool [B, 1, 1, S]; mixed: x comes from
-    `mix`, the self-attention is done. Returns [B, T, D].
+    the self-attention only; self_mask: bool [B, 1, 1, T]; cross_mask: bool [B, 1, 1, S]; mixed: [B, T, D],
+    what `mix` makes of x, where that is known. Returns [B, T, D].
     """
-    if not mixed:
-      x = self.mix(x, positions, self_mask, deterministic)
+    x = self.mix(x, positions, self_mask, deterministic) if mixed is None else mixed
     h = self.cross_attn(self.layer_norm2(x), keys, values, cross_mask, deterministic=deterministic)
     x = x + self.drop(h, deterministic=deterministic)
     return x + self.drop(self.mlp(self.layer_norm3(x), deterministic), deterministic=deterministic)

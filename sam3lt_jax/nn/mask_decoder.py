@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.nn.layers import Attention, Conv, Dtype, LayerNorm, ReluMlp, Taps, tap
-from sam3lt_jax.ops import resize
 
 
 class PixelDecoder(nn.Module):
@@ -34,19 +33,14 @@ class PixelDecoder(nn.Module):
       for _ in range(self.num_stages)
     ]
 
-  def __call__(self, maps: tuple[jax.Array, ...], convolved: bool = False) -> jax.Array:
-    """maps: [P, h, w, D], finest first, each twice the next; convolved: those before the last come from
-    `convolve`. Returns the finest size.
+  def __call__(self, convolved: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+    """convolved: the finer maps through `convolve`, [P, h, w, D], finest first, each twice the next; x: the
+    coarsest, half the last of them. Returns the finest size.
     """
-    x = maps[-1]
-    for stage, finer in enumerate(reversed(maps[:-1])):
-      if convolved:
-        x = self.conv_layers[stage].of_doubled(x) + finer
-      else:
-        x = self.conv_layers[stage](resize.nearest_double(x) + finer)
-      x = nn.relu(self.norms[stage](x))
+    for stage, finer in enumerate(reversed(convolved)):
+      x = nn.relu(self.norms[stage](self.conv_layers[stage].of_doubled(x) + finer))
     if self.is_initializing():
-      for stage in range(len(maps) - 1, self.num_stages):
+      for stage in range(len(convolved), self.num_stages):
         self.norms[stage](self.conv_layers[stage](x))
     return x
 
@@ -80,18 +74,17 @@ class MaskDecoder(nn.Module):
   def __call__(
     self,
     queries: jax.Array,
-    maps: tuple[jax.Array, ...],
+    convolved: tuple[jax.Array, ...],
     encoded: jax.Array,
     prompt: jax.Array,
     prompt_mask: jax.Array,
     taps: Taps = None,
-    convolved: bool = False,
   ) -> tuple[jax.Array, jax.Array]:
     """Masks of every query.
 
     Args:
       queries: [P, Q, D], the decoder's last hidden states.
-      maps: the finer levels of the neck, [P, h, w, D], finest first, without x1; convolved: from `convolve`.
+      convolved: the finer levels of the neck through `convolve`, [P, h, w, D], finest first, without x1.
       encoded: [P, h, w, D], the encoder's output at x1.
       prompt: [P, L, D]; prompt_mask: bool [P, L].
 
@@ -103,7 +96,7 @@ class MaskDecoder(nn.Module):
     h = self.prompt_cross_attn_norm(flat)
     h = self.prompt_cross_attn(h, prompt, prompt, prompt_mask[:, None, None, :])
     encoded = (flat + h).reshape(P, H, W, D)
-    pixel = self.pixel_decoder((*maps, encoded), convolved)
+    pixel = self.pixel_decoder(convolved, encoded)
     tap(taps, "pixel_embed", pixel)
     masks = self.instance_projection.read_by(self.mask_embedder(queries), pixel)
     semantic = self.semantic_projection(pixel)

@@ -137,11 +137,11 @@ class ConvFeedForward(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, running: bool, keep: int | None = None) -> jax.Array:
-    """x: [P, T, D] -> [P, T, D], or the first `keep` tokens."""
+  def __call__(self, x: jax.Array, running: bool) -> jax.Array:
+    """x: [P, T, D] -> [P, T, D]."""
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     D = x.shape[-1]
-    x = DepthwiseConv(self.kernel_size, use_bias=self.fused, name="depthwise_conv", **kw)(x)[:, :keep]
+    x = DepthwiseConv(self.kernel_size, use_bias=self.fused, name="depthwise_conv", **kw)(x)
     if not self.fused:
       x = batch_norm(self, "depthwise_batchnorm")(x, running)
     return Mlp(self.mlp_hidden, D, gelu, name="mlp", **kw)(x)
@@ -159,16 +159,15 @@ class RepMixerBlock(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, running: bool, keep: int | None = None) -> jax.Array:
-    """x: [P, T, D] -> [P, T, D], or its first `keep` tokens. `running`: BatchNorm uses running statistics."""
+  def __call__(self, x: jax.Array, running: bool) -> jax.Array:
+    """x: [P, T, D] -> [P, T, D]. `running`: BatchNorm uses running statistics."""
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = RepMixer(
       self.kernel_size, self.batch_norm_eps, self.layer_scale_init, self.fused, name="token_mixer", **kw
     )(x, running)
     update = ConvFeedForward(
       self.kernel_size, self.mlp_hidden, self.batch_norm_eps, self.fused, name="conv_feed_forward", **kw
-    )(x, running, keep)
-    x = x[:, :keep]
+    )(x, running)
     if self.fused:
       return x + update
     scale = self.param(
@@ -270,13 +269,10 @@ class TextEncoder(nn.Module):
     attention_mask: jax.Array,
     update_batch_stats: bool = False,
     taps: Taps = None,
-    length: int | None = None,
   ) -> jax.Array:
-    """input_ids: int32 [P, T]; attention_mask: bool [P, T], True = token. Returns [P, length, D].
+    """input_ids: int32 [P, T]; attention_mask: bool [P, T], True = token. Returns [P, T, D].
 
-    `length`: leading tokens that are wanted, None all T; what follows them is padding in every row. Where
-    attention does not see padding, the layers leave out what no wanted token depends on. Taps:
-    text_embeddings, text_block_{i}.
+    Taps: text_embeddings, text_block_{i}.
     """
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     T = input_ids.shape[1]
@@ -288,11 +284,7 @@ class TextEncoder(nn.Module):
     if self.causal:
       earlier = jnp.tril(jnp.ones((1, 1, T, T), bool))
       mask = earlier if mask is None else earlier & mask
-    cut = length is not None and mask is not None
-    if cut:
-      x, mask = x[:, : length + self._reach(0)], mask[..., :length]
     for i in range(self.num_layers):
-      keep = length + self._reach(i + 1) if cut else None
       if self._convolves(i):
         x = RepMixerBlock(
           kernel_size=self.repmixer_kernel,
@@ -302,20 +294,14 @@ class TextEncoder(nn.Module):
           fused=self.fused,
           name=f"layers_{i}",
           **kw,
-        )(x, not update_batch_stats, keep)
+        )(x, not update_batch_stats)
       else:
-        seen = None if mask is None else mask[:, :, : x.shape[1]]
-        x = TransformerBlock(self.num_heads, self.mlp_hidden, self.epsilon, name=f"layers_{i}", **kw)(x, seen)
+        x = TransformerBlock(self.num_heads, self.mlp_hidden, self.epsilon, name=f"layers_{i}", **kw)(x, mask)
       tap(taps, f"text_block_{i}", x)
-    x = LayerNorm(self.epsilon, name="final_layer_norm", **kw)(x[:, :length])
+    x = LayerNorm(self.epsilon, name="final_layer_norm", **kw)(x)
     if self.is_initializing():
       Dense(self.projection_dim, use_bias=False, name="projection", **kw)(x)
     return x
 
   def _convolves(self, i: int) -> bool:
     return self.repmixer and i in (0, self.num_layers - 1)
-
-  def _reach(self, i: int) -> int:
-    """How many tokens further than its output the layers from i on look, attention left aside."""
-    blocks = sum(self._convolves(j) for j in range(i, self.num_layers))
-    return blocks * 2 * (self.repmixer_kernel // 2)  # a block's two convolutions

@@ -26,37 +26,41 @@ from sam3lt_jax.nn.layers import (
   tap,
 )
 from sam3lt_jax.nn.neck import Neck
-from sam3lt_jax.ops import attention, rope, windows
+from sam3lt_jax.ops import attention, kernels, rope, target, windows
 
 
 class RopeAttention(nn.Module):
-  """Self-attention over one window or the whole grid, with 2-D RoPE on queries and keys."""
+  """Self-attention within windows or over the whole grid, with 2-D RoPE on queries and keys."""
 
   num_heads: int
+  window: int  # 0: the whole grid
   remat: bool = False  # see `ops.attention.attend`
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x: [B, T, D]; cos, sin: float32 [T, head width / 2]. Returns [B, T, D]."""
-    B, T, D = x.shape
+  def __call__(self, x: jax.Array, tables: rope.Tables) -> jax.Array:
+    """x: [B, H, W, D]; tables: of `rope.axial_rope` for a window. Returns [B, H, W, D].
+
+    Where the grid is not whole windows, zeros pad it and take part in attention, as in the reference.
+    """
+    B, H, W, D = x.shape
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-    def project(name):
-      return Dense(D, name=name, **kw)(x).reshape(B, T, self.num_heads, D // self.num_heads)
-
-    q = rope.apply_rope(project("q_proj"), cos, sin)
-    k = rope.apply_rope(project("k_proj"), cos, sin)
-    out = attention.attend(q, k, project("v_proj"), remat=self.remat)
-    return Dense(D, name="o_proj", **kw)(out.reshape(B, T, D))
+    q, k, v, out = (Dense(D, name=f"{name}_proj", **kw) for name in "qkvo")
+    kernel = kernels.chosen_for_windows(x, self.num_heads, self.window, tables, target.current())
+    if kernel is not None:
+      return out(kernel(q(x), k(x), v(x)))
+    x = windows.partition(x, self.window) if self.window else x.reshape(B, H * W, D)
+    q, k, v = (p(x).reshape(*x.shape[:2], self.num_heads, D // self.num_heads) for p in (q, k, v))
+    q, k = (rope.apply_rope(a, *tables) for a in (q, k))
+    x = out(attention.attend(q, k, v, remat=self.remat).reshape(x.shape))
+    return windows.merge(x, self.window, H, W) if self.window else x.reshape(B, H, W, D)
 
 
 class VitBlock(nn.Module):
   """Pre-norm transformer block; `window` 0 means global attention.
 
-  When the grid is not a multiple of the window, tokens are zero-padded after the norm and the padding takes
-  part in attention, as in the reference.
+  `runs_on`: what the program is for, so that a block which was traced for a CPU is not taken for a TPU.
   """
 
   num_heads: int
@@ -67,6 +71,7 @@ class VitBlock(nn.Module):
   epsilon: float
   drop_path: float = 0.0
   remat: bool = False  # of global attention, see `ops.attention.attend`
+  runs_on: target.Target | None = None
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
@@ -75,17 +80,13 @@ class VitBlock(nn.Module):
     self, x: jax.Array, deterministic: bool = True, drop_path: jax.Array | None = None
   ) -> jax.Array:
     """x: [B, H, W, D], H == W; drop_path: float32 [] in place of the field. Returns x's shape in dtype."""
-    B, H, W, D = x.shape
+    _, _, W, D = x.shape
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     grid = self.window or W
-    cos, sin = rope.axial_rope(grid, D // self.num_heads, self.rope_theta, self.rope_window / grid)
-    attend = RopeAttention(self.num_heads, self.remat and not self.window, name="attention", **kw)
-
+    tables = rope.axial_rope(grid, D // self.num_heads, self.rope_theta, self.rope_window / grid)
     h = LayerNorm(self.epsilon, name="layer_norm1", **kw)(x)
-    if self.window:
-      h = windows.merge(attend(windows.partition(h, self.window), cos, sin), self.window, H, W)
-    else:
-      h = attend(h.reshape(B, H * W, D), cos, sin).reshape(B, H, W, D)
+    remat = self.remat and not self.window
+    h = RopeAttention(self.num_heads, self.window, remat, name="attention", **kw)(h, tables)
     x = x + self._drop_path(h, deterministic, drop_path)
     h = LayerNorm(self.epsilon, name="layer_norm2", **kw)(x)
     h = Mlp(self.mlp_hidden, D, gelu, name="mlp", **kw)(h)
@@ -186,6 +187,7 @@ class VitTrunk(nn.Module):
       rope_window=self.window,
       rope_theta=self.rope_theta,
       epsilon=self.epsilon,
+      runs_on=target.current(),
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       **fields,

@@ -5,16 +5,13 @@ Axes: B batch, T queries, S keys, N heads, H head width.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.ops import kernels
+from sam3lt_jax.ops import kernels, target
 
 # Score matrices up to this many bytes are computed in one piece; larger ones are computed head by head
 # and in blocks of queries, which XLA:CPU needs to stay in its caches and which bounds the memory everywhere.
@@ -29,8 +26,6 @@ MAX_QUERY_BLOCK = 864
 MAX_BLOCK_BYTES = 8 << 20
 # Finite, so that a row whose keys are all masked gives an average of its values and not NaN.
 MASKED_LOGIT = -1e30
-# What the traced program will run on; None: on this process's own backend.
-_platforms: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("platforms", default=None)
 
 
 class GridBias(flax.struct.PyTreeNode):
@@ -57,16 +52,6 @@ def _dense(bias: jax.Array | GridBias) -> jax.Array:
   return bias.dense() if isinstance(bias, GridBias) else bias
 
 
-@contextlib.contextmanager
-def traced_for(platforms: Sequence[str]) -> Iterator[None]:
-  """What is traced inside is to run on any of `platforms` ("cpu", "cuda", "tpu"), see `jax.export`."""
-  token = _platforms.set(tuple(platforms))
-  try:
-    yield
-  finally:
-    _platforms.reset(token)
-
-
 def attend(
   q: jax.Array,
   k: jax.Array,
@@ -89,7 +74,7 @@ def attend(
     blocked: head by head and in query blocks (True), in one piece (False), or chosen by size and
       platform (None), kernels of `ops.kernels` among them. All give the same result up to rounding.
     remat: one head after the other, each computed again in the backward pass, which then holds the weights of
-      one head and not of all. `blocked` has no effect then.
+      one head and not of all. `blocked` has no effect then. A platform's kernel holds none anyway.
 
   Returns:
     [B, T, N, H] in the dtype of `v`.
@@ -102,18 +87,18 @@ def attend(
   B, T, N, H = q.shape
   S = k.shape[1]
   dropping = dropout_rate > 0.0 and dropout_key is not None
+  where = target.current()
+  if blocked is None and mask is None and bias is None and not dropping:
+    kernel = kernels.chosen(q, k, where)
+    if kernel is not None:
+      return kernel(q, k, v)
   if remat:
     return _attend_by_head(q, k, v, mask, bias, dropout_rate, dropout_key if dropping else None)
   if blocked and dropping:
     raise ValueError("blocked=True cannot drop attention weights; use blocked=False or None")
   if blocked is None:
-    platforms = _platforms.get() or (jax.default_backend(),)
-    if mask is None and bias is None and not dropping:
-      kernel = kernels.chosen(q, k, platforms)
-      if kernel is not None:
-        return kernel(q, k, v)
-    blocked = "cpu" in platforms and not dropping and _is_large(4 * B * N * T * S)
-    if blocked and len(platforms) > 1:
+    blocked = where.has_cpu and not dropping and _is_large(4 * B * N * T * S)
+    if blocked and len(where.platforms) > 1:
       plain, in_blocks = (functools.partial(_attend_with, blocked=b) for b in (False, True))
       return jax.lax.platform_dependent(q, k, v, mask, bias, cpu=in_blocks, default=plain)
   q = q * jnp.asarray(H**-0.5, q.dtype)

@@ -1,57 +1,86 @@
-"""Attention kernels that a platform brings: cuDNN's on NVIDIA GPUs, JAX's splash attention on TPUs.
+"""Which attention kernel a program gets: on TPUs those of `ops.tpu_attention`, on NVIDIA GPUs cuDNN's.
 
-They never hold the score matrix, 1.7 GB for a global layer of the image encoder in float32. Both are held to
-the same tests as the plain formulation, splash attention in Pallas' TPU interpreter; neither has run on its
-hardware yet, so they are asked for: `use("auto")`, or SAM3LT_ATTENTION=auto in the environment.
+They never hold the score matrix, 1.7 GB for a global layer of the image encoder in float32.
+SAM3LT_ATTENTION=xla in the environment, or `use("xla")`, leaves every program with the plain formulation.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-CHOICES = ("xla", "auto", "cudnn", "splash")
+from sam3lt_jax.ops import rope
+from sam3lt_jax.ops.target import GPUS, Target
+
+CHOICES = ("auto", "xla")
 VARIABLE = "SAM3LT_ATTENTION"
 # Below, scores are small and the plain formulation, which XLA fuses, has nothing to lose.
 MIN_TOKENS = 512
-_LANES = 128  # splash attention's blocks are multiples of it
-_MAX_BLOCK = 1024
 _asked_for: str | None = None
 
 Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def use(name: str) -> None:
-  """Chooses the kernel of attention layers without mask, bias or dropout, for programs traced from now on.
+def use(name: str | None) -> None:
+  """Chooses for programs traced from now on: "auto" (the default) the platform's kernels, "xla" none.
 
-  Args:
-    name: "xla" (the default): none. "auto": the platform's. "cudnn": on GPUs; float16 and bfloat16, heads of
-      a multiple of 8 up to 128 wide. "splash": on TPUs; programs of one device, or under pmap or shard_map,
-      since XLA cannot split a Pallas kernel over a mesh by itself. What a kernel is not for goes through XLA.
-
-  Raises:
-    ValueError: another name.
+  None: what the environment says. Raises ValueError for another name.
   """
   global _asked_for
-  _asked_for = _checked("name", name)
+  _asked_for = None if name is None else _checked("name", name)
 
 
-def chosen(q: jax.Array, k: jax.Array, platforms: Sequence[str]) -> Kernel | None:
-  """The kernel for q [B, T, N, H] and k [B, S, N, H] in a program for `platforms`; None: the plain one."""
-  name = _asked_for or _checked(VARIABLE, os.environ.get(VARIABLE, "xla"))
-  if name == "xla" or len(platforms) != 1 or not _enough(q.shape[1]) or not _enough(k.shape[1]):
+def chosen(q: jax.Array, k: jax.Array, target: Target) -> Kernel | None:
+  """The kernel for attention without mask, bias or dropout; None: the plain formulation.
+
+  q: [B, T, N, H]; k: [B, S, N, H]; the kernel takes q, k, v and gives what `attention.attend` gives.
+  """
+  tokens = (q.shape[1], k.shape[1])
+  if not _asked_for_kernels() or not _known(*q.shape, *k.shape) or min(tokens) < MIN_TOKENS:
     return None
-  (platform,) = platforms
-  if platform in ("gpu", "cuda") and name in ("auto", "cudnn"):
+  if target.is_for(*GPUS):
     fits = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128
     return cudnn if fits and _has_cudnn() else None
-  if platform == "tpu" and name in ("auto", "splash"):
-    return splash
+  if _on_tpus(target, q.shape[0]):
+    from sam3lt_jax.ops import tpu_attention  # Pallas takes a second to import
+
+    return _split(tpu_attention.attend, target)
   return None
+
+
+def chosen_for_windows(
+  x: jax.Array, num_heads: int, window: int, tables: rope.Tables, target: Target
+) -> Kernel | None:
+  """The same for self-attention with RoPE within the windows of a map x [B, H, W, D], window 0: all of it.
+
+  The kernel takes q, k, v of x's shape and dtype, heads side by side and not yet rotated.
+  """
+  _, height, width, _ = x.shape
+  if not _asked_for_kernels() or not _known(*x.shape) or not _on_tpus(target, x.shape[0]):
+    return None
+  from sam3lt_jax.ops import tpu_attention
+
+  enough = (window or height) * (window or width) >= MIN_TOKENS
+  if not enough or not tpu_attention.fits(x.shape, x.dtype, num_heads, window):
+    return None
+  kernel = functools.partial(
+    tpu_attention.attend_in_windows, tables=tables, num_heads=num_heads, window=window
+  )
+  return _split(kernel, target)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """softmax(q k^T / sqrt(H)) v by cuDNN's flash attention. Shapes as `attention.attend`."""
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _asked_for_kernels() -> bool:
+  return (_asked_for or _checked(VARIABLE, os.environ.get(VARIABLE, "auto"))) == "auto"
 
 
 def _checked(argument: str, name: str) -> str:
@@ -60,8 +89,23 @@ def _checked(argument: str, name: str) -> str:
   return name
 
 
-def _enough(tokens: int) -> bool:
-  return isinstance(tokens, int) and tokens >= MIN_TOKENS
+def _known(*sizes: int) -> bool:
+  """False where one is symbolic, which no kernel takes."""
+  return all(isinstance(size, int) for size in sizes)
+
+
+def _on_tpus(target: Target, batch: int) -> bool:
+  """Whether the program is for TPUs alone, in a way that a Pallas kernel may stand in it."""
+  ways = target.mesh.shape["data"] if target.mesh is not None else 1
+  return target.is_for("tpu") and target.takes_kernels and batch % ways == 0
+
+
+def _split(kernel: Kernel, target: Target) -> Kernel:
+  """Each device of the mesh runs the kernel on its own rows: XLA does not split a Pallas kernel."""
+  if target.mesh is None:
+    return kernel
+  rows = P("data")
+  return jax.shard_map(kernel, mesh=target.mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
 @functools.cache
@@ -73,52 +117,3 @@ def _has_cudnn() -> bool:
   except Exception:  # an old GPU, no cuDNN, no GPU at all: each has an error of its own
     return False
   return True
-
-
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(H)) v by cuDNN's flash attention. Shapes as `attention.attend`."""
-  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-
-
-def splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(H)) v by splash attention (jax.experimental.pallas). Shapes as `attention.attend`.
-
-  Rows are padded to whole blocks, 5184 to 5376; padding is a segment of its own, to which no query attends.
-  Images are more heads to the kernel.
-  """
-  from jax.experimental.pallas.ops.tpu import splash_attention
-
-  B, T, N, H = q.shape
-  S = k.shape[1]
-  block_q, block_k = _block(T), _block(S)
-  q, k, v = (
-    _by_head(x, b) for x, b in ((q * jnp.asarray(H**-0.5, q.dtype), block_q), (k, block_k), (v, block_k))
-  )
-  sizes = splash_attention.BlockSizes(
-    block_q=block_q, block_kv=block_k, block_kv_compute=block_k, block_q_dkv=block_q, block_kv_dkv=block_k,
-    block_kv_dkv_compute=block_k, block_q_dq=block_q, block_kv_dq=block_k,
-  )  # fmt: skip
-  every = splash_attention.FullMask((q.shape[1], k.shape[1]))
-  kernel = splash_attention.make_splash_mha_single_device(
-    splash_attention.MultiHeadMask([every] * (B * N)), block_sizes=sizes
-  )
-  segments = splash_attention.SegmentIds(
-    q=jnp.zeros(q.shape[1], jnp.int32), kv=(jnp.arange(k.shape[1]) >= S).astype(jnp.int32)
-  )
-  out = kernel(q, k, v, segment_ids=segments)
-  return out.reshape(B, N, -1, H)[:, :, :T].transpose(0, 2, 1, 3)
-
-
-def _block(tokens: int) -> int:
-  """The block size with the least padding; of equal ones the largest."""
-  if tokens <= _MAX_BLOCK:
-    return -(-tokens // _LANES) * _LANES
-  sizes = range(_MAX_BLOCK // 2, _MAX_BLOCK + 1, _LANES)
-  return min(sizes, key=lambda size: (-(-tokens // size) * size, -size))
-
-
-def _by_head(x: jax.Array, block: int) -> jax.Array:
-  """[B, T, N, H] -> [B * N, T', H], T' the next multiple of `block`."""
-  B, T, N, H = x.shape
-  x = jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, -T % block), (0, 0)))
-  return x.reshape(B * N, T + -T % block, H)

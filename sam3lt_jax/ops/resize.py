@@ -15,8 +15,3 @@ def resize_rows(table: jax.Array, rows: int) -> jax.Array:
   return jnp.einsum(
     "tl,ld->td", interpolation_matrix(table.shape[0], rows), table.astype(jnp.float32)
   ).astype(table.dtype)
-
-
-def nearest_double(x: jax.Array) -> jax.Array:
-  """[B, H, W, D] -> [B, 2H, 2W, D], every cell repeated."""
-  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, read_json, typed
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
@@ -80,7 +81,7 @@ class Sam3Processor:
     if image_size is None:
       image_size = full.vision.image_size if full else 1008
     if isinstance(image_size, bool) or not isinstance(image_size, numbers.Integral) or image_size < 1:
-      raise ValueError(f"image_size must be a positive whole number of pixels, got {image_size!r}")
+      raise ArgumentError("image_size", f" must be a positive whole number of pixels, got {image_size!r}")
     self.image_size = int(image_size)
     self._vocab_size = full.text.vocab_size if full else None
     self._tokenizer = tokenizer
@@ -119,6 +120,19 @@ class Sam3Processor:
     if os.path.isfile(path):
       return cls(Profile.named(profile or "original"))
     return cls._from_directory(path, profile)
+
+  @classmethod
+  def beside(
+    cls, directory: str | None, config: Sam3LiteTextConfig, image_size: int | None = None
+  ) -> Sam3Processor:
+    """For a model of `config` whose weights lie in `directory`, with the tokenizer and the image size that
+    lie there; a file, or None, has neither.
+    """
+    if directory is None or not os.path.isdir(directory):
+      return cls(config, image_size=image_size)
+    saved = cls.from_pretrained(directory, config.profile)
+    image_size = saved.image_size if image_size is None else image_size
+    return cls(config, image_size=image_size, tokenizer=saved.tokenizer)
 
   @classmethod
   def _from_directory(cls, path: str, profile: str | Profile | None) -> Sam3Processor:

@@ -5,7 +5,7 @@ Axes: P prompts, N boxes of a prompt. Source of the conventions: transformers 5.
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import numbers
 import warnings
 from collections.abc import Sequence
@@ -172,24 +172,64 @@ def _check_box(box: np.ndarray, size: tuple[int, int], name: str) -> None:
     )
 
 
-class Prompt(collections.namedtuple("Prompt", "phrases boxes labels")):
-  """What is asked of one image: phrases (list of str), boxes (list of [4]), labels (list or None)."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prompt:
+  """One thing sought in one image.
 
-  @classmethod
-  def parse(cls, text: Any, boxes: Any, labels: Any) -> Prompt:
-    boxes = [] if boxes is None else _listed("boxes", boxes, "[[x1, y1, x2, y2], ...] in pixels")
-    if len(boxes) == 4 and all(map(_is_scalar, boxes)):
-      boxes = [boxes]  # one box, not in a list
-      labels = [labels] if labels is not None and _is_scalar(labels) else labels
-    if labels is not None and not boxes:
-      raise ValueError("box_labels were given without boxes")
-    if text is None and not boxes:
-      raise ValueError("nothing to look for: give text, boxes or both")
-    phrases = [BOX_ONLY_PHRASE] if text is None else [text] if isinstance(text, str) else text
-    if not isinstance(phrases, (list, tuple)) or not phrases or not all(isinstance(p, str) for p in phrases):
-      raise ValueError(f"text must be a phrase or a list of phrases, got {text!r}")
-    phrases = list(phrases)
-    return cls(phrases, boxes, labels)
+  Attributes:
+    text: a phrase, or None where boxes alone say what is sought.
+    boxes: example boxes, (x1, y1, x2, y2) each, in pixels of the image.
+    labels: 1 (like this) or 0 (not like this) a box; None: all 1.
+  """
+
+  text: str | None
+  boxes: Sequence[Any] = ()
+  labels: Sequence[int] | None = None
+
+  @property
+  def phrase(self) -> str:
+    """What the text encoder reads and results are called."""
+    return self.text or BOX_ONLY_PHRASE
+
+
+def prompts_of(text: Any, boxes: Any, labels: Any) -> list[Prompt]:
+  """What a user asks of one image: a prompt a phrase, with the same boxes, or one of boxes alone."""
+  boxes = [] if boxes is None else _listed("boxes", boxes, "[[x1, y1, x2, y2], ...] in pixels")
+  if len(boxes) == 4 and all(map(_is_scalar, boxes)):
+    boxes = [boxes]  # one box, not in a list
+    labels = [labels] if labels is not None and _is_scalar(labels) else labels
+  if labels is not None and not boxes:
+    raise ValueError("box_labels were given without boxes")
+  if text is None and not boxes:
+    raise ValueError("nothing to look for: give text, boxes or both")
+  phrases = [None] if text is None else [text] if isinstance(text, str) else text
+  if (
+    not isinstance(phrases, (list, tuple))
+    or not phrases
+    or not (text is None or all(isinstance(p, str) for p in phrases))
+  ):
+    raise ValueError(f"text must be a phrase or a list of phrases, got {text!r}")
+  return [Prompt(phrase, boxes, labels) for phrase in phrases]
+
+
+def box_arrays(prompt: Prompt, size: tuple[int, int], slots: int) -> tuple[np.ndarray, np.ndarray]:
+  """A prompt's boxes float32 [slots, 4], normalised cxcywh, and labels int32 [slots], padded.
+
+  Args:
+    size: (height, width) of the image in pixels. slots: at least as many as there are boxes.
+
+  Raises:
+    ValueError: a box that is no box, inverted or not finite, or labels that do not match the boxes.
+  """
+  boxes = np.zeros((slots, 4), np.float32)
+  labels = np.full(slots, PADDING_LABEL, np.int32)
+  if len(prompt.boxes):
+    rows = box_rows([list(prompt.boxes)], "boxes")
+    given = None if prompt.labels is None else [prompt.labels]
+    given = label_rows(given, rows, "box_labels", "boxes")
+    padded = pad_boxes(rows, given, [size], "boxes")
+    boxes[: len(rows[0])], labels[: len(rows[0])] = (x[0] for x in padded)
+  return boxes, labels
 
 
 def is_several(images: Any) -> bool:

@@ -58,15 +58,6 @@ def phrase_about(thing: SceneObject, rng: np.random.Generator) -> Phrase:
   return Phrase(kind, colour, pattern, size)
 
 
-def simple_phrase_about(thing: SceneObject, rng: np.random.Generator) -> Phrase:
-  """A phrase that matches `thing` and names its kind, its colour, its pattern, its size, or nothing of it."""
-  said = {"kind": thing.kind, "colour": thing.colour, "pattern": thing.pattern}
-  if thing.size in SIZE_WORDS:
-    said["size"] = thing.size
-  name = str(rng.choice(["", *said]))
-  return Phrase(**{name: said[name]}) if name else Phrase()
-
-
 def absent_phrase(objects: Sequence[SceneObject], rng: np.random.Generator) -> Phrase:
   """A phrase that matches none of `objects`.
 

@@ -4,15 +4,20 @@
     state        TrainState: all that a step changes and a checkpoint holds
     step         make_train_step: loss function -> step(state, frozen, batch)
     freezing     split and merge parameters by name patterns
-    checkpoints  TrainCheckpoints: asynchronous, exact resume, the best kept
+    prefetch     the next batches, read while the device computes
     loop         fit: batches in, metrics.jsonl and checkpoints out
+    checkpoints  TrainCheckpoints: asynchronous, exact resume, the best kept; integrity checks their files
+    run_files    config.json and metrics.jsonl of a run
+    outcome      what a finished run leaves: the model in two formats, its numbers, curves
     curves       metrics.jsonl -> a picture
-    disk         a full or unwritable disk: found out early, told in one sentence
     errors       what ends a run early
+
+    prompts, prompt_files                                files of phrases -> batches of tokens
+    prompt_report, prompt_plots, intrinsic_dimension     what a set of phrases asks of a text encoder
 
     distillation/  a LiteText text encoder learns a teacher's features
     detection/     the detector learns boxes, masks and scores
-    data/          annotation files -> batches
 
-Devices, meshes and several hosts are in `sam3lt_jax.parallel`.
+Devices, meshes and several hosts are in `sam3lt_jax.parallel`; annotation files and batches in
+`sam3lt_jax.data`; full disks and signals in `sam3lt_jax.storage`.
 """

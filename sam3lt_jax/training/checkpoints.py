@@ -22,7 +22,8 @@ from typing import Any
 
 import jax
 
-from sam3lt_jax.checkpoints import disk, orbax_io
+from sam3lt_jax import storage
+from sam3lt_jax.checkpoints import orbax_io
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.orbax_io import barrier
@@ -65,7 +66,6 @@ class TrainCheckpoints:
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
     self._lead = jax.process_index() == 0
-    disk.quiet_orbax()
     if self._lead:
       os.makedirs(self.directory, exist_ok=True)
       self._tidy()
@@ -129,7 +129,8 @@ class TrainCheckpoints:
     self.wait()
     if step in self.steps():
       return
-    writing = self._path(step) + _WRITING
+    writing, leaves = self._path(step) + _WRITING, _leaves(state)
+    self._guard(step, storage.need_room, self.directory, sum(x.nbytes for x in leaves.values()))
     if self._lead:
       shutil.rmtree(writing, ignore_errors=True)
       self._guard(step, os.makedirs, writing)
@@ -138,9 +139,8 @@ class TrainCheckpoints:
     if self.is_best(metrics):
       self._best_known = metrics[self.best[0]]
     manifest = {"step": step, "metrics": metrics}
-    response = self._guard(
-      step, ocp.save_async, os.path.join(writing, _STATE), unflatten(_leaves(state))
-    )  # Orbax copies to the host before it returns
+    # Orbax copies to the host before it returns.
+    response = self._guard(step, ocp.save_async, os.path.join(writing, _STATE), unflatten(leaves))
     self._thread = threading.Thread(target=self._finish, args=(step, response, manifest), daemon=True)
     self._thread.start()
 
@@ -184,7 +184,7 @@ class TrainCheckpoints:
     writing = self._path(step) + _WRITING
     integrity.write_manifest(writing, manifest)
     os.rename(writing, self._path(step))
-    integrity.sync_folder(self.directory)
+    storage.sync_folder(self.directory)
     stay = {*self.steps()[-self._keep :], self.best_step()}
     for old in self.steps():
       if old not in stay:
@@ -194,12 +194,12 @@ class TrainCheckpoints:
 
   def _discard(self, step: int) -> None:
     if self._lead:
-      disk.remove(self.directory, f"{step}{_WRITING}")
+      storage.remove(self.directory, f"{step}{_WRITING}")
 
   def _write_error(self, step: int, e: Exception) -> CheckpointError:
     good = self.steps()
     last = f"the last good checkpoint is {self._path(good[-1])}" if good else "no checkpoint is there"
-    reason = "no space is left on its disk" if disk.is_disk_full(e) else _reason(e)
+    reason = "no space is left on its disk" if storage.is_disk_full(e) else _reason(e)
     return CheckpointError(
       f"{self.directory}: the checkpoint of step {step} is not written: {reason}; {last}"
     )

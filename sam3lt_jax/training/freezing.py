@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
+from sam3lt_jax.errors import ArgumentError
 
 Tree = dict[str, Any]
 
@@ -36,13 +37,13 @@ def split(
   name = "freeze" if train is None else "train"
   patterns = (freeze or ()) if train is None else train
   if isinstance(patterns, str):
-    raise ValueError(f"{name}={patterns!r}; accepted: a list of regular expressions")
+    raise ArgumentError(name, f"={patterns!r}; accepted: a list of regular expressions")
   found: set[str] = set()
   for pattern in patterns:
     found |= _matches(name, pattern, flat)
   chosen = {path for path in flat if (path in found) == (train is not None)}
   if not chosen:
-    raise ValueError(f"{name}={list(patterns)!r}: nothing is left to train")
+    raise ArgumentError(name, f"={list(patterns)!r}: nothing is left to train")
   return (
     unflatten({path: x for path, x in flat.items() if path in chosen}),
     unflatten({path: x for path, x in flat.items() if path not in chosen}),
@@ -53,11 +54,11 @@ def _matches(name: str, pattern: str, flat: Mapping[str, Any]) -> set[str]:
   try:
     expression = re.compile(pattern)
   except re.error as e:
-    raise ValueError(f"{name}: {pattern!r} is no regular expression ({e})") from e
+    raise ArgumentError(name, f": {pattern!r} is no regular expression ({e})") from e
   found = {path for path in flat if expression.search(path)}
   if not found:
-    raise ValueError(
-      f"{name}: {pattern!r} matches no parameter; near names: {', '.join(_near(pattern, flat))}"
+    raise ArgumentError(
+      name, f": {pattern!r} matches no parameter; near names: {', '.join(_near(pattern, flat))}"
     )
   return found
 
@@ -77,17 +78,7 @@ def merge(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Tree:
   Raises:
     ValueError: a parameter that is in both.
   """
-  return _merge(trainable, frozen, "")
-
-
-def _merge(a: Mapping[str, Any], b: Mapping[str, Any], where: str) -> Tree:
-  tree = dict(a)
-  for name, value in b.items():
-    path = f"{where}{name}"
-    if name not in tree:
-      tree[name] = value
-    elif isinstance(tree[name], Mapping) and isinstance(value, Mapping):
-      tree[name] = _merge(tree[name], value, f"{path}/")
-    else:
-      raise ValueError(f"merge: {path} is in both trees")
-  return tree
+  a, b = flatten(trainable), flatten(frozen)
+  if both := a.keys() & b.keys():
+    raise ValueError(f"merge: {min(both)} is in both trees")
+  return unflatten(a | b)

@@ -7,6 +7,7 @@ import os
 import zlib
 from typing import Any
 
+from sam3lt_jax import storage
 from sam3lt_jax.checkpoints.errors import CheckpointError
 
 MANIFEST = "checkpoint.json"
@@ -19,10 +20,7 @@ class Damaged(CheckpointError):
 def write_manifest(folder: str, about: dict[str, Any]) -> None:
   """Writes checkpoint.json: `about`, and size and CRC-32 of every file under `folder`. Waits for the disk."""
   manifest = about | {"files": {name: _fingerprint(os.path.join(folder, name)) for name in _files(folder)}}
-  with open(os.path.join(folder, MANIFEST), "w") as f:
-    json.dump(manifest, f, indent=1, sort_keys=True)
-    f.flush()
-    os.fsync(f.fileno())
+  storage.write(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=1, sort_keys=True))
 
 
 def read_manifest(path: str) -> dict[str, Any]:
@@ -67,12 +65,3 @@ def _fingerprint(path: str) -> list[int]:
     while block := f.read(1 << 22):
       size, crc = size + len(block), zlib.crc32(block, crc)
   return [size, crc]
-
-
-def sync_folder(path: str) -> None:
-  """Returns when the names in a folder are on the disk."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

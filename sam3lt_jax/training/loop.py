@@ -9,7 +9,6 @@ import functools
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel
+from sam3lt_jax import parallel, storage
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.errors import Interrupted, NonFiniteLoss
 from sam3lt_jax.training.prefetch import Prefetch
@@ -123,9 +122,9 @@ def fit(
       report(f"nothing is left to do: all {total_steps} steps are done")
       return state
     batches = stack.enter_context(contextlib.closing(Prefetch(data, done, total_steps)))
-    stop = stack.enter_context(_signals())
+    caught = stack.enter_context(storage.signals())
     stack.callback(run.settle)
-    return run.through(state, batches, stop, log_every, evaluate, evaluate_every, checkpoint_every)
+    return run.through(state, batches, caught, log_every, evaluate, evaluate_every, checkpoint_every)
 
 
 def _runner(step_fn: Any, mesh: jax.sharding.Mesh | None) -> parallel.JitStep:
@@ -166,7 +165,7 @@ class _Run:
     self,
     state: TrainState,
     batches: Prefetch,
-    stop: _Stop,
+    caught: list[int],
     log_every: int,
     evaluate: Callable | None,
     evaluate_every: int,
@@ -183,7 +182,7 @@ class _Run:
       self.look(0 if index == self.start else _IN_FLIGHT)
       self.clock.count(rows, first=index == self.start)
       self.checkpoints.check()  # a full disk ends the run now, not at the next checkpoint
-      asked = stop.asked(step, log_every)
+      asked = _asked(caught, step, log_every)
       scores: dict[str, float] = {}
       if step % log_every == 0 or last:
         self.write(step)
@@ -296,43 +295,19 @@ class _Clock:
     self.since += time.perf_counter() - start
 
 
-class _Stop:
-  """Whether a signal asked the run to end. `number` is set by its handler."""
+def _asked(caught: list[int], step: int, log_every: int) -> int:
+  """The number of the signal that asks the run to end, or 0.
 
-  number = 0
+  Several processes agree on it at every logged step: all must save.
+  """
+  number = caught[0] if caught else 0
+  if jax.process_count() == 1:
+    return number
+  if step % log_every:
+    return 0
+  from jax.experimental import multihost_utils
 
-  def asked(self, step: int, log_every: int) -> int:
-    """The signal's number, or 0. Several processes agree on it at every logged step: all must save."""
-    if jax.process_count() == 1:
-      return self.number
-    if step % log_every:
-      return 0
-    from jax.experimental import multihost_utils
-
-    return int(np.max(multihost_utils.process_allgather(np.int32(self.number))))
-
-
-@contextlib.contextmanager
-def _signals():
-  """SIGTERM and SIGINT set a flag, once: a second one of them does what it does without us."""
-  stop = _Stop()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop  # handlers can only be set there
-    return
-  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-  def handle(number, _):
-    stop.number = number
-    for each, handler in before.items():
-      signal.signal(each, handler)
-
-  for number in before:
-    signal.signal(number, handle)
-  try:
-    yield stop
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+  return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def _duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from sam3lt_jax.checkpoints.engine import flatten
+from sam3lt_jax.errors import ArgumentError
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -93,7 +94,7 @@ class OptimizerConfig:
 
   def _check(self, name: str, good: bool, accepted: str) -> None:
     if not good:  # NaN compares false, so it is refused as well
-      raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {accepted}")
+      raise ArgumentError(name, f"={getattr(self, name)!r}; accepted: {accepted}")
 
 
 def make_schedule(config: OptimizerConfig) -> Schedule:
@@ -136,9 +137,10 @@ def layer_factors(params: Mapping[str, Any], layer_decay: float) -> dict[str, fl
     if match and tower.rsplit("/", 1)[-1] in _TOWERS:
       layers[tower] = max(layers.get(tower, 0), int(match["index"]) + 1)
   if not layers:
-    raise ValueError(
-      f"layer_decay={layer_decay}: none of the trainable parameters is in a layer of text_encoder or"
-      f" vision_encoder/backbone; pass layer_decay=None (they are under: {', '.join(list(params)[:8])})"
+    raise ArgumentError(
+      "layer_decay",
+      f"={layer_decay}: none of the trainable parameters is in a layer of text_encoder or"
+      f" vision_encoder/backbone; pass layer_decay=None (they are under: {', '.join(list(params)[:8])})",
     )
 
   def factor(path: str) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from sam3lt_jax.checkpoints import CheckpointError, disk, save_pretrained
+from sam3lt_jax import storage
+from sam3lt_jax.checkpoints import CheckpointError, save_pretrained
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.training.run_files import checkpoint_steps
 
@@ -50,9 +51,8 @@ def write_outcome(
   if jax.process_index():
     return {}
   written["numbers"] = os.path.join(directory, f"{name}.json")
-  with _room(written["numbers"]), open(written["numbers"], "w", encoding="utf-8") as f:
-    json.dump(dict(numbers), f, indent=2)
-    f.write("\n")
+  with _room(written["numbers"]):
+    storage.write(written["numbers"], json.dumps(dict(numbers), indent=2) + "\n")
   plot = os.path.join(directory, "curves.png")
   try:
     from sam3lt_jax.training.curves import plot_run
@@ -65,9 +65,8 @@ def write_outcome(
   return written
 
 
-@contextlib.contextmanager
-def _room(path: str) -> Iterator[None]:
-  """As `disk.needs_room`; of `save_pretrained`, which says it itself, it says where the run is kept."""
+def _room(path: str) -> contextlib.AbstractContextManager:
+  """As `storage.writing`; of `save_pretrained`, which says it itself, it says where the run is kept."""
   run = os.path.dirname(path)
   steps = checkpoint_steps(run)
   kept = "make room and write it again"
@@ -76,9 +75,4 @@ def _room(path: str) -> Iterator[None]:
       f"the run is kept in {os.path.join(run, 'checkpoints', str(steps[-1]))}: make room and start it again,"
       " which only writes its models"
     )
-  try:
-    yield
-  except Exception as e:
-    if disk.is_disk_full(e):
-      raise CheckpointError(disk.no_room(path, kept)) from e
-    raise
+  return storage.writing(path, kept, CheckpointError)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
 from sam3lt_jax.training.intrinsic_dimension import IntrinsicDimension, intrinsic_dimension
 from sam3lt_jax.training.prompts import PromptSet, clean_phrase, token_rows
@@ -154,7 +155,7 @@ def prompt_report(
     raise ValueError("prompts must hold at least one phrase, got none")
   context = tokenizer.profile.context_length if context_length is None else context_length
   if context < 2:
-    raise ValueError(f"context_length must be at least 2, got {context}")
+    raise ArgumentError("context_length", f" must be at least 2, got {context}")
   lengths, counts = count_tokens(phrases, tokenizer)
   dimensions = {}
   if model is not None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, Profile
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing.tokenizer import ClipTokenizer, clean_original
 from sam3lt_jax.training import prompt_files
 from sam3lt_jax.training.prompt_files import Bad
@@ -165,7 +166,7 @@ def split_prompts(
     ValueError: `held_out` outside [0, 1).
   """
   if not 0 <= held_out < 1:
-    raise ValueError(f"held_out must be a share in [0, 1), got {held_out}")
+    raise ArgumentError("held_out", f" must be a share in [0, 1), got {held_out}")
   profile = Profile.named(profile)
   limit, key = int(held_out * 2**64), str(seed).encode()
   sides: tuple[list[str], list[str]] = ([], [])
@@ -282,9 +283,9 @@ def _check_batches(
   if not isinstance(phrases[0], str):
     raise ValueError(f"phrases must be strings, got {type(phrases[0]).__name__}")
   if length < 2:
-    raise ValueError(f"context_length must be at least 2, got {length}")
+    raise ArgumentError("context_length", f" must be at least 2, got {length}")
   if seed < 0:
-    raise ValueError(f"seed must be at least 0, got {seed}")
+    raise ArgumentError("seed", f" must be at least 0, got {seed}")
   if epochs is not None and epochs < 1:
     raise ValueError(f"epochs must be at least 1, or None for no end, got {epochs}")
   if not 0 <= process < processes:

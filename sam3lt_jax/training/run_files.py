@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 
-from sam3lt_jax.checkpoints.disk import needs_room
+from sam3lt_jax import storage
 from sam3lt_jax.checkpoints.engine import flatten
+from sam3lt_jax.checkpoints.errors import CheckpointError
 
 _KEPT = "the run's checkpoints are kept: make room and start it again"
 
@@ -53,15 +54,15 @@ class MetricsLog:
       return
     kept = [] if not step or not os.path.exists(path) else read_metrics(path)
     kept = [line for line in kept if line["step"] <= step]
-    with needs_room(path, _KEPT):
-      _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+    with storage.writing(path, _KEPT, CheckpointError):
+      storage.write(path, "".join(json.dumps(line) + "\n" for line in kept))
       self._file = open(path, "a", encoding="utf-8")
 
   def write(self, line: Mapping[str, float]) -> None:
     """Appends one line, at once. JSON has no NaN: numbers that are not finite are left out."""
     if self._file is None:
       return
-    with needs_room(self.path, _KEPT):
+    with storage.writing(self.path, _KEPT, CheckpointError):
       finite = {name: x for name, x in line.items() if math.isfinite(x)}
       self._file.write(json.dumps(finite) + "\n")
       self._file.flush()
@@ -69,7 +70,7 @@ class MetricsLog:
   def sync(self) -> None:
     """Returns when the lines are on the disk: they have to be there before a checkpoint of their step is."""
     if self._file is not None:
-      with needs_room(self.path, _KEPT):
+      with storage.writing(self.path, _KEPT, CheckpointError):
         os.fsync(self._file.fileno())
 
   def close(self) -> None:
@@ -94,8 +95,8 @@ def check_fingerprint(path: str, fingerprint: Mapping[str, Any], *, resuming: bo
   if resuming and os.path.exists(path):
     _compare(path, _read_config(path), json.loads(text))
   elif not jax.process_index():
-    with needs_room(path, "nothing was begun"):
-      _replace(path, text + "\n")
+    with storage.writing(path, "nothing was begun", CheckpointError):
+      storage.write(path, text + "\n")
 
 
 def check_unchanged(
@@ -123,13 +124,6 @@ def checkpoint_steps(directory: str | os.PathLike[str]) -> list[int]:
   folder = os.path.join(directory, "checkpoints")
   names = os.listdir(folder) if os.path.isdir(folder) else []
   return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _replace(path: str, text: str) -> None:
-  """Writes a file that is never seen half written."""
-  with open(f"{path}.new", "w", encoding="utf-8") as f:
-    f.write(text)
-  os.replace(f"{path}.new", path)
 
 
 def _as_json(fingerprint: Mapping[str, Any]) -> str:

@@ -138,20 +138,19 @@ def threshold(loaded: Any) -> float:
 def against_bare(run: Any, config: Any, loaded: Any, rounds: int) -> dict[str, Any]:
   """The job and its programs alone, in turn; seconds an image of each, round by round."""
   from sam3lt_jax.jobs import reading, sources
-  from sam3lt_jax.jobs.questions import Question
+  from sam3lt_jax.processing.prompts import Prompt
 
   made = []
 
-  def forward(*arguments, on_start, **options):
+  def engine(*arguments, **options):
     if not made:
-      made.append(Forward(*arguments, on_start=on_start, **options))
-    made[0]._on_start = on_start
+      made.append(Engine(*arguments, **options))
     return made[0]
 
-  Forward, run.Forward = run.Forward, forward
+  Engine, run.Engine = run.Engine, engine
   items = list(sources.list_items(config.source))
   pixels = [reading.read_image(item, loaded.processor.image_size).pixels for item in items[:20]]
-  questions = tuple(Question(phrase) for phrase in PHRASES)
+  prompts = tuple(Prompt(phrase) for phrase in PHRASES)
   seconds: dict[str, list[float]] = {"job": [], "bare": []}
   busy = []
   for turn in range(rounds + 1):
@@ -159,20 +158,20 @@ def against_bare(run: Any, config: Any, loaded: Any, rounds: int) -> dict[str, A
     summary = run.run_job(dataclasses.replace(config, out=out), predictor=loaded)
     shutil.rmtree(out)
     one = made[0]
-    one._on_start = lambda start, output: None
+    one.on_start = lambda start, output: None
     start = time.perf_counter()
     for first in range(0, len(items), one.rows):
       rows = [pixels[i % len(pixels)] for i in range(first, min(first + one.rows, len(items)))]
-      arrays = [[one.box_arrays(q, (1, 1)) for q in questions]] * len(rows)
-      maps = one.encode(rows)
-      raw = [one.detect(maps, call, [questions] * len(rows), arrays) for call in one.calls(arrays)]
-      raw[-1][0].block_until_ready()
+      asked = [one.asked(None, (1, 1), prompts)] * len(rows)
+      vision = one.encode(rows)
+      found = [one.detect(vision, call) for call in one.calls(asked)]
+      found[-1].scores.block_until_ready()
     bare = time.perf_counter() - start
     if turn:  # the first one compiles
       seconds["job"].append((summary.seconds - summary.startup_s) / len(items))
       seconds["bare"].append(bare / len(items))
       busy.append(summary.device_busy)
-  return {"seconds": seconds, "device_busy": busy, "batch": made[0].batch, "images": len(items)}
+  return {"seconds": seconds, "device_busy": busy, "batch": made[0].image_buckets[-1], "images": len(items)}
 
 
 def resident_mb(pid: int | str = "self") -> float | None:

@@ -25,20 +25,10 @@ def vision(workload: Workload, sides: Sequence[Side], dtype: str, repeats: int) 
 
 
 def text(workload: Workload, sides: Sequence[Side], dtype: str, repeats: int) -> list[Row]:
-  """Many phrases to features. Ours runs as `Predictor` runs it: with RepMixer blocks folded, and leaving out
-  padding that no token of a phrase depends on. The row "every token" computes that as well.
-  """
+  """Many phrases to features. Ours runs as `Predictor` runs it, with RepMixer blocks folded."""
   count = workload.scale.text_phrases
-  tokens = workload.tokens(count)
-  every = {(s.whose, s.how): functools.partial(s.text, s.ids(tokens)) for s in sides}
-  short = {(s.whose, s.how): functools.partial(s.text, s.ids(tokens), s.length(tokens)) for s in sides}
-  length, of = next(s.length(tokens) for s in sides if s.whose == OURS), tokens[0].shape[1]
-  note = f"ours gives the first {length} of {of} tokens, the reference all; the rest is padding"
-  what = f"text encoder, {count} phrases"
-  return [
-    measure("text", what, dtype, short, repeats, note),
-    measure("text", f"{what}, every token", dtype, every, repeats),
-  ]
+  calls = {(s.whose, s.how): functools.partial(s.text, s.ids(workload.tokens(count))) for s in sides}
+  return [measure("text", f"text encoder, {count} phrases", dtype, calls, repeats)]
 
 
 def detect(workload: Workload, sides: Sequence[Side], dtype: str, repeats: int) -> list[Row]:

@@ -36,17 +36,16 @@ class Ours:
     self.predictor = Predictor.from_pretrained(workload.directory, dtype=dtype)
     self.model, self.variables = self.predictor.model, self.predictor.variables
     apply = self.model.apply
-    self._vision = jit(lambda v, x: apply(v, x, method="get_vision_features"))
-    self._text = jit(
-      lambda v, ids, mask, length: apply(v, ids, mask, method="get_text_features", length=length),
-      static_argnums=3,
-    )
+    self._vision = jit(lambda v, x: apply(v, x, method="neck_maps"))
+    self._text = jit(lambda v, ids, mask: apply(v, ids, mask, method="get_text_features"))
     self._prepare = jit(lambda v, vision: apply(v, vision, method="prepare"))
-    self._detect = jit(
-      lambda v, vision, text, boxes, labels: apply(
-        v, vision_embeds=vision, text_embeds=text, input_boxes=boxes, input_boxes_labels=labels
-      )
-    )
+
+    def detect(v, vision, text, boxes, labels):
+      if isinstance(vision, tuple):  # the neck's maps, from which the reference's detection starts as well
+        vision = apply(v, vision, method="prepare")
+      return apply(v, vision_embeds=vision, text_embeds=text, input_boxes=boxes, input_boxes_labels=labels)
+
+    self._detect = jit(detect)
     self._forward = jit(apply)
     self._unseen = itertools.count(1)
 
@@ -58,15 +57,11 @@ class Ours:
 
   boxes = ids
 
-  def length(self, tokens: tuple[np.ndarray, np.ndarray]) -> int:
-    """How many tokens of these phrases are computed, as `Predictor` chooses."""
-    return self.predictor.phrases.length_of(np.asarray(tokens[1]))
-
   def vision(self, pixels: Any) -> Any:
     return self._jax.block_until_ready(self._vision(self.variables, pixels))
 
-  def text(self, ids: Any, length: int | None = None) -> Any:
-    return self._jax.block_until_ready(self._text(self.variables, *ids, length))
+  def text(self, ids: Any) -> Any:
+    return self._jax.block_until_ready(self._text(self.variables, *ids))
 
   def row(self, text: Any, i: int) -> Any:
     """One phrase of several."""

@@ -170,13 +170,6 @@ def test_shapes_alone_do():
   assert entries["wrapped.blocks.0.fc.weight"].nbytes == 48
 
 
-def test_flatten():
-  tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3, "empty": {}}
-  flat = engine.flatten(tree)
-  assert flat == {"a/b": 1, "a/c/d": 2, "e": 3}
-  assert engine.unflatten(flat) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
-
-
 @pytest.mark.parametrize(
   ("dtype", "floating"),
   [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.processing.results import Results
-from sam3lt_jax.training.data import rle as rle_ops
-from tests.training.data import scenes
+from tests.data import scenes
 
 
 class FakePredictor:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.evaluation.cgf1 import IOU_THRESHOLDS, CgF1
-from sam3lt_jax.training.data import rle as rle_ops
 
 LENGTH = 20
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.evaluation.coco_ap import MEASURES, coco_ap
 from sam3lt_jax.processing.results import Results
-from sam3lt_jax.training.data import rle as rle_ops
 
 SIZE = (40, 50)
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from sam3lt_jax import Predictor
+from sam3lt_jax.data.coco import load_coco
+from sam3lt_jax.data.records import Prompt, Record
+from sam3lt_jax.data.saco import load_saco
 from sam3lt_jax.evaluation.run import evaluate, table
-from sam3lt_jax.training.data.coco import load_coco
-from sam3lt_jax.training.data.records import Prompt, Record
-from sam3lt_jax.training.data.saco import load_saco
 from tests import tiny
+from tests.data import scenes
 from tests.evaluation.fake import FakePredictor
-from tests.training.data import scenes
 
 # 3 images x 3 phrases; objects: 2 red and 1 green in a, 1 blue in b: 3 positive pairs, 6 negative ones.
 HALF = {"red box": [(0.9, "box", 5, 10, 25, 40)], "blue box": [(0.5, "box", 40, 0, 80, 30)]}

@@ -39,8 +39,8 @@ def test_a_full_disk_keeps_what_was_computed(plan, monkeypatch, half):
     assert len(part_of(plan.directory).read_bytes().splitlines()) == 2
     monkeypatch.undo()
   assert str(error.value) == (
-    f"cannot write {part_of(plan.directory)}: No space left on device "
-    "(what was computed before is kept; make room and start the same command again)"
+    f"{part_of(plan.directory)} is not written: no space is left on its disk; "
+    "what was computed before is kept: mend that and start the same command again"
   )
   with ShardWriter(plan, shard) as writer:
     assert writer.done == {"0000.jpg", "0001.jpg"}
@@ -54,7 +54,7 @@ def test_a_full_disk_at_the_commit(plan, monkeypatch, call):
   with ShardWriter(plan, shard) as writer:
     writer.append(records(shard, 0, 1, 2, 3))
     fill_disk(monkeypatch, call)
-    with pytest.raises(files.CannotWrite, match="No space left"):
+    with pytest.raises(files.CannotWrite, match="no space is left"):
       writer.commit()
     monkeypatch.undo()
   assert plan.committed() == set()
@@ -66,7 +66,7 @@ def test_a_full_disk_at_the_commit(plan, monkeypatch, call):
 
 def test_a_folder_that_is_read_only(plan, monkeypatch):
   fill_disk(monkeypatch, "open", errno.EROFS)
-  with pytest.raises(files.CannotWrite, match=r"cannot write .*shard-00000\.lock: Read-only file system"):
+  with pytest.raises(files.CannotWrite, match=r"shard-00000\.lock is not written: Read-only file system"):
     with ShardWriter(plan, plan.shards[0]):
       pass
 

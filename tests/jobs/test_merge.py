@@ -245,8 +245,8 @@ def test_the_verb(job, tmp_path, capsys):
     ([job, "--failures", paths[1], "--results-only"], "--results-only says what --out holds"),
     ([job, "--out", paths[0], "--failures", paths[0]], "the files must be different ones"),
     ([str(tmp_path), "--out", paths[0]], "holds no job"),
-    ([job, "--out", str(tmp_path / "gone" / "o.json")], "cannot write"),
-    ([job, "--out", str(tmp_path)], "cannot write"),
+    ([job, "--out", str(tmp_path / "gone" / "o.json")], "is not written"),
+    ([job, "--out", str(tmp_path)], "is not written"),
   ]:
     assert cli.main(["merge", *argv]) == 2
     err = capsys.readouterr().err
@@ -259,7 +259,7 @@ def test_a_full_disk(job, tmp_path, monkeypatch, capsys):
 
   monkeypatch.setattr(os, "fsync", full)
   assert cli.main(["merge", job, "--out", str(tmp_path / "o.json")]) == 2
-  assert "o.json: No space left on device" in capsys.readouterr().err
+  assert "o.json is not written: no space is left on its disk" in capsys.readouterr().err
   assert os.listdir(tmp_path) == ["job"]
 
 

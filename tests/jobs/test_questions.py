@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from sam3lt_jax.jobs.questions import Question, Questions
+from sam3lt_jax.jobs.questions import Questions
+from sam3lt_jax.processing.prompts import Prompt
 
 
 def write(tmp_path, *lines):
@@ -15,7 +16,7 @@ def write(tmp_path, *lines):
 
 def test_phrases_for_all():
   questions = Questions.of_phrases(["a dog", " red car ", "a dog"])
-  assert questions.for_item("x") == questions.for_item("y") == (Question("a dog"), Question("red car"))
+  assert questions.for_item("x") == questions.for_item("y") == (Prompt("a dog"), Prompt("red car"))
   assert questions.phrases == ("a dog", "red car") and not questions.per_image
   assert questions.check_items(["x", "y"]) == 0
   for bad, message in (([], "at least one phrase"), (["a", " "], "empty"), ("dog", "list"), ([1], "string")):
@@ -52,10 +53,10 @@ def test_own_questions_of_each_image(tmp_path):
   questions = Questions.from_file(path)
   box = (1.0, 2.0, 30.5, 40.0)
   assert questions.for_item("a/1.jpg") == (
-    Question("cat", (box,), (1,)), Question("dog", (box,), (1,)), Question("cat"),
+    Prompt("cat", (box,), (1,)), Prompt("dog", (box,), (1,)), Prompt("cat", (), ()),
   )  # fmt: skip
-  assert questions.for_item("2.jpg") == (Question(None, ((0, 0, 5, 5), (1, 1, 2, 2)), (1, 0)),)
-  assert questions.for_item("7") == (Question("bird"),)
+  assert questions.for_item("2.jpg") == (Prompt(None, ((0, 0, 5, 5), (1, 1, 2, 2)), (1, 0)),)
+  assert questions.for_item("7") == (Prompt("bird", (), ()),)
   assert questions.for_item("other") == ()
   assert questions.phrases == ("cat", "dog", "bird") and questions.per_image
 

@@ -5,55 +5,22 @@ import types
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from sam3lt_jax.jobs import results
 from sam3lt_jax.jobs.reading import Failure
-from sam3lt_jax.processing import postprocess
+from sam3lt_jax.processing.prompts import Prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
-
-ORDERS = ("upsample_then_sigmoid", "sigmoid_then_upsample")
 
 
 def item(coco_id=None):
   return types.SimpleNamespace(id="a/b.jpg", uri="/photos/a/b.jpg", coco_id=coco_id)
 
 
-def logits(kind, h=24, w=24):
-  rng = np.random.default_rng(0)
-  y, x = np.mgrid[:h, :w]
-  if kind == "noise":
-    return rng.normal(0, 3, (h, w)).astype(np.float32)
-  if kind == "none":
-    return np.full((h, w), -5, np.float32)
-  if kind == "all":
-    return np.full((h, w), 5, np.float32)
-  if kind == "corner":
-    return (4 - np.hypot(y - h, x)).astype(np.float32)
-  if kind == "cell":
-    values = np.full((h, w), -1, np.float32)
-    values[7, 11] = 1
-    return values
-  return (5 - np.hypot(y - 9, x - 14) + rng.normal(0, 0.5, (h, w))).astype(np.float32)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("kind", ["disc", "corner", "noise", "none", "all", "cell"])
-@pytest.mark.parametrize("size", [(60, 91), (24, 24), (5, 300), (3, 2), (1, 1)])
-def test_masks_are_those_of_post_processing(order, kind, size):
-  values = logits(kind)
-  for threshold in (0.5, 0.3, 0.0, 1.0):
-    wanted = postprocess.binary_masks(values[None], size, threshold, order)[0]
-    found = coco_mask.decode(results.mask_rle(values, size, threshold, order)).astype(bool)
-    np.testing.assert_array_equal(found, wanted)
-
-
 def test_an_instance_survives_json():
-  question = types.SimpleNamespace(text="a dog", boxes=(), labels=())
-  values = logits("disc")
-  score, box = np.float32(0.1) * np.float32(7.77), np.array([0.1, 0.2, 1 / 3, 0.9], np.float32)
-  found = results.instance(question, 3, score, box, values, (60, 91), 0.5, ORDERS[0])
+  mask = np.hypot(*(np.mgrid[:60, :91] - [[[30]], [[50]]])) < 17
+  score, box = np.float32(0.1) * np.float32(7.77), np.array([9.1, 12, 91 / 3, 54], np.float32)
+  found = results.instance(Prompt("a dog"), 3, score, box, mask)
   record = results.image_record(item(7), (60, 91), [found])
   line = results.to_line(record)
   assert "\n" not in line and json.loads(line) == record
@@ -63,15 +30,14 @@ def test_an_instance_survives_json():
   assert (found["phrase"], found["question"]) == ("a dog", 3)
   back = results.to_results(json.loads(line))
   assert back.scores[0] == score and back.labels == ("a dog",)
-  np.testing.assert_array_equal(back.boxes[0], postprocess.scale_boxes(box[None], (60, 91))[0])
-  wanted = postprocess.binary_masks(values[None], (60, 91), 0.5, ORDERS[0])
-  np.testing.assert_array_equal(back.masks, wanted)
-  assert found["area"] == wanted.sum() > 0
+  np.testing.assert_array_equal(back.boxes[0], box)
+  np.testing.assert_array_equal(back.masks, mask[None])
+  assert found["area"] == mask.sum() > 0
 
 
 def test_boxes_alone_are_called_visual_and_nothing_found_is_a_record_too():
-  question = types.SimpleNamespace(text=None, boxes=((1, 2, 3, 4),), labels=(1,))
-  found = results.instance(question, 0, 0.5, np.zeros(4, np.float32), logits("none"), (9, 9), 0.5, ORDERS[0])
+  asked = Prompt(None, ((1, 2, 3, 4),), (1,))
+  found = results.instance(asked, 0, 0.5, np.zeros(4, np.float32), np.zeros((9, 9), bool))
   assert found["phrase"] == "visual" and found["area"] == 0
   empty = results.image_record(item(), (9, 9), [])
   assert "coco_id" not in empty and empty["results"] == []

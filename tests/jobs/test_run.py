@@ -5,17 +5,17 @@ import os
 import shutil
 import signal
 import threading
-import types
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from sam3lt_jax.engine import Engine
 from sam3lt_jax.jobs import files, ledger, pipeline, run, setup
 from sam3lt_jax.jobs import results as job_results
-from sam3lt_jax.jobs.forward import Forward
 from sam3lt_jax.jobs.run import JobConfig, Progress, run_job
+from tests import tiny
 from tests.jobs import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
@@ -31,16 +31,17 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compiled():
   """Programs are compiled once for all jobs here; two images a batch, two questions together."""
-  return Forward(pictures.predictor(), batch=2, buckets=(2,), devices=jax.local_devices()[:1])
+  one = pictures.predictor()
+  with tiny.hurry():
+    return Engine(
+      one.model, one.variables, one.processor, image_buckets=(2,), prompt_buckets=(2,),
+      devices=jax.local_devices()[:1],
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def shared(compiled, monkeypatch):
-  def forward(predictor, *, on_start, **options):
-    compiled._on_start = on_start
-    return compiled
-
-  monkeypatch.setattr(run, "Forward", forward)
+  monkeypatch.setattr(run, "Engine", lambda *given, **options: compiled)
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_results_are_the_predictors(job, photos, tmp_path):
   assert summary.failures == {"empty": 1, "not_an_image": 1, "truncated": 1}
   assert (summary.shards, summary.shards_done, summary.shards_left) == (6, 6, 0)
   assert summary.exit_code == 0 and summary.stopped is None and 0 < summary.device_busy <= 1
-  fingerprint = json.loads((tmp_path / "out/plan.json").read_text())["fingerprints"][0]
+  fingerprint = json.loads((tmp_path / "out/plan.json").read_text())["fingerprint"]
   assert fingerprint["phrases"] == list(pictures.PHRASES)
   assert (fingerprint["threshold"], fingerprint["profile"], fingerprint["dtype"]) == (
     0.0,
@@ -145,7 +146,7 @@ def test_a_restart_finds_nothing_to_do_and_another_question_is_refused(job, tmp_
   before = {p: p.read_bytes() for p in (tmp_path / "out/shards").iterdir()}
   with pytest.raises(ValueError, match="phrases was"):
     job(phrases=["a dog"])
-  monkeypatch.setattr(run, "Forward", lambda *a, **k: pytest.fail("devices were prepared for nothing"))
+  monkeypatch.setattr(run, "Engine", lambda *a, **k: pytest.fail("devices were prepared for nothing"))
   again = job()
   assert again.images == 0 and str(again) == f"nothing to do: all {COUNT + 3} images were done before"
   assert {p: p.read_bytes() for p in (tmp_path / "out/shards").iterdir()} == before
@@ -208,14 +209,14 @@ def test_a_full_disk_is_said_and_what_is_written_stays(job, tmp_path, monkeypatc
 
   def full(self, records):
     if len(written) > 4:
-      raise files.CannotWrite("cannot write x: No space left on device")
+      raise files.CannotWrite("x is not written: no space is left on its disk")
     append(self, records)
     written.extend(records)
 
   monkeypatch.setattr(ledger.ShardWriter, "append", full)
   monkeypatch.setattr(pipeline, "FLUSH_RECORDS", 1)
   threads = threading.active_count()
-  with pytest.raises(ValueError, match="No space left on device"):
+  with pytest.raises(ValueError, match="no space is left"):
     job()
   assert threading.active_count() <= threads + 2  # post-processing may still end
   monkeypatch.undo()
@@ -328,20 +329,21 @@ def test_the_compilation_cache(tmp_path, monkeypatch):
 
 def test_another_model_has_another_digest():
   predictor = pictures.predictor()
-  digest = setup.digest(predictor)
-  assert digest == setup.digest(predictor)
+  digest = setup.digest(predictor.variables)
+  assert digest == setup.digest(predictor.variables)
   leaves, structure = jax.tree.flatten(predictor.variables)
   leaves[3] = leaves[3] + 1e-3
-  changed = types.SimpleNamespace(variables=jax.tree.unflatten(structure, leaves))
-  assert setup.digest(changed) != digest
+  assert setup.digest(jax.tree.unflatten(structure, leaves)) != digest
 
 
 def test_a_model_is_loaded_by_its_name(photos):
   config = JobConfig(str(photos), "out", phrases=["a"], model="random:tiny", dtype="bfloat16", image_size=84)
-  predictor, weights = setup.load(config)
-  assert predictor.processor.image_size == 84 and predictor.model.config.text.fused
-  assert setup.load(config)[1] == weights
-  fingerprint = setup.fingerprint(config, predictor, setup.load_questions(config), weights)
+  engine, weights = setup.load(config, 1, ahead=False)
+  assert engine.processor.image_size == 84 and engine.model.config.text.fused
+  assert engine.devices == jax.local_devices() and not engine.programs()["encode"]
+  assert setup.load(config, 1, ahead=False)[1] == weights
+  questions = setup.load_questions(config)
+  fingerprint = setup.fingerprint(config, engine.model, engine.processor, questions, weights)
   assert (fingerprint["model"], fingerprint["dtype"], fingerprint["weights"]) == (
     "random:tiny", "bfloat16", weights,
   )  # fmt: skip

@@ -54,19 +54,20 @@ def main(task: dict) -> dict:
   run.Writer = lambda room, on_record: pipeline.Writer(2, on_record)
   number, count = batch_inference.join("auto") if task.get("join") else (0, 1)
   found: dict = {"process": [number, count], "devices": jax.local_device_count(), "runs": []}
-  forwards = []
+  engines = []
 
-  class Forward(run.Forward):
+  class Engine(run.Engine):
     def __init__(self, *arguments, **options):
       super().__init__(*arguments, **options)
-      forwards.append(self)
+      engines.append(self)
 
-  run.Forward = Forward
+  run.Engine = Engine
   for options in task["jobs"]:
     if count > 1:
       options |= {"process_index": number, "process_count": count}
     summary = run.run_job(run.JobConfig(**options), predictor=pictures.predictor(), progress=Watch(task))
-    programs = forwards.pop().hlo() if forwards else []
+    made = engines.pop().programs().values() if engines else []
+    programs = [one.as_text() for compiled in made for one in compiled]
     collectives = sum(len(re.findall(COLLECTIVES, text)) for text in programs)
     found["runs"].append(summary.to_json() | {"programs": len(programs), "collectives": collectives})
   return found

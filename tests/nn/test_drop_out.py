@@ -104,8 +104,13 @@ def test_without_rates_training_is_inference():
   def program(model, **kwargs):
     return jax.jit(lambda v: model.apply(v, **inputs(), **kwargs)).lower(variables).as_text()
 
+  def run(model, **kwargs):
+    return tiny.jit(lambda v: model.apply(v, **inputs(), **kwargs))(variables)
+
   inference = program(model)
-  assert program(model.clone(config=config.replace(**still)), deterministic=False) == inference
+  trained = run(model.clone(config=config.replace(**still)), deterministic=False)
+  for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(run(model)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)  # inference shares a layer between prompts
   assert program(model, rngs={"dropout": jax.random.key(0)}) == inference  # a key alone does nothing
   assert "threefry" not in inference
   assert "threefry" in program(model, deterministic=False, rngs={"dropout": jax.random.key(0)})

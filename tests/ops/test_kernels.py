@@ -1,15 +1,18 @@
-"""Kernels of other platforms: splash attention in Pallas' TPU interpreter, cuDNN's by what it is given."""
+"""Which kernel a program gets, and cuDNN's by what it is given."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 from jax.experimental.pallas import tpu as pltpu
 
-from sam3lt_jax.ops import attention, kernels
+from sam3lt_jax.ops import attention, kernels, rope, target, tpu_attention
+from sam3lt_jax.ops.target import Target
 
 
 @pytest.fixture(autouse=True)
@@ -27,47 +30,9 @@ def shapes(B, T, S, N, H, dtype=jnp.bfloat16):
   return tuple(jax.ShapeDtypeStruct((B, n, N, H), dtype) for n in (T, S, S))
 
 
-@pytest.mark.parametrize(
-  "shape, dtype, tolerance",
-  [
-    ((2, 192, 192, 2, 64), jnp.float32, 2e-6),
-    ((1, 70, 300, 3, 32), jnp.float32, 2e-6),
-    ((1, 64, 130, 2, 64), jnp.bfloat16, 0.02),
-  ],
-)
-def test_splash_attention_is_attention(shape, dtype, tolerance):
-  q, k, v = qkv(*shape, dtype)
-  with pltpu.force_tpu_interpret_mode():
-    got = jax.jit(kernels.splash)(q, k, v)
-  assert got.dtype == dtype
-  wanted = attention.attend(q, k, v, blocked=False)
-  np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), atol=tolerance)
-
-
-def test_splash_attention_has_the_gradient_of_attention():
-  q, k, v = qkv(1, 70, 130, 1, 32)
-
-  def loss(attend, *args):
-    return jnp.sum(jnp.sin(attend(*args)))
-
-  with pltpu.force_tpu_interpret_mode():
-    got = jax.jit(jax.grad(functools.partial(loss, kernels.splash), argnums=(0, 1, 2)))(q, k, v)
-  wanted = jax.grad(functools.partial(loss, attention.attend), argnums=(0, 1, 2))(q, k, v)
-  for a, b in zip(got, wanted, strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-@pytest.mark.parametrize("tokens", [576, 5184])  # a window and the whole image
-def test_splash_attention_lowers_for_a_tpu(tokens):
-  args = shapes(2, tokens, tokens, 16, 64)
-  text = export.export(jax.jit(kernels.splash), platforms=["tpu"])(*args).mlir_module()
-  assert "tpu_custom_call" in text
-  assert f"32x{5376 if tokens == 5184 else 640}x64" in text
-
-
-def test_blocks_pad_little():
-  assert [kernels._block(n) for n in (1, 128, 576, 1024, 5184)] == [128, 128, 640, 1024, 896]
-  assert all(-n % kernels._block(n) <= 0.14 * n + 128 for n in range(1, 9000, 37))
+def mesh(devices: int):
+  """A mesh that a program may be traced for; nothing runs on it."""
+  return jax.sharding.AbstractMesh((devices, 1), ("data", "model"))
 
 
 @pytest.mark.parametrize(
@@ -75,31 +40,72 @@ def test_blocks_pad_little():
   [
     ("xla", "gpu", "bfloat16", 64, 5184, None),
     ("auto", "cpu", "bfloat16", 64, 5184, None),
-    ("auto", "gpu", "bfloat16", 64, 5184, kernels.cudnn),
+    (None, "gpu", "bfloat16", 64, 5184, kernels.cudnn),
+    ("auto", "cuda", "float16", 64, 5184, kernels.cudnn),
     ("auto", "gpu", "float32", 64, 5184, None),
     ("auto", "gpu", "bfloat16", 60, 5184, None),
     ("auto", "gpu", "bfloat16", 64, 200, None),
-    ("splash", "gpu", "bfloat16", 64, 5184, None),
-    ("auto", "tpu", "float32", 64, 576, kernels.splash),
-    ("cudnn", "tpu", "bfloat16", 64, 5184, None),
+    ("xla", "tpu", "bfloat16", 64, 5184, None),
+    (None, "tpu", "float32", 64, 576, tpu_attention.attend),
+    ("auto", "tpu", "bfloat16", 64, 200, None),
   ],
 )
 def test_chosen_by_platform_and_shape(asked, platform, dtype, width, tokens, wanted, monkeypatch):
   monkeypatch.setattr(kernels, "_has_cudnn", lambda: True)
   kernels.use(asked)
   q, k, _ = shapes(1, tokens, tokens, 2, width, jnp.dtype(dtype))
-  assert kernels.chosen(q, k, [platform]) is wanted
-  assert kernels.chosen(q, k, [platform, "cpu"]) is None
+  assert kernels.chosen(q, k, Target((platform,))) is wanted
+  assert kernels.chosen(q, k, Target((platform, "cpu"))) is None
+
+
+def test_a_pallas_kernel_stands_only_where_xla_need_not_split_it():
+  q, k, _ = shapes(8, 576, 576, 2, 64)
+  x, tables = jax.ShapeDtypeStruct((8, 72, 72, 128), jnp.bfloat16), rope.axial_rope(24, 64, 1e4)
+  cases = {
+    Target(("tpu",)): True,
+    Target(("tpu",), takes_kernels=False): False,
+    Target(("tpu",), mesh(4)): True,
+    Target(("tpu",), mesh(3)): False,  # does not divide the batch
+  }
+  for where, wanted in cases.items():
+    assert (kernels.chosen(q, k, where) is not None) == wanted
+    assert (kernels.chosen_for_windows(x, 2, 24, tables, where) is not None) == wanted
+
+
+@pytest.mark.parametrize(
+  "shape, dtype, heads, window, fits",
+  [
+    ((1, 72, 72, 1024), "bfloat16", 16, 24, True),
+    ((1, 72, 72, 1024), "bfloat16", 16, 0, True),
+    ((1, 72, 72, 1024), "float32", 16, 24, False),
+    ((1, 72, 70, 1024), "bfloat16", 16, 24, False),  # no whole windows
+    ((1, 72, 72, 1024), "bfloat16", 8, 24, False),  # heads of 128: one a register
+    ((1, 72, 72, 192), "bfloat16", 3, 24, False),
+    ((1, 96, 96, 1024), "bfloat16", 16, 0, False),  # keys beyond the fast memory
+    ((1, 72, 72, 1024), "bfloat16", 16, 18, False),  # rows that end within a register
+    ((1, 16, 16, 1024), "bfloat16", 16, 8, False),  # few tokens
+  ],
+)
+def test_windows_take_the_kernel_where_it_fits(shape, dtype, heads, window, fits):
+  tables = rope.axial_rope(window or shape[1], shape[3] // heads, 1e4)
+  x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+  found = kernels.chosen_for_windows(x, heads, window, tables, Target(("tpu",)))
+  assert (found is not None) == fits
+  assert kernels.chosen_for_windows(x, heads, window, tables, Target(("cuda",))) is None
 
 
 def test_the_environment_asks_as_well(monkeypatch):
   q, k, _ = shapes(1, 576, 576, 2, 64)
-  assert kernels.chosen(q, k, ["tpu"]) is None
-  monkeypatch.setenv(kernels.VARIABLE, "auto")
-  assert kernels.chosen(q, k, ["tpu"]) is kernels.splash
+  on_tpu = Target(("tpu",))
+  assert kernels.chosen(q, k, on_tpu) is tpu_attention.attend
+  monkeypatch.setenv(kernels.VARIABLE, "xla")
+  assert kernels.chosen(q, k, on_tpu) is None
+  kernels.use("auto")
+  assert kernels.chosen(q, k, on_tpu) is tpu_attention.attend
+  kernels.use(None)
   monkeypatch.setenv(kernels.VARIABLE, "flash")
-  with pytest.raises(ValueError, match="SAM3LT_ATTENTION must be one of xla, auto"):
-    kernels.chosen(q, k, ["tpu"])
+  with pytest.raises(ValueError, match="SAM3LT_ATTENTION must be one of auto, xla, got 'flash'"):
+    kernels.chosen(q, k, on_tpu)
   with pytest.raises(ValueError, match=r"name must be one of .* got 'flash'"):
     kernels.use("flash")
 
@@ -127,13 +133,38 @@ def test_cudnn_is_given_what_attention_means(monkeypatch):
 
 def test_attention_goes_through_the_kernel(monkeypatch):
   monkeypatch.setattr(kernels, "MIN_TOKENS", 64)
-  kernels.use("auto")
   q, k, v = qkv(1, 64, 64, 2, 32)
-  with attention.traced_for(["tpu"]), pltpu.force_tpu_interpret_mode():
-    got = jax.jit(lambda *args: attention.attend(*args))(q, k, v)
-    plain = str(
-      jax.make_jaxpr(lambda *args: attention.attend(*args, mask=jnp.ones((1, 1, 1, 64), bool)))(q, k, v)
-    )
-    kernel = str(jax.make_jaxpr(lambda *args: attention.attend(*args))(q, k, v))
+  attend = functools.partial(attention.attend, remat=True)  # without effect on a kernel
+  with target.traced_for(["tpu"]), pltpu.force_tpu_interpret_mode():
+    got = jax.jit(lambda *args: attend(*args))(q, k, v)
+    plain = str(jax.make_jaxpr(lambda *args: attend(*args, mask=jnp.ones((1, 1, 1, 64), bool)))(q, k, v))
+    kernel = str(jax.make_jaxpr(lambda *args: attend(*args))(q, k, v))
   assert "pallas_call" in kernel and "pallas_call" not in plain
   np.testing.assert_allclose(got, attention.attend(q, k, v), atol=2e-6)
+
+
+MESH = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from sam3lt_jax import parallel
+from sam3lt_jax.ops import attention, kernels, target
+kernels.MIN_TOKENS = 64
+mesh = parallel.make_mesh()
+rows = parallel.batch_sharding(mesh)
+q, k, v = (jnp.asarray(np.random.default_rng(i).normal(size=(4, 64, 2, 64)), jnp.bfloat16) for i in range(3))
+with target.traced_for(["tpu"], mesh), pltpu.force_tpu_interpret_mode():
+  split = jax.jit(lambda *a: attention.attend(*a), in_shardings=rows, out_shardings=rows)
+  assert "shard_map" in str(jax.make_jaxpr(split)(q, k, v))
+  got = split(*jax.device_put((q, k, v), rows))
+assert len(got.addressable_shards) == 4 and got.addressable_shards[0].data.shape[0] == 1
+wanted = attention.attend(q, k, v, blocked=False)
+np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), atol=0.02)
+"""
+
+
+def test_each_device_of_a_mesh_runs_the_kernel_on_its_rows():
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+  done = subprocess.run(
+    [sys.executable, "-c", MESH], env=environment, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0, done.stderr[-3000:]

@@ -1,5 +1,6 @@
 """Sine codes by hand: angles of pi / 2 and pi have known sines."""
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 
@@ -46,5 +47,5 @@ def test_centre_code_is_y_x_then_raw_h_w():
 
 def test_shapes_for_any_leading_axes():
   boxes = jnp.zeros((2, 3, 4))
-  assert positions.box_code(boxes, 128).shape == (2, 3, 512)
-  assert positions.centre_code(boxes, 128).shape == (2, 3, 258)
+  chex.assert_shape(positions.box_code(boxes, 128), (2, 3, 512))
+  chex.assert_shape(positions.centre_code(boxes, 128), (2, 3, 258))

@@ -37,12 +37,6 @@ def test_resize_rows_keeps_the_dtype():
   np.testing.assert_array_equal(np.asarray(out, np.float32), [[0, 8], [1, 6], [3, 2], [4, 0]])
 
 
-def test_nearest_double_repeats_every_cell():
-  x = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
-  wanted = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
-  np.testing.assert_array_equal(resize.nearest_double(x)[0, :, :, 0], wanted)
-
-
 @pytest.mark.torch
 @pytest.mark.parametrize("sizes", [(16, 32), (77, 16), (77, 32), (32, 16)])
 def test_resize_rows_equals_torch(sizes):
@@ -54,13 +48,3 @@ def test_resize_rows_equals_torch(sizes):
   np.testing.assert_allclose(
     resize.resize_rows(jnp.asarray(table), sizes[1]), wanted[0, 0].numpy(), atol=2e-6
   )
-
-
-@pytest.mark.torch
-def test_nearest_double_equals_torch():
-  torch = pytest.importorskip("torch")
-  x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
-  wanted = torch.nn.functional.interpolate(
-    torch.from_numpy(x).permute(0, 3, 1, 2), scale_factor=2, mode="nearest"
-  )
-  np.testing.assert_array_equal(resize.nearest_double(jnp.asarray(x)), wanted.permute(0, 2, 3, 1).numpy())

@@ -1,5 +1,6 @@
 """2-D RoPE, by hand and by its properties."""
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def test_one_pair_a_side_by_hand():
 def test_frequencies_fall_from_1_to_theta():
   """Width 64: 16 pairs a side, pair j turns by 10000 ** (-j / 16) a cell."""
   cos, sin = rope.axial_rope(2, 64, 10000.0)
-  assert cos.shape == sin.shape == (4, 32)
+  chex.assert_shape([cos, sin], (4, 32))
   assert cos.dtype == sin.dtype == np.float32
   angles = 10000.0 ** (-np.arange(16) / 16)
   np.testing.assert_allclose(np.arctan2(sin[1, :16], cos[1, :16]), angles, rtol=1e-5)  # cell (y 0, x 1)

@@ -178,3 +178,34 @@ def test_weights_are_torchs(sizes):
   identity = torch.eye(sizes[0])[None]
   expected = torch.nn.functional.interpolate(identity, size=sizes[1], mode="linear", align_corners=False)[0]
   np.testing.assert_allclose(interpolation_matrix(*sizes), expected.numpy().T, atol=1e-7)
+
+
+def logits(kind, h=24, w=24):
+  rng = np.random.default_rng(0)
+  y, x = np.mgrid[:h, :w]
+  if kind == "noise":
+    return rng.normal(0, 3, (h, w)).astype(np.float32)
+  if kind == "none":
+    return np.full((h, w), -5, np.float32)
+  if kind == "all":
+    return np.full((h, w), 5, np.float32)
+  if kind == "corner":
+    return (4 - np.hypot(y - h, x)).astype(np.float32)
+  if kind == "cell":
+    values = np.full((h, w), -1, np.float32)
+    values[7, 11] = 1
+    return values
+  return (5 - np.hypot(y - 9, x - 14) + rng.normal(0, 0.5, (h, w))).astype(np.float32)
+
+
+@pytest.mark.parametrize("order", _ORDERS)
+@pytest.mark.parametrize("kind", ["disc", "corner", "noise", "none", "all", "cell"])
+@pytest.mark.parametrize("size", [(60, 91), (24, 24), (5, 300), (3, 2), (1, 1)])
+def test_a_mask_is_computed_where_it_can_be_true(order, kind, size):
+  values = logits(kind)
+  for threshold in (0.5, 0.3, 0.0, 1.0):
+    if order == "upsample_then_sigmoid":
+      wanted = pp.resize_masks(values, size) > np.float32(pp.logit(threshold))
+    else:
+      wanted = pp.resize_masks(pp.sigmoid(values), size) > np.float32(threshold)
+    np.testing.assert_array_equal(pp.binary_mask(values, size, threshold, order), wanted)

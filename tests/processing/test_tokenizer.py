@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import chex
 import numpy as np
 import pytest
 
@@ -62,11 +63,11 @@ def test_every_row_of_the_reference_table(row, original, transformers):
 
 def test_the_profile_decides_length_and_padding(original, transformers):
   ids, mask = original(["truck", "a big red truck"])
-  assert ids.shape == mask.shape == (2, 16)
+  chex.assert_shape([ids, mask], (2, 16))
   assert ids[0].tolist() == [_SOT, 4629, _EOT] + [0] * 13
   assert mask.sum(1).tolist() == [3, 6]
   ids, mask = transformers(["truck", "a big red truck"])
-  assert ids.shape == mask.shape == (2, 32)
+  chex.assert_shape([ids, mask], (2, 32))
   assert ids[0].tolist() == [_SOT, 4629] + [_EOT] * 30
   assert mask.sum(1).tolist() == [3, 6]
 

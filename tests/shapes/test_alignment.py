@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam3lt_jax.shapes import alignment, models
-from sam3lt_jax.shapes.data import ATTRIBUTES, ShapesBatches, attribute_indices, named_attributes
+from examples.shapes import alignment, models
+from examples.shapes.data import ATTRIBUTES, ShapesBatches, attribute_indices, named_attributes
 from sam3lt_jax.shapes.phrases import all_phrases
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 

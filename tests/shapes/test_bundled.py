@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
+from examples.shapes import evaluation, models
 from sam3lt_jax import Predictor
 from sam3lt_jax.checkpoints import from_pretrained, sources
-from sam3lt_jax.shapes import evaluation, models
 
 # Floors under what the 500 held-out scenes gave when it was made (docs/shapes/README.md has the figures).
 FLOORS = {

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from examples.shapes import evaluation, models
+from examples.shapes.data import HELD_OUT_SEED
+from examples.shapes.evaluation import evaluate, held_out_scenes, questions_about
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.shapes import evaluation, models
-from sam3lt_jax.shapes.data import HELD_OUT_SEED
-from sam3lt_jax.shapes.evaluation import evaluate, held_out_scenes, questions_about
 from sam3lt_jax.shapes.scenes import draw_scene
 from tests import tiny
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples.shapes import models, pretraining
+from examples.shapes.pretraining import DenseBatches, dense_labels, dense_loss, with_unit_maps
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.shapes import models, pretraining
-from sam3lt_jax.shapes.pretraining import DenseBatches, dense_labels, dense_loss, with_unit_maps
 from sam3lt_jax.shapes.scenes import Scene, SceneObject
 
 
@@ -69,7 +69,7 @@ def test_maps_are_brought_to_one_scale():
 
   def maps(vision):
     variables = {"params": {"vision_encoder": vision}}
-    return model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+    return model.apply(variables, pixels, method="neck_maps")
 
   before = maps(vision)
   heads = pretraining.DenseHeads(40).init(jax.random.key(1), before)["params"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sam3lt_jax.shapes import models
-from sam3lt_jax.shapes.data import (
+from examples.shapes import models
+from examples.shapes.data import (
   HELD_OUT_SEED,
   Question,
   QuestionMix,
@@ -14,11 +14,12 @@ from sam3lt_jax.shapes.data import (
   about_kind,
   ask,
   shrink,
+  simple_phrase_about,
   to_batch,
   without_kind,
 )
-from sam3lt_jax.shapes.evaluation import questions_about
-from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, all_phrases, phrase_about, simple_phrase_about
+from examples.shapes.evaluation import questions_about
+from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, all_phrases, phrase_about
 from sam3lt_jax.shapes.scenes import Scene, SceneObject, draw_scene
 
 

@@ -3,13 +3,11 @@
 import dataclasses
 import json
 
-import jax
-import numpy as np
+import chex
 import pytest
 
-from examples.shapes import record, train
+from examples.shapes import models, record, train
 from sam3lt_jax.checkpoints import from_pretrained
-from sam3lt_jax.shapes import models
 
 pytestmark = pytest.mark.full  # six train steps to compile: CI runs it
 
@@ -38,6 +36,6 @@ def test_every_stage_and_the_record_of_them(tmp_path, monkeypatch):
   # Killed and started again at the very end: nothing is trained again, and the same model comes out.
   train.train(train.Runs(**runs, held_out=10, fresh=10), str(tmp_path))
   _, again = from_pretrained(tmp_path / "model", progress=False)
-  jax.tree.map(np.testing.assert_array_equal, again, variables)
+  chex.assert_trees_all_equal(again, variables)
   text = record.page(found, dict.fromkeys(train.STAGES, 0.5))
   assert "| finish | 0.50 |" in text and "| all | 3.00 |" in text and "goal | what it is |" in text

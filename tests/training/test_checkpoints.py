@@ -183,7 +183,7 @@ def test_a_state_of_another_model_is_no_damage(tmp_path):
 
 
 class FailsLater:
-  """As on a real disk (test_disk.py): when the first write fails, others are still under way."""
+  """As on a real disk (test_storage.py): when the first write fails, others are still under way."""
 
   def __init__(self, path):
     self.path = pathlib.Path(path)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
+from sam3lt_jax.errors import ArgumentError
 
 Tree = dict[str, Any]
 
@@ -49,17 +50,17 @@ class LoraConfig:
 
   def __post_init__(self):
     if isinstance(self.targets, str) or not self.targets:
-      raise ValueError(f"targets={self.targets!r}; accepted: one or more regular expressions")
+      raise ArgumentError("targets", f"={self.targets!r}; accepted: one or more regular expressions")
     object.__setattr__(self, "targets", tuple(self.targets))
     if self.rank < 1:
-      raise ValueError(f"rank={self.rank!r}; accepted: 1 or more")
+      raise ArgumentError("rank", f"={self.rank!r}; accepted: 1 or more")
     if not self.alpha > 0:
-      raise ValueError(f"alpha={self.alpha!r}; accepted: a number above 0")
+      raise ArgumentError("alpha", f"={self.alpha!r}; accepted: a number above 0")
     for pattern in self.targets:
       try:
         re.compile(pattern)
       except re.error as e:
-        raise ValueError(f"targets: {pattern!r} is no regular expression ({e})") from e
+        raise ArgumentError("targets", f": {pattern!r} is no regular expression ({e})") from e
 
   @property
   def scale(self) -> float:
@@ -80,17 +81,20 @@ def target_paths(params: Mapping[str, Any], config: LoraConfig) -> list[str]:
     here = [path for path in kernels if re.search(pattern, path)]
     if not here:
       near = difflib.get_close_matches(pattern.strip("^$.*"), kernels, n=3, cutoff=0.2) or sorted(kernels)[:3]
-      raise ValueError(f"targets: {pattern!r} finds no kernel; there are, among others: {', '.join(near)}")
+      raise ArgumentError(
+        "targets", f": {pattern!r} finds no kernel; there are, among others: {', '.join(near)}"
+      )
     wrong = [f"{path} {tuple(kernels[path].shape)}" for path in here if len(kernels[path].shape) != 2]
     if wrong:
-      raise ValueError(
-        f"targets: {pattern!r} finds kernels that are no matrices (convolutions have no adapter):"
-        f" {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
+      raise ArgumentError(
+        "targets",
+        f": {pattern!r} finds kernels that are no matrices (convolutions have no adapter):"
+        f" {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}",
       )
     found.update(here)
   for path in sorted(found):
     if config.rank > min(kernels[path].shape):
-      raise ValueError(f"rank={config.rank} is more than {path} has: {tuple(kernels[path].shape)}")
+      raise ArgumentError("rank", f"={config.rank} is more than {path} has: {tuple(kernels[path].shape)}")
   return sorted(found)
 
 

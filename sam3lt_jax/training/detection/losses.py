@@ -250,11 +250,11 @@ def make_detection_loss_fn(
     merge: (trainable parameters, `frozen`) -> the model's whole parameter tree (frozen parts, LoRA).
     update_batch_stats: RepMixer blocks normalise by the batch and update their statistics.
     deterministic: True trains without dropout.
-    extra: another loss, (bound model, merged parameters, `VisionFeatures` of the batch's images, output with
+    extra: another loss, (bound model, merged parameters, the neck's maps of the batch's images, output with
       intermediates, batch) -> (loss float32 [], metrics), added to the model's own. It may call the model's
       parts and use parameters of its own beside the model's.
 
-  Each image is encoded once and its maps are repeated for its K prompts. Batches: `training.data.batches`.
+  Each image is encoded once and its maps are repeated for its K prompts. Batches: `sam3lt_jax.data.batches`.
   """
 
   def loss_fn(params, frozen, batch_stats, batch, key):
@@ -264,7 +264,8 @@ def make_detection_loss_fn(
 
     def call(model: Sam3LiteText):
       B, K = batch["input_ids"].shape[:2]
-      vision = model.get_vision_features(batch["pixel_values"], deterministic)
+      maps = model.neck_maps(batch["pixel_values"], deterministic)
+      vision = model.prepare(maps, deterministic)
       flat = {k: batch[k].reshape(B * K, *batch[k].shape[2:]) for k in _PROMPT_KEYS}
       output = model(
         vision_embeds=jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), vision),
@@ -273,7 +274,7 @@ def make_detection_loss_fn(
         output_intermediates=True,
         **flat,
       )
-      return output, (0.0, {}) if extra is None else extra(model, variables["params"], vision, output, batch)
+      return output, (0.0, {}) if extra is None else extra(model, variables["params"], maps, output, batch)
 
     result = model.apply(variables, rngs={"dropout": drop}, mutable=mutable, method=call)
     result, new_stats = result if update_batch_stats else (result, {"batch_stats": batch_stats})

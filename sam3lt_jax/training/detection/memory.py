@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.config import Sam3LiteTextConfig
+from sam3lt_jax.data.batches import BatchConfig
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.training.data.batches import BatchConfig
 from sam3lt_jax.training.detection.lora import LoraConfig, count_parameters
 from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, prepare
 
@@ -32,7 +32,7 @@ GIB = 2**30
 
 
 def abstract_batch(model_config: Sam3LiteTextConfig, config: FinetuneConfig) -> dict[str, Any]:
-  """Shapes and dtypes of a training batch, see `data.batches`."""
+  """Shapes and dtypes of a training batch, see `sam3lt_jax.data.batches`."""
   d, size = config.data, config.image_size or model_config.vision.image_size
   B, K, M, N = d.batch_size, d.prompts, d.objects, d.max_boxes if d.box_prompts else 0
   T = model_config.profile.context_length

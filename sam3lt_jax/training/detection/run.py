@@ -12,16 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel
-from sam3lt_jax.checkpoints import disk
+from sam3lt_jax import parallel, storage
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.config import TextConfig
+from sam3lt_jax.data.batches import DetectionBatches
+from sam3lt_jax.data.records import Record
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
-from sam3lt_jax.training.data.batches import DetectionBatches
-from sam3lt_jax.training.data.records import Record
 from sam3lt_jax.training.detection.lora import count_parameters
 from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, exported, prepare
 from sam3lt_jax.training.loop import fit
@@ -82,7 +82,7 @@ def finetune(
 
   Args:
     source: what `from_pretrained` takes, or (model, variables), unfused.
-    records: what to train on, see `training.data`.
+    records: what to train on, see `sam3lt_jax.data`.
     directory: of the run.
     config: its numbers; None: the defaults.
     validation: records held out; then cgF1 on them is measured and the best state is the result, otherwise
@@ -115,7 +115,7 @@ def finetune(
     **(fingerprint or {}),
   }
   # Before a model is loaded: that can take minutes.
-  disk.check_directory(directory, "directory")
+  storage.check_directory(directory, "directory")
   check_unchanged(directory, facts, partly=True)
   predictor = _load(source, config, profile, processor)
   run = _Run(config, predictor, os.path.abspath(os.fspath(directory)), validation, iou_type, report)
@@ -165,12 +165,12 @@ def hold_out(
     ValueError: a share outside (0, 1), a seed below 0, or one of the two parts would be empty.
   """
   if seed < 0:
-    raise ValueError(f"seed={seed!r}; accepted: 0 or more")
+    raise ArgumentError("seed", f"={seed!r}; accepted: 0 or more")
   if not 0 < share < 1:
-    raise ValueError(f"share={share!r}; accepted: a number between 0 and 1")
+    raise ArgumentError("share", f"={share!r}; accepted: a number between 0 and 1")
   count = round(len(records) * share)
   if not 0 < count < len(records):
-    raise ValueError(f"share={share} of {len(records)} records leaves one of the two parts empty")
+    raise ArgumentError("share", f"={share} of {len(records)} records leaves one of the two parts empty")
   order = np.random.default_rng(seed).permutation(len(records))
   return _Part(records, np.sort(order[count:])), _Part(records, np.sort(order[:count]))
 
@@ -200,7 +200,7 @@ def _load(source: Any, config: FinetuneConfig, profile: Any, processor: Sam3Proc
   model, variables = source
   processor = processor or Sam3Processor(model.config, image_size=config.image_size)
   if config.image_size not in (None, processor.image_size):
-    raise ValueError(f"image_size={config.image_size}, but the processor's is {processor.image_size}")
+    raise ArgumentError("image_size", f"={config.image_size}, but the processor's is {processor.image_size}")
   return Predictor(model.clone(dtype=config.dtype), variables, processor, fuse=False)
 
 

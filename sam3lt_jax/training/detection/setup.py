@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
+from sam3lt_jax.data.batches import BatchConfig
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.training import freezing
-from sam3lt_jax.training.data.batches import BatchConfig
 from sam3lt_jax.training.detection import lora as lora_ops
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.losses import DetectionLossConfig, make_detection_loss_fn
@@ -50,7 +51,7 @@ class FinetuneConfig:
 
   Attributes:
     steps: calls of the train step, each on one batch.
-    data: batches, prompts, augmentation and their seed, see `data.batches.BatchConfig`.
+    data: batches, prompts, augmentation and their seed, see `sam3lt_jax.data.batches.BatchConfig`.
     loss: weights of the losses.
     freeze: parts (see `PARTS`) or regular expressions over parameter paths that stay as they are.
     lora: adapters; then everything else is frozen except what `train` finds.
@@ -102,7 +103,7 @@ class FinetuneConfig:
     for name in ("freeze", "train"):
       given = getattr(self, name)
       if isinstance(given, str):
-        raise ValueError(f"{name}={given!r}; accepted: a list of parts or regular expressions")
+        raise ArgumentError(name, f"={given!r}; accepted: a list of parts or regular expressions")
       object.__setattr__(self, name, tuple(given))
     for name, good, accepted in (
       ("steps", self.steps >= 1, "1 or more"),
@@ -118,7 +119,7 @@ class FinetuneConfig:
       ("seed", self.seed >= 0, "0 or more"),
     ):
       if not good:
-        raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {accepted}")
+        raise ArgumentError(name, f"={getattr(self, name)!r}; accepted: {accepted}")
 
   def fingerprint(self) -> dict[str, Any]:
     """All of it as JSON can hold it."""
@@ -210,8 +211,8 @@ def split(params: Mapping[str, Any], config: FinetuneConfig) -> tuple[Tree, Tree
     trainable, frozen = freezing.split(params, freeze=_patterns(config.freeze))
   else:
     if config.freeze:
-      raise ValueError(
-        f"freeze={config.freeze!r} with lora, which freezes everything; name what to train in 'train'"
+      raise ArgumentError(
+        "freeze", f"={config.freeze!r} with lora, which freezes everything; name what to train in 'train'"
       )
     trainable, frozen = {}, dict(params)
     if config.train:

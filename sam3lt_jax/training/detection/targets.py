@@ -35,7 +35,7 @@ class DetectionTargets:
 
   @classmethod
   def from_batch(cls, batch: Mapping[str, jax.Array]) -> DetectionTargets:
-    """From a batch's `target_boxes`, `target_masks`, ... [B, K, ...], see `training.data.batches`."""
+    """From a batch's `target_boxes`, `target_masks`, ... [B, K, ...], see `sam3lt_jax.data.batches`."""
 
     def flat(x):
       return x.reshape(-1, *x.shape[2:])

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from sam3lt_jax.config import Profile, TextConfig
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.training.distillation.losses import DistillationLossConfig
 from sam3lt_jax.training.optimizer import OptimizerConfig
 
@@ -109,7 +110,7 @@ class DistillationConfig:
 
   def _check(self, name: str, good: bool, accepted: str) -> None:
     if not good:
-      raise ValueError(f"{name}={getattr(self, name)!r}; accepted: {accepted}")
+      raise ArgumentError(name, f"={getattr(self, name)!r}; accepted: {accepted}")
 
   def total_steps(self, phrases: int) -> int:
     """Calls of the step for a set of that many phrases: a multiple of `accumulate`."""

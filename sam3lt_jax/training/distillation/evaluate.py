@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.features import VisionFeatures
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.processor import Sam3Processor
@@ -214,7 +215,7 @@ def _read(model: Sam3LiteText, variables: Variables, phrases: Sequence[str], tok
   ids, mask = token_rows(list(phrases), tokenizer, profile.context_length)
   if ids.max() >= words:
     phrase = phrases[int(np.argmax((ids >= words).any(axis=1)))]
-    raise ValueError(f"phrases: {phrase!r} has words beyond the model's vocabulary of {words} tokens")
+    raise ArgumentError("phrases", f": {phrase!r} has words beyond the model's vocabulary of {words} tokens")
   ids = np.where(mask, ids, profile.pad_token_id)
   read = jax.jit(lambda v, i, m: model.apply(v, i, m, method="get_text_features").pooler_output)
   return np.asarray(read(text_part.text_variables(variables), ids, mask)), mask

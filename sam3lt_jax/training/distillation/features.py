@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from sam3lt_jax.checkpoints.disk import needs_room
+from sam3lt_jax import storage
 from sam3lt_jax.training.distillation.teacher import Teacher
 from sam3lt_jax.training.prompts import token_rows
 
@@ -202,9 +203,10 @@ def export_features(
   _write_json(os.path.join(work, MANIFEST), plan | {"shards": shards})
   if work != target:
     os.rename(work, target)
-    _sync(os.path.dirname(target))
+    storage.sync_folder(os.path.dirname(target))
   for note in (_PLAN, *(f"{shard_name(index)}.json" for index in range(count))):
-    _remove(os.path.join(target, note))
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(os.path.join(target, note))
   return TeacherFeatures(target)
 
 
@@ -292,7 +294,7 @@ def _write_shard(path: str, features: np.ndarray, start: int) -> dict[str, Any]:
   if not np.isfinite(half).all():
     row = int(np.argmin(np.isfinite(half).all(axis=(1, 2))))
     raise FeatureError(f"the teacher's features of phrase {start + row} are not finite in float16")
-  with _whole(path, "wb") as f:
+  with _whole(path) as f:
     np.save(f, half, allow_pickle=False)
   name = os.path.basename(path)
   entry = {
@@ -303,38 +305,21 @@ def _write_shard(path: str, features: np.ndarray, start: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _whole(path: str, mode: str, **options: Any) -> Iterator[IO]:
-  """A file to write that gets its name when all of it is on the disk; of one that fails nothing is left."""
-  part = f"{path}.part"
+def _whole(path: str) -> Iterator[BinaryIO]:
   kept = "the shards before it are kept: make room and run the export again, which goes on with this one"
-  try:
-    with needs_room(path, kept, FeatureError):
-      with open(part, mode, **options) as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-      os.replace(part, path)
-  except BaseException:
-    _remove(part)
-    raise
+  with storage.writing(path, kept, FeatureError), storage.atomic(path, alone=True) as f:
+    yield f
 
 
 def _compare(where: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
-  for key, value in _leaves(wanted).items():
-    found = _leaves(stored).get(key)
+  found_there = flatten_dict(stored, sep=".")
+  for key, value in flatten_dict(wanted, sep=".").items():
+    found = found_there.get(key)
     if found != value and key != "teacher_name":
       raise FeatureError(
         f"{where} belongs to another {what}: {key} is {found!r} there and {value!r} here; name another"
         " directory or delete it"
       )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    path = f"{prefix}{key}"
-    flat |= _leaves(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
-  return flat
 
 
 def _read_manifest(directory: str) -> dict[str, Any]:
@@ -361,25 +346,11 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _write_json(path: str, data: Mapping[str, Any]) -> None:
-  with _whole(path, "w", encoding="utf-8") as f:
-    json.dump(data, f, indent=2, sort_keys=True)
-    f.write("\n")
+  with _whole(path) as f:
+    f.write(json.dumps(data, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def file_digest(path: str) -> str:
   """sha256 of a file."""
   with open(path, "rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _remove(path: str) -> None:
-  if os.path.exists(path):
-    os.remove(path)
-
-
-def _sync(directory: str) -> None:
-  handle = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)

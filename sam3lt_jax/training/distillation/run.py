@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel
-from sam3lt_jax.checkpoints import disk, sources
+from sam3lt_jax import parallel, storage
+from sam3lt_jax.checkpoints import sources
 from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
+from sam3lt_jax.errors import ArgumentError, renamed
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
 from sam3lt_jax.training import freezing
@@ -216,9 +217,9 @@ class _Distillation:
 def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
   """Reads, loads and checks everything, cheapest first."""
   c = config
-  disk.check_directory(c.out, "out")
+  storage.check_directory(c.out, "out")
   if c.features is not None:
-    disk.check_directory(c.features, "features")
+    storage.check_directory(c.features, "features")
     feature_files.check_target(c.features)
   profile = Profile.named(c.profile)
   prompts = read_prompts(c.prompts, profile)
@@ -232,7 +233,8 @@ def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
   check_unchanged(c.out, facts, partly=True)
   whole = teacher
   if whole is None:
-    whole = load_model(c.teacher, dtype=c.teacher_dtype, device=parallel.host_device())
+    with renamed("source", "teacher"):
+      whole = load_model(c.teacher, dtype=c.teacher_dtype, device=parallel.host_device())
   reader = Teacher.of(*whole, context_length=c.context_length, name=c.teacher)
   own = tokenizer
   if tokenizer is None and teacher is None:
@@ -301,11 +303,13 @@ def _split(config: DistillationConfig, prompts: PromptSet, profile: Profile) -> 
   phrases, held = split_prompts(prompts.phrases, config.held_out, config.seed, profile)
   total = len(prompts.phrases)
   if config.held_out and not held:
-    raise ValueError(
-      f"held_out={config.held_out}: none of the {total} phrases is held out; give more, or 0 for none"
+    raise ArgumentError(
+      "held_out", f"={config.held_out}: none of the {total} phrases is held out; give more, or 0 for none"
     )
   if not phrases:
-    raise ValueError(f"held_out={config.held_out}: all {total} phrases are held out, none is left to train")
+    raise ArgumentError(
+      "held_out", f"={config.held_out}: all {total} phrases are held out, none is left to train"
+    )
   return phrases, held[:EVALUATED_AT_MOST]
 
 
@@ -328,9 +332,10 @@ def _check_vocabulary(tokenizer: Any, phrases: Sequence[str], student: Sam3LiteT
   beyond = [phrase for phrase, row in zip(phrases, ids) if row.max() >= words]
   if beyond:
     shown = ", ".join(map(repr, beyond[:3])) + (", ..." if len(beyond) > 3 else "")
-    raise ValueError(
-      f"prompts: {len(beyond)} of them have words that are not among the teacher's {words} tokens: {shown}; "
-      "leave them out, or pass the tokenizer that belongs to the teacher"
+    raise ArgumentError(
+      "prompts",
+      f": {len(beyond)} of them have words that are not among the teacher's {words} tokens: {shown}; "
+      "leave them out, or pass the tokenizer that belongs to the teacher",
     )
 
 

@@ -21,6 +21,7 @@ from sam3lt_jax.checkpoints.errors import CheckpointMismatchError
 from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 from sam3lt_jax.checkpoints.rules import Layout
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
+from sam3lt_jax.errors import ArgumentError, renamed
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.ops.resize import resize_rows
 from sam3lt_jax.training.distillation import text_part
@@ -86,7 +87,9 @@ def student_config(
   else:
     name = str(student).removeprefix("random:")
     if name not in RANDOM_CONFIGS:
-      raise ValueError(f"student must be one of {', '.join(RANDOM_CONFIGS)} or a TextConfig, got {student!r}")
+      raise ArgumentError(
+        "student", f" must be one of {', '.join(RANDOM_CONFIGS)} or a TextConfig, got {student!r}"
+      )
     text = dataclasses.replace(
       RANDOM_CONFIGS[name]().text,
       vocab_size=teacher.text.vocab_size,
@@ -94,14 +97,18 @@ def student_config(
     )
     text_profile = Profile.named(profile)
   if text.vocab_size != teacher.text.vocab_size:
-    raise ValueError(
-      f"student: its vocabulary has {text.vocab_size} tokens, the teacher's {teacher.text.vocab_size}; "
-      "features are compared token by token, so both must read the same ids"
+    raise ArgumentError(
+      "student",
+      f": its vocabulary has {text.vocab_size} tokens, the teacher's {teacher.text.vocab_size}; "
+      "features are compared token by token, so both must read the same ids",
     )
   if text.fused:
-    raise ValueError("student: config.text.fused has no BatchNorm to train; take the unfused configuration")
+    raise ArgumentError(
+      "student", ": config.text.fused has no BatchNorm to train; take the unfused configuration"
+    )
   changed = text_part.with_text_profile(teacher.profile, text_profile, context_length)
-  config = teacher.replace(text=text, profile=changed)
+  with renamed("text", "student"):
+    config = teacher.replace(text=text, profile=changed)
   text_part.check_reading(config, context_length, "student")
   return config
 
@@ -139,7 +146,8 @@ def make_student(
   if source == "random":
     flat = engine.flatten(variables)
     return model, variables, InitReport(f"random (seed {seed})", (), tuple(sorted(flat)))
-  loaded, notes = _load(source, model)
+  with renamed("source", "init"):
+    loaded, notes = _load(source, model)
   variables, report = _fill(variables, loaded, source, notes, config)
   return model, variables, report
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.model import Sam3LiteText, Variables
 
 TEXT_PARTS = ("text_encoder", "text_projection")
@@ -47,15 +48,17 @@ def check_reading(config: Sam3LiteTextConfig, context_length: int, whose: str) -
   """Raises ValueError for more tokens than a table to be cut has rows, or an unknown padding id."""
   rows = config.text.max_position_embeddings
   if context_length < 2:
-    raise ValueError(f"context_length must be at least 2, got {context_length}")
+    raise ArgumentError("context_length", f" must be at least 2, got {context_length}")
   if config.profile.position_policy == "slice" and context_length > rows:
-    raise ValueError(
-      f"context_length: the {whose}'s position table has {rows} rows, so at most {rows} tokens, "
-      f"got {context_length}"
+    raise ArgumentError(
+      "context_length",
+      f": the {whose}'s position table has {rows} rows, so at most {rows} tokens, got {context_length}",
     )
   pad, words = config.profile.pad_token_id, config.text.vocab_size
   if pad >= words:
-    raise ValueError(f"profile: pad_token_id {pad} is beyond the {whose}'s vocabulary of {words} tokens")
+    raise ArgumentError(
+      "profile", f": pad_token_id {pad} is beyond the {whose}'s vocabulary of {words} tokens"
+    )
 
 
 def splice(
@@ -88,9 +91,10 @@ def check_width(student: Sam3LiteTextConfig, teacher: Sam3LiteTextConfig) -> Non
   """Raises ValueError where the student's projected width is not the teacher's."""
   got, expected = student.detr_encoder.hidden_size, teacher.detr_encoder.hidden_size
   if got != expected:
-    raise ValueError(
-      f"student: its features are projected to a width of {got}, the teacher's to {expected} "
-      "(config.detr_encoder.hidden_size); the two must be equal"
+    raise ArgumentError(
+      "student",
+      f": its features are projected to a width of {got}, the teacher's to {expected} "
+      "(config.detr_encoder.hidden_size); the two must be equal",
     )
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from sam3lt_jax import Predictor, from_pretrained
 from sam3lt_jax.checkpoints.engine import flatten
+from sam3lt_jax.data.batches import BatchConfig
+from sam3lt_jax.data.load import load_records
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
-from sam3lt_jax.training.data.batches import BatchConfig
-from sam3lt_jax.training.data.load import load_records
 from sam3lt_jax.training.detection import setup
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.run import finetune, hold_out

@@ -10,7 +10,7 @@ import pytest
 
 from sam3lt_jax.checkpoints import save_pretrained
 from sam3lt_jax.cli import main
-from sam3lt_jax.training.data.augment import AugmentConfig
+from sam3lt_jax.data.augment import AugmentConfig
 from sam3lt_jax.training.detection import run
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.setup import FinetuneConfig

@@ -1,13 +1,14 @@
 """A detector that starts from nothing looks where its queries are."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples.shapes import models
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.ops import boxes as box_ops
-from sam3lt_jax.shapes import models
 from sam3lt_jax.training.detection.initialization import start_locally
 
 
@@ -17,7 +18,7 @@ def decoders():
   params = Sam3LiteText(models.teacher_config()).init_variables(jax.random.key(0))["params"]
   before = jax.tree.map(np.array, params["detr_decoder"])
   after = start_locally(params["detr_decoder"])
-  jax.tree.map(np.testing.assert_array_equal, before, params["detr_decoder"])  # the tree given is not touched
+  chex.assert_trees_all_equal(before, params["detr_decoder"])  # the tree given is not touched
   return before, after
 
 

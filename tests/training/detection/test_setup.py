@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax.checkpoints.engine import flatten
-from sam3lt_jax.training.data.batches import BatchConfig
+from sam3lt_jax.data.batches import BatchConfig
 from sam3lt_jax.training.detection import memory, setup
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.setup import FinetuneConfig, prepare

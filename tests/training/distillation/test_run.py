@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-import jax
+import chex
 import numpy as np
 import pytest
 
@@ -94,9 +94,9 @@ def test_the_models_load_with_the_students_text_and_the_teachers_detector(finish
   model, variables = from_pretrained(out / name, progress=False)
   assert model.config.text == result.model.config.text and model.config.text.num_hidden_layers == 3
   assert model.config.profile == result.model.config.profile or name == "transformers"
-  jax.tree.map(np.testing.assert_array_equal, variables["params"], result.variables["params"])
+  chex.assert_trees_all_equal(variables["params"], result.variables["params"])
   for part in ("vision_encoder", "detr_decoder", "mask_decoder"):
-    jax.tree.map(np.testing.assert_array_equal, variables["params"][part], tiny_model()[1]["params"][part])
+    chex.assert_trees_all_equal(variables["params"][part], tiny_model()[1]["params"][part])
   assert "batch_stats" not in variables  # the teacher's RepMixer blocks are gone
 
 
@@ -115,7 +115,7 @@ def test_a_stopped_run_goes_on_to_the_digit(finished, prompts, tmp_path):
   assert f"going on after step 20 of {STEPS}" in said
   assert losses(tmp_path) == losses(finished[1])
   assert result.after == finished[0].after
-  jax.tree.map(np.testing.assert_array_equal, result.variables, finished[0].variables)
+  chex.assert_trees_all_equal(result.variables, finished[0].variables)
 
 
 def test_a_finished_run_only_writes_again_and_a_changed_one_is_refused(finished, prompts):

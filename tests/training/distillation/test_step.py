@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,7 @@ def test_pooled_head_is_frozen_and_everything_else_learns():
 
 def test_frozen_statistics_give_the_loss_of_the_features():
   loss, (metrics, stats) = run(update_batch_stats=False)
-  jax.tree.map(np.testing.assert_array_equal, stats, STATS)
+  chex.assert_trees_all_equal(stats, STATS)
   b = batch()
   ours = features(VARIABLES, b["input_ids"], b["attention_mask"])
   shuffled = features(VARIABLES, b["shuffled_ids"], b["shuffled_attention_mask"])

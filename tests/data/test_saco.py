@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from sam3lt_jax.training.data import rle as rle_ops
-from sam3lt_jax.training.data.coco import CocoRecords
-from sam3lt_jax.training.data.load import load_records
-from sam3lt_jax.training.data.records import RecordError
-from sam3lt_jax.training.data.saco import SaCoRecords, load_saco
-from tests.training.data import scenes
+from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.data.coco import CocoRecords
+from sam3lt_jax.data.load import load_records
+from sam3lt_jax.data.records import RecordError
+from sam3lt_jax.data.saco import SaCoRecords, load_saco
+from tests.data import scenes
 
 
 @pytest.fixture

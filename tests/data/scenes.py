@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam3lt_jax.training.data import rle as rle_ops
+from sam3lt_jax.data import rle as rle_ops
 
 HEIGHT, WIDTH = 60, 80
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}

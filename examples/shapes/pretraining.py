@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 
+from examples.shapes import data
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.shapes import data
 from sam3lt_jax.shapes.scenes import Scene, SceneConfig, draw_scene
 
 # As the questions', but for the kind "no object", which comes first.
@@ -40,11 +41,9 @@ class DenseHeads(nn.Module):
     """maps [B, h, w, D] -> as many [B, side, side, channels]."""
     out = []
     for i, x in enumerate(maps):
-      B, h, w, _ = x.shape
-      finer = self.side // h
+      finer = self.side // x.shape[1]
       y = nn.Dense(finer * finer * _CHANNELS, name=f"head_{i}")(x)
-      y = y.reshape(B, h, w, finer, finer, _CHANNELS).transpose(0, 1, 3, 2, 4, 5)
-      out.append(y.reshape(B, self.side, self.side, _CHANNELS))
+      out.append(rearrange(y, "b h w (p q c) -> b (h p) (w q) c", p=finer, q=finer))
     return out
 
 
@@ -121,8 +120,8 @@ def make_dense_extra(side: int, weight: float) -> Callable:
   """
   heads = DenseHeads(side)
 
-  def extra(model, params, vision, output, batch):
-    maps = heads.apply({"params": params[HEADS]}, vision.fpn_hidden_states)
+  def extra(model, params, maps, output, batch):
+    maps = heads.apply({"params": params[HEADS]}, maps)
     loss, metrics = dense_loss(maps, batch["classes"], batch["edges"])
     return weight * loss, {f"dense_{name}": value for name, value in metrics.items()}
 
@@ -138,7 +137,7 @@ def make_dense_loss_fn(model: Sam3LiteText, side: int) -> tuple[Callable, Callab
 
   def encode(vision, pixels):
     variables = {"params": {"vision_encoder": vision}}
-    return model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+    return model.apply(variables, pixels, method="neck_maps")
 
   def loss_fn(params, frozen, batch_stats, batch, key):
     maps = encode(params["vision_encoder"], batch["pixel_values"])
@@ -167,7 +166,7 @@ def with_unit_maps(model: Sam3LiteText, vision: Any, heads: Any, pixels: np.ndar
     vision, heads: the parameters after stage 0. pixels: float32 [B, S, S, 3], scenes to measure by.
   """
   variables = {"params": {"vision_encoder": vision}}
-  maps = model.apply(variables, pixels, method="get_vision_features").fpn_hidden_states
+  maps = model.apply(variables, pixels, method="neck_maps")
   neck, heads = dict(vision["neck"]), dict(heads)
   for i, x in enumerate(maps):
     level, head, scale = dict(neck[f"fpn_layers_{i}"]), heads[f"head_{i}"], float(x.std())

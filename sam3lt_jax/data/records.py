@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.data.rle import Rle
 from sam3lt_jax.processing import images as image_ops
-from sam3lt_jax.training.data import rle as rle_ops
-from sam3lt_jax.training.data.rle import Rle
 
 
 class RecordError(ValueError):

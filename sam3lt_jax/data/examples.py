@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+from sam3lt_jax.data import augment as augment_ops
+from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.data.augment import Augmentation, AugmentConfig
+from sam3lt_jax.data.records import Prompt, Record, RecordError
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing.processor import Sam3Processor
-from sam3lt_jax.training.data import augment as augment_ops
-from sam3lt_jax.training.data import rle as rle_ops
-from sam3lt_jax.training.data.augment import Augmentation, AugmentConfig
-from sam3lt_jax.training.data.records import Prompt, Record, RecordError
 
 Example = dict[str, np.ndarray]
 
@@ -51,12 +52,12 @@ class PromptConfig:
   def __post_init__(self):
     for name in ("prompts", "objects", "max_boxes"):
       if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        raise ArgumentError(name, f" must be at least 1, got {getattr(self, name)}")
     for name in ("negatives", "box_prompts", "box_only"):
       if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(f"{name} must lie within 0 and 1, got {getattr(self, name)}")
+        raise ArgumentError(name, f" must lie within 0 and 1, got {getattr(self, name)}")
     if not 0 <= self.box_jitter < 0.5:
-      raise ValueError(f"box_jitter must lie in [0, 0.5), got {self.box_jitter}")
+      raise ArgumentError("box_jitter", f" must lie in [0, 0.5), got {self.box_jitter}")
 
 
 @dataclasses.dataclass

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3lt_jax.training.data import rle as rle_ops
-from sam3lt_jax.training.data.coco import load_coco
-from sam3lt_jax.training.data.load import load_records
-from sam3lt_jax.training.data.records import Prompt, Record, RecordError
-from tests.training.data import scenes
+from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.data.coco import load_coco
+from sam3lt_jax.data.load import load_records
+from sam3lt_jax.data.records import Prompt, Record, RecordError
+from tests.data import scenes
 
 
 @pytest.fixture

@@ -1,15 +1,17 @@
-"""Disks that are really full, or cannot be written: one sentence, and nothing half written stays."""
+"""Full disks and such that cannot be written, files that are whole or not there, and signals."""
 
 import contextlib
 import errno
 import os
-import sys
+import shutil
+import signal
 import threading
 import time
 
 import pytest
 
-from sam3lt_jax.checkpoints import CheckpointError, disk, save_pretrained
+from sam3lt_jax import storage
+from sam3lt_jax.checkpoints import CheckpointError, save_pretrained
 from tests import mounts, tiny
 
 
@@ -59,7 +61,7 @@ def test_a_save_that_fails_otherwise_leaves_nothing_and_the_error_is_its_own(tmp
   ],
 )
 def test_is_disk_full(error, full):
-  assert disk.is_disk_full(error) is full
+  assert storage.is_disk_full(error) is full
 
 
 def test_is_disk_full_looks_at_causes():
@@ -69,16 +71,15 @@ def test_is_disk_full_looks_at_causes():
     except OSError as e:
       raise RuntimeError("save failed") from e
   except RuntimeError as e:
-    assert disk.is_disk_full(e)
+    assert storage.is_disk_full(e)
 
 
-def test_other_errors_pass_as_they_are():
-  with pytest.raises(PermissionError), disk.needs_room("x", "all is kept"):
+def test_a_full_disk_is_one_sentence_and_other_errors_pass_as_they_are():
+  with pytest.raises(PermissionError), storage.writing("x", "all is kept"):
     raise PermissionError(errno.EACCES, "Permission denied")
-  told = CheckpointError("told already")
-  with pytest.raises(CheckpointError) as e, disk.needs_room("x", "all is kept"):
-    raise told from OSError(errno.ENOSPC, "full")
-  assert e.value is told
+  with pytest.raises(CheckpointError) as e, storage.writing("x", "all is kept", CheckpointError):
+    raise OSError(errno.ENOSPC, "full")
+  assert str(e.value) == "x is not written: no space is left on its disk; all is kept"
 
 
 def test_a_folder_that_is_still_written_into_goes(tmp_path):
@@ -91,41 +92,70 @@ def test_a_folder_that_is_still_written_into_goes(tmp_path):
   (tmp_path / "y").mkdir()
   thread = threading.Thread(target=write)
   thread.start()
-  disk.remove(str(tmp_path), "x*")
+  storage.remove(str(tmp_path), "x*")
   thread.join()
   assert os.listdir(tmp_path) == ["y"]
 
 
-def test_other_unraisable_errors_are_still_shown(complaints):
-  disk.quiet_orbax()
-  disk.quiet_orbax()
+def test_what_does_not_fit_is_told_before_it_is_written(tmp_path):
+  free = shutil.disk_usage(tmp_path).free
+  storage.need_room(str(tmp_path), free // 2)
+  with pytest.raises(OSError) as e:
+    storage.need_room(str(tmp_path), 2 * free)
+  assert e.value.errno == errno.ENOSPC
 
-  class Args:
-    exc_type, exc_value = RuntimeError, RuntimeError("Event loop is closed")
 
-  sys.unraisablehook(Args)  # in a thread of Python's, so somebody else's
-  assert complaints == [Args.exc_value]
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_file_is_whole_or_as_it_was(tmp_path, alone):
+  path = tmp_path / "file"
+  with storage.atomic(str(path), alone) as f:
+    f.write(b"first")
+  with pytest.raises(KeyboardInterrupt), storage.atomic(str(path), alone) as f:
+    f.write(b"second")
+    raise KeyboardInterrupt
+  assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_what_it_did_before(number):
+  def own(*_):
+    raise InterruptedError
+
+  asked = []
+  before = {n: signal.signal(n, own) for n in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    with storage.signals(lambda: asked.append("stop")) as caught:
+      os.kill(os.getpid(), number)
+      assert caught == [number] and asked == ["stop"]
+      with pytest.raises(InterruptedError):
+        os.kill(os.getpid(), number)
+    with storage.signals():
+      pass
+    assert signal.getsignal(number) is own
+  finally:
+    for n, handler in before.items():
+      signal.signal(n, handler)
 
 
 def test_a_directory_is_checked_and_left_as_it_was(tmp_path):
-  disk.check_directory(tmp_path, "out")
-  disk.check_directory(tmp_path / "a" / "b", "out")
+  storage.check_directory(tmp_path, "out")
+  storage.check_directory(tmp_path / "a" / "b", "out")
   assert os.listdir(tmp_path) == []
   (tmp_path / "file").write_text("")
   for given in (tmp_path / "file", tmp_path / "file" / "run"):
     with pytest.raises(ValueError) as e:
-      disk.check_directory(given, "out")
+      storage.check_directory(given, "out")
     assert str(e.value) == (
       f"out={str(given)!r}: {tmp_path / 'file'} is no directory; accepted: a directory, there or not yet"
     )
   with pytest.raises(ValueError, match="out='gs://bucket/run'; accepted: a folder of a file system"):
-    disk.check_directory("gs://bucket/run", "out")
+    storage.check_directory("gs://bucket/run", "out")
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
   with mounts.tmpfs(tmp_path / "disk", "ro") as disk_:
     with pytest.raises(ValueError) as e:
-      disk.check_directory(disk_ / "run", "out")
+      storage.check_directory(disk_ / "run", "out")
   assert str(e.value) == (
     f"out={str(disk_ / 'run')!r}: nothing can be written in {disk_} (Read-only file system)"
   )

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sam3lt_jax.training.data import augment
-from sam3lt_jax.training.data.augment import NO_AUGMENTATION, Augmentation, AugmentConfig
-from sam3lt_jax.training.data.rle import mask_bounds
-from tests.training.data import scenes
+from sam3lt_jax.data import augment
+from sam3lt_jax.data.augment import NO_AUGMENTATION, Augmentation, AugmentConfig
+from sam3lt_jax.data.rle import mask_bounds
+from tests.data import scenes
 
 SIZE = (scenes.HEIGHT, scenes.WIDTH)
 FULL = (0, 0, scenes.WIDTH, scenes.HEIGHT)

@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sam3lt_jax.training.data import records as record_ops
-from sam3lt_jax.training.data.records import Prompt, Record
+from sam3lt_jax.data import records as record_ops
+from sam3lt_jax.data.records import Prompt, Record
 
 _PHRASE_KEYS = ("phrase", "caption")
 

@@ -14,9 +14,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from einops import reduce
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
-from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, phrase_about, simple_phrase_about
+from sam3lt_jax.shapes.phrases import SIZE_WORDS, Phrase, absent_phrase, phrase_about
 from sam3lt_jax.shapes.scenes import (
   COLOURS,
   KINDS,
@@ -90,6 +91,15 @@ def ask(scene: Scene, rng: np.random.Generator, mix: QuestionMix = QuestionMix()
   return Question(str(phrase), (), (), answer)
 
 
+def simple_phrase_about(thing: SceneObject, rng: np.random.Generator) -> Phrase:
+  """A phrase that matches `thing` and names its kind, its colour, its pattern, its size, or nothing of it."""
+  said = {"kind": thing.kind, "colour": thing.colour, "pattern": thing.pattern}
+  if thing.size in SIZE_WORDS:
+    said["size"] = thing.size
+  name = str(rng.choice(["", *said]))
+  return Phrase(**{name: said[name]}) if name else Phrase()
+
+
 def about_kind(scene: Scene, boxed: int, rng: np.random.Generator | None = None) -> Question:
   """A box around object `boxed` and no phrase: everything of its kind."""
   kind = scene.objects[boxed].kind
@@ -118,7 +128,7 @@ def _loose(box, scene: Scene, rng: np.random.Generator | None):
 class ShapesBatches:
   """Training batches by step number: `batches[step]`, the same for the same seed, whenever it is asked.
 
-  Batches are as `training.data.batches` describes them. Masks are shrunk to `mask_side` by area.
+  Batches are as `sam3lt_jax.data.batches` describes them. Masks are shrunk to `mask_side` by area.
   """
 
   def __init__(
@@ -167,7 +177,7 @@ def to_batch(
   mask_side: int,
   slots: int,
 ) -> dict[str, np.ndarray]:
-  """Scenes and their questions (equally many each) as one batch of arrays, see `training.data.batches`."""
+  """Scenes and their questions (equally many each) as one batch of arrays, see `sam3lt_jax.data.batches`."""
   B, K, S = len(scenes), len(asked[0]), scenes[0].image.shape[0]
   ids, tokens = tokenize([q.text for questions in asked for q in questions])
   batch = {
@@ -219,9 +229,7 @@ def named_attributes(text: str) -> list[int]:
 
 def shrink(masks: np.ndarray, side: int) -> np.ndarray:
   """bool [N, S, S] -> uint8 [N, side, side]: 1 where at least half of the cell is covered."""
-  n, S = masks.shape[:2]
-  cell = S // side
-  return (masks.reshape(n, side, cell, side, cell).mean((2, 4)) >= 0.5).astype(np.uint8)
+  return (reduce(masks, "n (h p) (w q) -> n h w", np.mean, h=side, w=side) >= 0.5).astype(np.uint8)
 
 
 def _cxcywh(xyxy: np.ndarray) -> np.ndarray:

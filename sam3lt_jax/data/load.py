@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from sam3lt_jax.training.data import records as record_ops
-from sam3lt_jax.training.data.coco import CocoRecords
-from sam3lt_jax.training.data.saco import SaCoRecords
+from sam3lt_jax.data import records as record_ops
+from sam3lt_jax.data.coco import CocoRecords
+from sam3lt_jax.data.saco import SaCoRecords
 
 
 def load_records(

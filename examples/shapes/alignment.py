@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from examples.shapes.data import ATTRIBUTES
 from sam3lt_jax.config import PADDING_LABEL
 from sam3lt_jax.model import Sam3LiteText, Sam3LiteTextOutput
-from sam3lt_jax.shapes.data import ATTRIBUTES
 from sam3lt_jax.training.detection.losses import Metrics
 from sam3lt_jax.training.detection.matcher import MatcherConfig, match_one_to_one
 
@@ -45,9 +45,9 @@ def with_heads(params: Any, width: int) -> dict[str, Any]:
 
 
 def make_alignment(config: AlignmentConfig = AlignmentConfig()) -> Callable:
-  """`extra` of `make_detection_loss_fn`, for batches of `shapes.data`."""
+  """`extra` of `make_detection_loss_fn`, for batches of `examples.shapes.data`."""
 
-  def extra(model: Sam3LiteText, params, vision, output: Sam3LiteTextOutput, batch):
+  def extra(model: Sam3LiteText, params, maps, output: Sam3LiteTextOutput, batch):
     taps = output.intermediates
     flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in batch.items() if k.startswith(("target_", "phrase_"))}
     layers = taps["decoder_logits"].shape[0]

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from sam3lt_jax.config import Sam3LiteTextConfig
+from sam3lt_jax.data.examples import Example, PromptConfig, make_example
+from sam3lt_jax.data.records import Record, RecordError
+from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing.processor import Sam3Processor
-from sam3lt_jax.training.data.examples import Example, PromptConfig, make_example
-from sam3lt_jax.training.data.records import Record, RecordError
 
 _log = logging.getLogger(__name__)
 
@@ -41,11 +42,11 @@ class BatchConfig(PromptConfig):
   def __post_init__(self):
     super().__post_init__()
     if self.batch_size < 1:
-      raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+      raise ArgumentError("batch_size", f" must be at least 1, got {self.batch_size}")
     if self.seed < 0:
-      raise ValueError(f"seed must be at least 0, got {self.seed}")
+      raise ArgumentError("seed", f" must be at least 0, got {self.seed}")
     if self.mask_side is not None and self.mask_side < 1:
-      raise ValueError(f"mask_side must be at least 1, got {self.mask_side}")
+      raise ArgumentError("mask_side", f" must be at least 1, got {self.mask_side}")
 
 
 class DetectionBatches:
@@ -95,9 +96,9 @@ class DetectionBatches:
     if not 0 <= process_index < process_count:
       raise ValueError(f"process_index must lie within 0 and {process_count - 1}, got {process_index}")
     if config.batch_size % process_count:
-      raise ValueError(
-        f"batch_size must be a multiple of the number of processes, got {config.batch_size} for "
-        f"{process_count}"
+      raise ArgumentError(
+        "batch_size",
+        f" must be a multiple of the number of processes, got {config.batch_size} for {process_count}",
       )
     self.config, self._records = config, records
     self._processor = processor or Sam3Processor(model_config)

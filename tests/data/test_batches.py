@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+from sam3lt_jax.data.augment import AugmentConfig
+from sam3lt_jax.data.batches import BatchConfig, DetectionBatches
+from sam3lt_jax.data.coco import load_coco
+from sam3lt_jax.data.examples import draw_prompts, jitter_box, make_example, shrink_mask
+from sam3lt_jax.data.records import Prompt, Record, RecordError
 from sam3lt_jax.processing.processor import Sam3Processor
-from sam3lt_jax.training.data.augment import AugmentConfig
-from sam3lt_jax.training.data.batches import BatchConfig, DetectionBatches
-from sam3lt_jax.training.data.coco import load_coco
-from sam3lt_jax.training.data.examples import draw_prompts, jitter_box, make_example, shrink_mask
-from sam3lt_jax.training.data.records import Prompt, Record, RecordError
 from tests import tiny
-from tests.training.data import scenes
+from tests.data import scenes
 
 CONFIG = tiny.config(vocab_size=49408)  # 84 pixels, a grid of 6, masks of 24 x 24
 PROCESSOR = Sam3Processor(CONFIG)

@@ -10,11 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax.evaluation.cgf1 import CgF1
-from sam3lt_jax.model import Sam3LiteText, Variables
-from sam3lt_jax.processing.postprocess import binary_masks
-from sam3lt_jax.processing.tokenizer import ClipTokenizer
-from sam3lt_jax.shapes.data import (
+from examples.shapes.data import (
   HELD_OUT_SCENES,
   HELD_OUT_SEED,
   Question,
@@ -22,6 +18,10 @@ from sam3lt_jax.shapes.data import (
   to_batch,
   without_kind,
 )
+from sam3lt_jax.evaluation.cgf1 import CgF1
+from sam3lt_jax.model import Sam3LiteText, Variables
+from sam3lt_jax.processing.postprocess import binary_masks
+from sam3lt_jax.processing.tokenizer import ClipTokenizer
 from sam3lt_jax.shapes.phrases import Phrase, absent_phrase, phrase_about
 from sam3lt_jax.shapes.scenes import Scene, SceneConfig, draw_scene
 
@@ -138,7 +138,7 @@ class _Answers:
     def forward(variables, batch):
       def call(model):
         K = batch["input_ids"].shape[1]
-        vision = model.prepare(model.get_vision_features(batch["pixel_values"]))
+        vision = model.get_vision_features(batch["pixel_values"])
         names = ("input_ids", "attention_mask", "input_boxes", "input_boxes_labels")
         flat = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in names}
         out = model(vision_embeds=jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), vision), **flat)

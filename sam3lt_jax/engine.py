@@ -1,0 +1,448 @@
+"""The engine: compiled programs over a set of devices, the same for one photo and for a million.
+
+    images uint8 -> encode -> `VisionFeatures` on the devices
+    phrases      -> read   -> rows of a table on the devices
+    both         -> detect -> `Detections` on the devices
+    of which     -> keep   -> scores and boxes on the host, the masks of what is kept on their way there
+
+`Predictor` is this with few rows, a batch job with many.
+
+Axes: R images that run together (rows), split evenly over the devices; P prompts of each that run
+together; N boxes; T tokens; Q object queries; S side of the input; h, w a mask as the model gives it;
+H, W the image.
+
+A row's arithmetic touches no other row, and what pads rows, prompts or boxes is masked, so that results
+depend neither on neighbours nor on the number of devices. No device reads another's rows.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from sam3lt_jax import parallel
+from sam3lt_jax.config import BOX_ONLY_PHRASE
+from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.features import Detections, Prompts, VisionFeatures
+from sam3lt_jax.kept import Kept, MaskSource
+from sam3lt_jax.model import Sam3LiteText, Variables
+from sam3lt_jax.phrase_table import PhraseTable
+from sam3lt_jax.processing import postprocess
+from sam3lt_jax.processing.processor import Sam3Processor
+from sam3lt_jax.processing.prompts import Prompt, box_arrays
+from sam3lt_jax.programs import Ahead, Program, explain_memory
+
+# One rule for what runs together: the smallest of these that holds what there is, the last over and over.
+IMAGE_BUCKETS = (1, 8)  # images a device, where there is an accelerator
+PROMPT_BUCKETS = (1, 2, 4, 8, 16)  # prompts of an image, likewise
+BOX_BUCKETS = (8, 32, 128)  # example boxes of a prompt
+PHRASE_BATCHES = (8, 64)  # phrases that are encoded at once
+MOST_PROMPTS = 32  # prompts a device at once, of all its images; each takes some 0.2 GB at 1008 px
+MEMORY_SHARE = 0.85  # of a device's, to be planned with
+
+Tag = TypeVar("Tag")
+
+
+# ---------------------------------------------------------------- the programs
+
+
+def encode(model: Sam3LiteText, variables: Variables, pixels: jax.Array) -> VisionFeatures:
+  """Images uint8 [R, S, S, 3]: a quarter of the bytes that float32 would take to the device."""
+  pixels = (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5
+  return model.apply(variables, pixels, method="get_vision_features")
+
+
+def read(model: Sam3LiteText, variables: Variables, ids: jax.Array, mask: jax.Array) -> jax.Array:
+  """Phrases, ids int32 [P, T] and mask bool [P, T], to their features [P, T, D]."""
+  return model.apply(variables, ids, mask, method="get_text_features").pooler_output
+
+
+def detect(model: Sam3LiteText, variables: Variables, vision: VisionFeatures, prompts: Prompts) -> Detections:
+  """P prompts about each of R images; `prompts` and the result have the leading axes [R, P]."""
+  lead = prompts.mask.shape[:2]
+  spread = lambda m: jnp.broadcast_to(m[:, None], (*lead, *m.shape[1:]))  # noqa: E731
+  flat = lambda x: x.reshape(lead[0] * lead[1], *x.shape[2:])  # noqa: E731
+  vision, prompts = jax.tree.map(lambda m: flat(spread(m)), vision), jax.tree.map(flat, prompts)
+  out = model.apply(variables, vision, prompts, method="detect")
+  scores = postprocess.detection_scores(out.pred_logits, out.presence_logits)
+  found = Detections(scores, out.pred_boxes, out.pred_masks)
+  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
+
+
+# ---------------------------------------------------------------- the engine
+
+
+@dataclasses.dataclass
+class Asked:
+  """An image and what is asked of it.
+
+  Attributes:
+    pixels: uint8 [S, S, 3]; given up once they are on the device.
+    size: (height, width) of the image as it was.
+    prompts: what is sought, in the order of the results.
+    boxes: of each prompt (boxes float32 [N, 4], labels int32 [N]), see `Engine.box_arrays`.
+  """
+
+  pixels: np.ndarray | None
+  size: tuple[int, int]
+  prompts: Sequence[Prompt]
+  boxes: Sequence[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """Prompts that run together: `index` int [R, P] into each image's prompts, -1 where there is none."""
+
+  index: np.ndarray
+  phrases: list[list[str]]  # [R][P]
+  boxes: np.ndarray
+  labels: np.ndarray
+
+
+class Engine:
+  """A model's compiled programs and its weights on a set of devices.
+
+  Attributes:
+    image_buckets: images a device that run together, ascending.
+    ways: devices (or groups of `model_parallel` of them) that images are split over.
+    on_start: called with the time (`time.perf_counter`) and one output of each program that is started on
+      images, for whoever keeps time.
+  """
+
+  def __init__(
+    self,
+    model: Sam3LiteText,
+    variables: Variables,
+    processor: Sam3Processor,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    model_parallel: int = 1,
+    image_buckets: Sequence[int] | None = None,
+    prompt_buckets: Sequence[int] | None = None,
+    box_buckets: Sequence[int] = BOX_BUCKETS,
+    masks_on_device: bool | None = None,
+  ):
+    """Args:
+    variables: arrays, or `jax.ShapeDtypeStruct`s to compile with until `use_variables` brings them.
+    devices: None: JAX's default one.
+    model_parallel: devices that share one copy of the weights; 1: a copy on each.
+    image_buckets: images a device that run together, ascending. None: (1, 8), and (1,) on a CPU, where
+      batching gains nothing.
+    prompt_buckets: prompts of an image that run together, ascending. None: (1, 2, 4, 8, 16), and (1,) on a
+      CPU. At most 32 prompts of all its images run on a device at once.
+    box_buckets: boxes that a prompt is padded to, ascending.
+    masks_on_device: enlarge masks with jax (True) or with numpy on the host (False). None: True where there
+      is an accelerator.
+
+    Raises:
+      ValueError: naming the argument.
+    """
+    if devices is None:
+      devices = [jax.config.jax_default_device or jax.devices()[0]]
+    devices = list(devices)
+    if not devices:
+      raise ValueError("devices must name at least one device, got none")
+    on_cpu = devices[0].platform == "cpu"
+    if image_buckets is None:
+      image_buckets = (1,) if on_cpu else IMAGE_BUCKETS
+    if prompt_buckets is None:
+      prompt_buckets = (1,) if on_cpu else PROMPT_BUCKETS
+    self.image_buckets = _ascending("image_buckets", image_buckets)
+    self._prompt_buckets = _ascending("prompt_buckets", prompt_buckets)
+    self._box_buckets = _ascending("box_buckets", box_buckets)
+    self._masks_on_device = not on_cpu if masks_on_device is None else masks_on_device
+    self.model, self.processor = model, processor
+    self.mesh = mesh = parallel.make_mesh(model=model_parallel, devices=devices)
+    self.ways, self._on_cpu = mesh.shape["data"], on_cpu
+    self._split, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+    self.on_start: Callable[[float, jax.Array], None] = lambda start, output: None
+
+    def program(function: Callable, out: NamedSharding) -> Program:
+      return Program(function.__name__, lambda *given: function(model, *given), mesh, out)
+
+    self._encode, self._detect = program(encode, self._split), program(detect, self._split)
+    self._read = program(read, everywhere)
+    self.phrases = PhraseTable(self._read, processor, mesh, PHRASE_BATCHES[: 1 if on_cpu else None])
+    self._masks = MaskSource(mesh, self._masks_on_device, processor.profile.mask_order)
+    self._ahead: Ahead | None = None
+    self.use_variables(variables)
+
+  def use_variables(self, variables: Variables) -> None:
+    """Other weights of the same shapes, as after a training step; nothing is compiled anew."""
+    if self.mesh.shape["model"] > 1:
+      where = parallel.fsdp_sharding(self.mesh, variables, "model")
+    else:
+      where = jax.tree.map(lambda _: parallel.replicated(self.mesh), variables)
+    with explain_memory():
+      self.variables = jax.tree.map(_placed, variables, where)
+    self.phrases.forget()
+
+  @property
+  def devices(self) -> list[jax.Device]:
+    return list(self.mesh.devices.flat)
+
+  @property
+  def rows(self) -> int:
+    """R when there are many images."""
+    return self.image_buckets[-1] * self.ways
+
+  def _rows(self, images: int) -> int:
+    return self.ways * _bucket(-(-images // self.ways), self.image_buckets)
+
+  @property
+  def waited_s(self) -> float:
+    """Seconds that calls have waited for compilation."""
+    return sum(p.waited_s for p in (self._encode, self._detect, self._read))
+
+  def programs(self) -> dict[str, list[jax.stages.Compiled]]:
+    """What is compiled by now, by name."""
+    return {p.name: p.compiled() for p in (self._encode, self._detect, self._read)}
+
+  # ---------------------------------------------------------------- ahead of the first call
+
+  def compile_ahead(self, images: int = 1, prompts: int = 1) -> None:
+    """Compiles in the background what so many images with so many phrases each will need."""
+    self._ahead = self._ahead or Ahead()
+    side = self.processor.image_size
+    ids = self.phrases.inputs([BOX_ONLY_PHRASE])
+    self._ahead.compile(self._read, self.variables, *ids)
+    pixels, vision, asked = self._shapes(self._rows(images), prompts, side)
+    self._ahead.compile(self._detect, self.variables, vision, asked)
+    self._ahead.compile(self._encode, self.variables, pixels)
+
+  def _shapes(self, rows: int, prompts: int, side: int) -> tuple[Any, VisionFeatures, Prompts]:
+    """Arguments of `encode` and `detect` for so many images and prompts without boxes."""
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._split)  # noqa: E731
+    pixels = shape(np.empty((rows, side, side, 3), np.uint8))
+    vision = jax.eval_shape(lambda *given: encode(self.model, *given), self.variables, pixels)
+    ids = self.phrases.inputs([BOX_ONLY_PHRASE])
+    tokens = jax.eval_shape(lambda *given: read(self.model, *given), self.variables, *ids)
+    P, (_, T, D) = _bucket(prompts, self._buckets_for(rows)), tokens.shape
+    boxes, labels = self.box_arrays(Prompt(BOX_ONLY_PHRASE), (side, side))
+    struct = jax.ShapeDtypeStruct
+    asked = Prompts(
+      struct((rows, P, T, D), tokens.dtype), struct((rows, P, T), bool),
+      struct((rows, P, *boxes.shape), boxes.dtype), struct((rows, P, *labels.shape), labels.dtype),
+    )  # fmt: skip
+    return pixels, jax.tree.map(shape, vision), jax.tree.map(shape, asked)
+
+  def fit_memory(self, prompts: int) -> None:
+    """Halves the images a device until their compiled programs fit its memory, where devices tell it.
+
+    prompts: of each image, as far as is known. What is compiled for this is what then runs.
+    """
+    limits = [(d.memory_stats() or {}).get("bytes_limit") for d in self.devices]
+    while all(limits) and self.rows > self.ways:
+      if self.memory_needed(prompts) <= MEMORY_SHARE * min(limits):
+        break
+      self.image_buckets = (self.image_buckets[-1] // 2,)
+
+  def memory_needed(self, prompts: int) -> float:
+    """Bytes a device of the programs for `rows` images, the weights, and what waits beside them."""
+    pixels, vision, asked = self._shapes(self.rows, prompts, self.processor.image_size)
+    self._ahead = self._ahead or Ahead()
+    self._ahead.compile(self._detect, self.variables, vision, asked)  # both at the same time
+    try:
+      e = self._encode.compile(self.variables, pixels).memory_analysis()
+      d = self._detect.compile(self.variables, vision, asked).memory_analysis()
+    except jax.errors.JaxRuntimeError:  # not even a plan of it fits
+      return float("inf")
+    # While one runs, the outputs of the call before and the next images' features are there as well. The
+    # weights are counted here: a program's analysis leaves out those that it does not use.
+    weights = sum(map(_bytes_here, jax.tree.leaves(self.variables)))
+    held = 2 * (e.output_size_in_bytes + d.output_size_in_bytes) + 2 * _bytes_here(pixels)
+    return weights + held + max(e.temp_size_in_bytes, d.temp_size_in_bytes)
+
+  # ---------------------------------------------------------------- images and prompts
+
+  def box_arrays(self, prompt: Prompt, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes float32 [N, 4] normalised cxcywh and labels int32 [N] of a prompt about an image of `size`
+    (height, width); N is one of the buckets.
+
+    Raises:
+      ValueError: a box or label that cannot be meant.
+    """
+    count = 0 if prompt.boxes is None else len(prompt.boxes)
+    most = self._box_buckets[-1]
+    slots = _bucket(count, self._box_buckets) if count <= most else -(-count // most) * most
+    if not count and self.processor.profile.geometry_cls == "with_any_boxes":
+      slots = 0  # under this policy even empty slots bring in the CLS token
+    return box_arrays(prompt, size, slots)
+
+  def asked(self, pixels: np.ndarray | None, size: tuple[int, int], prompts: Sequence[Prompt]) -> Asked:
+    """An image with its prompts, checked.
+
+    Raises:
+      ValueError: a box or label that cannot be meant.
+    """
+    boxes: list[tuple[np.ndarray, np.ndarray]] = []
+    for i, prompt in enumerate(prompts):
+      same = i and prompt.boxes is prompts[i - 1].boxes and prompt.labels is prompts[i - 1].labels
+      boxes.append(boxes[-1] if same else self.box_arrays(prompt, size))
+    return Asked(pixels, size, prompts, boxes)
+
+  def encode(self, pixels: Sequence[np.ndarray]) -> VisionFeatures:
+    """Starts encoding 1 to `rows` images, uint8 [S, S, 3] each; their features, on the devices, have as
+    many rows as the bucket that holds them.
+    """
+    if self._ahead is not None and self._on_cpu:
+      # No image is encoded before all is compiled: on a CPU of 2 cores both at once end no sooner, and take
+      # 4% more memory at their peak (S0, float32; `python -m tests.benchmarks.compare --parts memory start`).
+      self._ahead.wait()
+    padding = [np.zeros_like(pixels[0])] * (self._rows(len(pixels)) - len(pixels))
+    return self._run(self._encode, self._place(np.stack([*pixels, *padding])))
+
+  def calls(self, asked: Sequence[Asked]) -> list[Call]:
+    """How the prompts of up to R images are asked in few calls.
+
+    Prompts with different numbers of boxes (by bucket) run apart, so that an image's results do not depend on
+    how many boxes another image brings.
+    """
+    rows = self._rows(len(asked))
+    buckets = self._buckets_for(rows)
+    by_boxes: dict[int, list[list[int]]] = {}
+    for row, one in enumerate(asked):
+      for i, (_, labels) in enumerate(one.boxes):
+        by_boxes.setdefault(len(labels), [[] for _ in asked])[row].append(i)
+    calls = []
+    for _, slots in sorted(by_boxes.items()):
+      start, most = 0, max(map(len, slots))
+      while start < most:
+        bucket = _bucket(most - start, buckets)
+        index = np.full((rows, bucket), -1)
+        for row, mine in enumerate(slots):
+          chunk = mine[start : start + bucket]
+          index[row, : len(chunk)] = chunk
+        calls.append(_call(index, asked))
+        start += bucket
+    return calls
+
+  def _buckets_for(self, rows: int) -> tuple[int, ...]:
+    """Those that keep a device within `MOST_PROMPTS`; one prompt an image goes always."""
+    most = MOST_PROMPTS // (rows // self.ways)
+    return tuple(b for b in self._prompt_buckets if b <= most) or self._prompt_buckets[:1]
+
+  def detect(self, vision: VisionFeatures, call: Call) -> Detections:
+    """Starts one call on the features of `encode`, of the same images."""
+    tokens, mask = self.phrases.tokens(self.variables, call.phrases)
+    prompts = Prompts(tokens, mask, self._place(call.boxes), self._place(call.labels))
+    return self._run(self._detect, vision, prompts)
+
+  def keep(
+    self,
+    found: Detections,
+    call: Call,
+    sizes: Sequence[tuple[int, int]],
+    threshold: float,
+    mask_threshold: float,
+  ) -> list[Kept]:
+    """Waits for a call's scores, and starts fetching the masks of those above `threshold`, and only those.
+
+    Args:
+      sizes: (height, width) of each image.
+      threshold: scores above it are kept. mask_threshold: see `postprocess.binary_masks`.
+
+    Returns:
+      One `Kept` an image.
+    """
+    with explain_memory():
+      scores, boxes = jax.device_get((found.scores, found.boxes))
+    row, slot, query = np.nonzero((scores > threshold) & (call.index >= 0)[..., None])
+    masks = self._masks.of(found.masks, (row, slot, query), sizes, mask_threshold)
+    kept = []
+    for i, size in enumerate(sizes):
+      mine = np.flatnonzero(row == i)
+      at = row[mine], slot[mine], query[mine]
+      pixels = postprocess.scale_boxes(boxes[at], size)
+      kept.append(Kept(call.index[at[:2]], query[mine], scores[at], pixels, size, masks[i]))
+    return kept
+
+  def run(
+    self,
+    batches: Iterable[tuple[Tag, Sequence[Asked]]],
+    threshold: float,
+    mask_threshold: float,
+    vision: VisionFeatures | None = None,
+  ) -> Iterator[tuple[Tag, list[Kept]]]:
+    """(tag, up to `rows` images) in; (tag, one `Kept` an image) out, in order.
+
+    The devices have the next call in hand while the last one's results are fetched. A batch without images
+    passes through in its place. vision: of the images, where they are encoded already.
+    """
+    waiting: collections.deque = collections.deque()  # one call at most, and whole batches behind it
+    for tag, asked in batches:
+      features = self.encode([one.pixels for one in asked]) if asked and vision is None else vision
+      for one in asked:
+        one.pixels = None  # 3 MB each, and no longer needed
+      self.phrases.add(self.variables, [p.phrase for one in asked for p in one.prompts])
+      calls = self.calls(asked)
+      parts: list[list[Kept]] = [[] for _ in asked]
+      for i, call in enumerate(calls):
+        found = self.detect(features, call)
+        yield from self._finish(waiting, threshold, mask_threshold)
+        waiting.append((tag, asked, parts, call, found, i == len(calls) - 1))
+      if not calls:
+        yield from self._finish(waiting, threshold, mask_threshold)
+        yield tag, [Kept.join([], one.size) for one in asked]
+    yield from self._finish(waiting, threshold, mask_threshold)
+
+  def _finish(self, waiting: collections.deque, threshold: float, mask_threshold: float) -> Iterator[Any]:
+    while waiting:
+      tag, asked, parts, call, found, last = waiting.popleft()
+      kept = self.keep(found, call, [one.size for one in asked], threshold, mask_threshold)
+      for mine, one in zip(parts, kept):
+        mine.append(one)
+      if last:
+        yield tag, [Kept.join(mine, one.size) for mine, one in zip(parts, asked)]
+
+  def _run(self, program: Program, *arguments: Any) -> Any:
+    start = time.perf_counter()
+    with explain_memory():
+      out = program(self.variables, *arguments)
+    self.on_start(start, min(jax.tree.leaves(out), key=lambda x: x.size))
+    return out
+
+  def _place(self, array: np.ndarray) -> jax.Array:
+    """[R, ...] split over the devices."""
+    return jax.device_put(array, self._split)
+
+
+def _call(index: np.ndarray, asked: Sequence[Asked]) -> Call:
+  row, slot = (int(at[0]) for at in np.nonzero(index >= 0))
+  some = row, index[row, slot]  # stands where there is no prompt
+  at = [[(row, i) if i >= 0 else some for i in line] for row, line in enumerate(index)]
+  boxes, labels = (
+    np.stack([np.stack([asked[row].boxes[i][part] for row, i in line]) for line in at]) for part in (0, 1)
+  )
+  return Call(index, [[asked[row].prompts[i].phrase for row, i in line] for line in at], boxes, labels)
+
+
+def _bucket(count: int, sizes: Sequence[int]) -> int:
+  """The smallest of `sizes` that holds `count`, or the largest."""
+  return next((size for size in sizes if size >= count), sizes[-1])
+
+
+def _ascending(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+  sizes = tuple(int(s) for s in sizes)
+  if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
+    raise ArgumentError(name, f" must be ascending positive sizes, got {sizes}")
+  return sizes
+
+
+def _placed(leaf: Any, where: NamedSharding) -> Any:
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  return jax.device_put(leaf, where)
+
+
+def _bytes_here(x: Any) -> int:
+  """Of an array or a shape with its sharding, the bytes on one device."""
+  return int(np.prod(x.sharding.shard_shape(x.shape))) * np.dtype(x.dtype).itemsize
