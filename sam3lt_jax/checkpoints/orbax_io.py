@@ -20,7 +20,7 @@ import numpy as np
 
 from sam3lt_jax import storage
 from sam3lt_jax.checkpoints.engine import THREADS, all_finite, flatten, unflatten
-from sam3lt_jax.checkpoints.errors import CheckpointError, CheckpointMismatchError, Problems
+from sam3lt_jax.checkpoints.errors import CheckpointError, CheckpointMismatchError, Problems, reason
 from sam3lt_jax.checkpoints.hub import VARIABLES
 from sam3lt_jax.config import read_json
 
@@ -114,7 +114,7 @@ def _read(directory: str) -> Iterator[None]:
     with _alone():
       yield
   except Exception as e:
-    raise CheckpointError(f"{directory} is incomplete or corrupted ({_first_line(e)})") from e
+    raise CheckpointError(f"{directory} is incomplete or corrupted ({reason(e)})") from e
 
 
 @contextlib.contextmanager
@@ -147,10 +147,6 @@ def compare(leaves: Mapping[str, Any], target: Mapping[str, Any], where: str) ->
   )
   if problems:
     raise CheckpointMismatchError(where, problems)
-
-
-def _first_line(e: Exception) -> str:
-  return f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0][:200]}"
 
 
 # ------------------------------------------------------------------ are files those that were written?

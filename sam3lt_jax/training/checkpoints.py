@@ -25,7 +25,7 @@ import jax
 from sam3lt_jax import storage
 from sam3lt_jax.checkpoints import orbax_io
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
-from sam3lt_jax.checkpoints.errors import CheckpointError
+from sam3lt_jax.checkpoints.errors import CheckpointError, reason
 from sam3lt_jax.checkpoints.orbax_io import Damaged, barrier
 from sam3lt_jax.parallel import is_key
 
@@ -197,10 +197,8 @@ class TrainCheckpoints:
   def _write_error(self, step: int, e: Exception) -> CheckpointError:
     good = self.steps()
     last = f"the last good checkpoint is {self._path(good[-1])}" if good else "no checkpoint is there"
-    reason = "no space is left on its disk" if storage.is_disk_full(e) else _reason(e)
-    return CheckpointError(
-      f"{self.directory}: the checkpoint of step {step} is not written: {reason}; {last}"
-    )
+    why = "no space is left on its disk" if storage.is_disk_full(e) else reason(e)
+    return CheckpointError(f"{self.directory}: the checkpoint of step {step} is not written: {why}; {last}")
 
   def _tidy(self) -> None:
     for name in os.listdir(self.directory):
@@ -271,7 +269,7 @@ class TrainCheckpoints:
     except CheckpointError:
       raise
     except Exception as e:  # no damage, as its files are those that were written
-      raise CheckpointError(f"{path} cannot be read: {_reason(e)}") from e
+      raise CheckpointError(f"{path} cannot be read: {reason(e)}") from e
     leaves, structure = jax.tree.flatten(like)
     new = [_as_key(loaded[name], x) for name, x in zip(_leaves(like), leaves, strict=True)]
     return jax.tree.unflatten(structure, new)
@@ -292,10 +290,6 @@ def _compare_dtypes(stored: Mapping[str, Any], target: Mapping[str, Any], path: 
   for name, x in target.items():
     if stored[name].dtype != x.dtype:  # Orbax would convert it, and the run would go on a little differently
       raise CheckpointError(f"{path}: {name} is {stored[name].dtype} there, and {x.dtype} in this run")
-
-
-def _reason(e: Exception) -> str:
-  return f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0][:200]}"
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
