@@ -11,14 +11,12 @@ leaves whole ones. The directory is on a file system with renames (a local disk,
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import shutil
 import threading
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,16 +25,11 @@ import jax
 from sam3lt_jax import storage
 from sam3lt_jax.checkpoints import orbax_io
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
-from sam3lt_jax.checkpoints.errors import CheckpointError
-from sam3lt_jax.checkpoints.orbax_io import barrier
+from sam3lt_jax.checkpoints.errors import CheckpointError, reason
+from sam3lt_jax.checkpoints.orbax_io import Damaged, barrier
 from sam3lt_jax.parallel import is_key
 
 _STATE, _WRITING, _DAMAGED, _OLD = "state", ".writing", ".damaged", ".old"
-_MANIFEST = "checkpoint.json"
-
-
-class Damaged(CheckpointError):
-  """A checkpoint of which a part is missing or is not what was written; the message names the part."""
 
 
 class TrainCheckpoints:
@@ -86,8 +79,8 @@ class TrainCheckpoints:
   def metrics(self, step: int) -> dict[str, float]:
     """The metrics saved with the checkpoint of `step`; {} if they cannot be read."""
     try:
-      return read_manifest(self._path(step))["metrics"]
-    except CheckpointError:
+      return dict(orbax_io.read_manifest(self._path(step))["metrics"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
       return {}
 
   def best_step(self) -> int | None:
@@ -187,7 +180,7 @@ class TrainCheckpoints:
 
   def _seal(self, step: int, manifest: dict[str, Any]) -> None:
     writing = self._path(step) + _WRITING
-    write_manifest(writing, manifest)
+    orbax_io.write_manifest(writing, _STATE, manifest)
     os.rename(writing, self._path(step))
     storage.sync_folder(self.directory)
     stay = {*self.steps()[-self._keep :], self.best_step()}
@@ -204,10 +197,8 @@ class TrainCheckpoints:
   def _write_error(self, step: int, e: Exception) -> CheckpointError:
     good = self.steps()
     last = f"the last good checkpoint is {self._path(good[-1])}" if good else "no checkpoint is there"
-    reason = "no space is left on its disk" if storage.is_disk_full(e) else _reason(e)
-    return CheckpointError(
-      f"{self.directory}: the checkpoint of step {step} is not written: {reason}; {last}"
-    )
+    why = "no space is left on its disk" if storage.is_disk_full(e) else reason(e)
+    return CheckpointError(f"{self.directory}: the checkpoint of step {step} is not written: {why}; {last}")
 
   def _tidy(self) -> None:
     for name in os.listdir(self.directory):
@@ -266,7 +257,7 @@ class TrainCheckpoints:
     from orbax.checkpoint import v1 as ocp
 
     path = self._path(step)
-    verify(path)
+    orbax_io.verify(path)
     target = {name: _abstract(x) for name, x in _leaves(like).items()}
     try:
       stored = flatten(ocp.metadata(os.path.join(path, _STATE)).metadata)
@@ -278,7 +269,7 @@ class TrainCheckpoints:
     except CheckpointError:
       raise
     except Exception as e:  # no damage, as its files are those that were written
-      raise CheckpointError(f"{path} cannot be read: {_reason(e)}") from e
+      raise CheckpointError(f"{path} cannot be read: {reason(e)}") from e
     leaves, structure = jax.tree.flatten(like)
     new = [_as_key(loaded[name], x) for name, x in zip(_leaves(like), leaves, strict=True)]
     return jax.tree.unflatten(structure, new)
@@ -299,10 +290,6 @@ def _compare_dtypes(stored: Mapping[str, Any], target: Mapping[str, Any], path: 
   for name, x in target.items():
     if stored[name].dtype != x.dtype:  # Orbax would convert it, and the run would go on a little differently
       raise CheckpointError(f"{path}: {name} is {stored[name].dtype} there, and {x.dtype} in this run")
-
-
-def _reason(e: Exception) -> str:
-  return f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0][:200]}"
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
@@ -337,56 +324,3 @@ def _key_impl(like: Any) -> Any:
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
   sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-# ------------------------------------------------------------------ are files those that were written?
-
-
-def write_manifest(folder: str, about: dict[str, Any]) -> None:
-  """Writes checkpoint.json: `about`, and size and CRC-32 of every file under `folder`. Waits for the disk."""
-  manifest = about | {"files": {name: _fingerprint(os.path.join(folder, name)) for name in _files(folder)}}
-  storage.write(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1, sort_keys=True))
-
-
-def read_manifest(path: str) -> dict[str, Any]:
-  """{"metrics": ..., "files": name -> [bytes, CRC-32]} of a checkpoint. Raises Damaged."""
-  try:
-    with open(os.path.join(path, _MANIFEST)) as f:
-      manifest = json.load(f)
-    return {"metrics": dict(manifest["metrics"]), "files": dict(manifest["files"])}
-  except FileNotFoundError:
-    raise Damaged(f"{path} is damaged: its part {_MANIFEST} is missing") from None
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    raise Damaged(f"{path} is damaged: its part {_MANIFEST} cannot be read") from e
-
-
-def verify(path: str) -> None:
-  """Reads every file of a checkpoint. Raises Damaged for the first that differs from its entry."""
-  for name, known in read_manifest(path)["files"].items():
-    part = os.path.join(path, name)
-    if not os.path.isfile(part):
-      raise Damaged(f"{path} is damaged: its part {name} is missing")
-    size, crc = _fingerprint(part)
-    if size != known[0]:
-      raise Damaged(f"{path} is damaged: its part {name} has {size} of {known[0]} bytes")
-    if crc != known[1]:
-      raise Damaged(f"{path} is damaged: its part {name} is not what was written")
-
-
-def _files(folder: str) -> list[str]:
-  """Every file under `folder`, relative to it, sorted."""
-  found = [
-    os.path.relpath(os.path.join(where, name), folder)
-    for where, _, names in os.walk(folder)
-    for name in names
-  ]
-  return sorted(name.replace(os.sep, "/") for name in found)
-
-
-def _fingerprint(path: str) -> list[int]:
-  """[bytes, CRC-32]."""
-  size = crc = 0
-  with open(path, "rb") as f:
-    while block := f.read(1 << 22):
-      size, crc = size + len(block), zlib.crc32(block, crc)
-  return [size, crc]
