@@ -92,6 +92,10 @@ def attend(
     kernel = kernels.chosen(q, k, where)
     if kernel is not None:
       return kernel(q, k, v)
+  if blocked is None and mask is None and isinstance(bias, GridBias) and not dropping:
+    kernel = kernels.chosen_with_bias(q, k, where)
+    if kernel is not None:
+      return kernel(q, k, v, bias.vertical, bias.horizontal)
   if remat:
     return _attend_by_head(q, k, v, mask, bias, dropout_rate, dropout_key if dropping else None)
   if blocked and dropping:
