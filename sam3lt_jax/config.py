@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import numbers
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -31,18 +31,23 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 _LARGEST = 1 << 24  # of any number of ours that counts something
+_FLOAT_MAX = sys.float_info.max
+_LONGEST = 1024  # of our lists: global layers, scales
 
 
 def typed(name: str, value: Any, like: Any) -> Any:
   """`value` in the type of `like` where that loses nothing: 512.0 is an int, 512.7, "512" and NaN are not.
 
   Raises:
-    ValueError: another type, a number that is not finite, or a count that is negative or beyond 2**24.
+    ValueError: another type, a number that is not finite, a count that is negative or beyond 2**24, or a list
+      beyond 1024.
   """
   kind = type(like)
   if kind is tuple and isinstance(value, (list, tuple)):
+    if len(value) > _LONGEST:
+      raise ValueError(f"{name} may hold {_LONGEST} numbers, got {len(value)}")
     return tuple(typed(f"{name}[{i}]", x, like[0]) for i, x in enumerate(value))
-  numeric = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+  numeric = isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) <= _FLOAT_MAX
   if kind is float and numeric:
     return float(value)
   if kind is int and numeric and value == int(value):

@@ -99,7 +99,8 @@ def from_schema(data: Mapping[str, Any], profile: str | Profile | None) -> Sam3L
   model_type = data.get("model_type")
   if model_type not in _MODEL_TYPES:
     raise ValueError(
-      f"config: model_type {model_type!r} is not a SAM3-LiteText model; accepted: {', '.join(_MODEL_TYPES)}"
+      f"config: model_type {model_type!r:.80} is not a SAM3-LiteText model;"
+      f" accepted: {', '.join(_MODEL_TYPES)}"
     )
   ours = data.get("sam3lt_jax") or {}
   if profile is None:

@@ -38,7 +38,7 @@ from sam3lt_jax.ops import target
 if TYPE_CHECKING:
   from sam3lt_jax.predictor import Predictor
 
-FORMAT = "sam3lt_jax.export/1"
+FORMAT = "sam3lt_jax.export/2"
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
 SYMBOLIC = "symbolic"
 OUTPUTS = ("pred_logits", "presence_logits", "pred_boxes", "pred_masks", "semantic_seg")
@@ -105,7 +105,8 @@ def export_parts(
 
   def detection(w, image, mixed, *rest):
     *convolved, tokens, mask, index = rest[:5]
-    empty = jnp.zeros((len(mask), 0, 4)), jnp.zeros((len(mask), 0), jnp.int32)
+    P = mask.shape[0]
+    empty = jnp.zeros((P, 0, 4)), jnp.zeros((P, 0), jnp.int32)
     prompts = Prompts(tokens, mask, *(rest[5:] or empty), index)
     vision = VisionFeatures(image, mixed, tuple(convolved))
     out = model.apply(engine.unflatten(w), vision, prompts, method="detect")

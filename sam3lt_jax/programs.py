@@ -98,7 +98,7 @@ class Program:
 
   def _make(self, future: futures.Future, constants: Any, arguments: tuple) -> None:
     try:
-      with target.traced_for((self._platform,), self._mesh if self._mesh.size > 1 else None):
+      with target.traced_for((self._platform,), self._mesh if self._mesh.size > 1 else None, here=True):
         lowered = self._jitted.lower(constants, *arguments)
       future.set_result(lowered.compile())
     except BaseException as e:

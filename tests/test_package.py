@@ -1,6 +1,7 @@
 """The package as a whole: importing it is cheap, its names exist, its files are short, its wheel is clean."""
 
 import ast
+import graphlib
 import os
 import pathlib
 import subprocess
@@ -76,20 +77,26 @@ def test_a_file_can_be_read_in_one_sitting(file):
   assert ast.get_docstring(ast.parse(source)) or not source, "no module docstring"
 
 
-def module_imports(tree):
-  """Names imported when the module is: outside functions, and not for type checkers only."""
-  found = set()
+def top_level(tree):
+  """What runs when the module is imported: statements outside functions, and not for type checkers only."""
   todo = list(tree.body)
   while todo:
     node = todo.pop()
+    yield node
+    if isinstance(node, (ast.Try, ast.With, ast.ClassDef)):
+      todo += node.body
+    elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+      todo += node.body + node.orelse
+
+
+def module_imports(tree):
+  """Packages imported when the module is."""
+  found = set()
+  for node in top_level(tree):
     if isinstance(node, ast.Import):
       found |= {alias.name.partition(".")[0] for alias in node.names}
     elif isinstance(node, ast.ImportFrom) and not node.level:
       found.add(node.module.partition(".")[0])
-    elif isinstance(node, (ast.Try, ast.With, ast.ClassDef)):
-      todo += node.body
-    elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
-      todo += node.body + node.orelse
   return found
 
 
@@ -141,6 +148,21 @@ def test_layers_import_downwards_only():
           parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
           allowed_here = wanted | ({"checkpoints"} if place == "processing" else set())
           assert set(parts) <= allowed_here, f"{file.relative_to(ROOT)} imports {node.module}"
+
+
+def test_no_two_files_import_each_other():
+  """Nor does a ring of them, of what is imported with a module."""
+  dotted = lambda f: ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")  # noqa: E731
+  files = {dotted(f): f for f in sources("sam3lt_jax")}
+  needs = {}
+  for module, file in files.items():
+    found = set()
+    for node in top_level(ast.parse(file.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.ImportFrom) and not node.level:
+        inside = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name if name in files else node.module for name in inside}
+    needs[module] = found & files.keys() - {module, "sam3lt_jax"}
+  assert len(list(graphlib.TopologicalSorter(needs).static_order())) >= len(needs)  # CycleError names a ring
 
 
 def test_no_path_of_a_machine_in_the_sources():

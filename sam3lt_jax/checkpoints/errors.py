@@ -58,3 +58,9 @@ class CheckpointMismatchError(CheckpointError):
         lines.append(f"  {heading} ({len(found)}):")
         lines += [f"    {line}" for line in found]
     super().__init__("\n".join(lines))
+
+
+def reason(e: BaseException) -> str:
+  """What a library raised, in one short line."""
+  text = (str(e).strip() or "?").splitlines()[0]
+  return f"{type(e).__name__}: {text[:200]}"

@@ -325,13 +325,11 @@ def _status(e: BaseException) -> int | None:
 
 def _is_unreachable(e: BaseException) -> bool:
   """No connection, or a hub that is down. By name: huggingface_hub uses requests or httpx, by its version."""
-  if isinstance(e, (_BrokeOff, UnknownRepositoryError)):
+  if isinstance(e, _BrokeOff):
     return False
   if _status(e) is not None:
     return _status(e) >= 500
-  return bool(_NETWORK & _names(e)) or (
-    "LocalEntryNotFoundError" in _names(e) and e.__cause__ is not None and _is_unreachable(e.__cause__)
-  )
+  return bool(_NETWORK & _names(e))
 
 
 def _explain(call: _Call, e: Exception, offline: bool = False) -> Exception:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.checkpoints import engine, infer, orbax_io, random_init, readers, sources, tables
-from sam3lt_jax.checkpoints.errors import CheckpointError
+from sam3lt_jax.checkpoints.errors import CheckpointError, reason
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def build(config: Sam3LiteTextConfig, dtype: Any, param_dtype: Any) -> tuple[Sam
   try:
     return model, abstract_leaves(model)
   except Exception as e:  # JAX and Flax have one each for what does not fit together
-    raise CheckpointError(f"no model can be made of this configuration: {readers.first_line(e)}") from e
+    raise CheckpointError(f"no model can be made of this configuration: {reason(e)}") from e
 
 
 def abstract_leaves(model: Sam3LiteText) -> dict[str, Any]:

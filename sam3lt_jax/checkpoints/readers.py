@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sam3lt_jax.checkpoints.errors import CheckpointError
+from sam3lt_jax.checkpoints.errors import CheckpointError, reason
 from sam3lt_jax.config import read_json
 
 SAFETENSORS_NAME = "model.safetensors"
@@ -120,7 +120,7 @@ def _open_shards(path: str, index: str, stack: contextlib.ExitStack) -> dict[str
     weight_map = dict(read_json(index)["weight_map"])
     shards = sorted({os.fspath(name) for name in weight_map.values()})
   except (ValueError, KeyError, TypeError) as e:
-    raise CheckpointError(f"{index} is not an index of safetensors shards ({first_line(e)})") from e
+    raise CheckpointError(f"{index} is not an index of safetensors shards ({reason(e)})") from e
   if strange := [s for s in shards if s != os.path.basename(s)]:
     raise CheckpointError(f"{index} names shards outside its directory: {', '.join(strange)}")
   for shard in shards:
@@ -240,16 +240,11 @@ def _load_pickle(torch: Any, path: str) -> Any:
         f"{path} holds Python objects beside its tensors ({refused[1]}), and loading those would run code of "
         "the file; it is refused. Ask for a file with tensors only, or save its state dict alone"
       ) from e
-    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({first_line(e)})") from e
-  except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError, TypeError, OSError) as e:
-    if isinstance(e, PermissionError):
-      raise
-    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({first_line(e)})") from e
-
-
-def first_line(e: Exception) -> str:
-  text = (str(e).strip() or type(e).__name__).splitlines()[0]
-  return f"{type(e).__name__}: {text[:160]}"
+    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({reason(e)})") from e
+  except (PermissionError, MemoryError):
+    raise
+  except Exception as e:  # torch raises a dozen kinds
+    raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({reason(e)})") from e
 
 
 def _state_dict(loaded: Any, torch: Any, path: str) -> dict[str, Any]:

@@ -49,9 +49,9 @@ def save_pretrained(
     directory: the target on a local disk. Made where it does not exist.
     model: its `config`, profile included, is saved along.
     variables: exactly the variables of `model`, of any floating dtype, which is kept.
-    format: "orbax" (ours: `config.json` and the variables) or "transformers", which `Sam3LiteTextModel` or,
-      for SAM 3's text tower, `Sam3Model` loads, with processor and tokenizer files. BatchNorm's count of
-      batches, which nothing reads, is written as 0.
+    format: "orbax" (ours: `config.json`, the variables, and their checksums in `checkpoint.json`) or
+      "transformers", which `Sam3LiteTextModel` or, for SAM 3's text tower, `Sam3Model` loads, with processor
+      and tokenizer files. BatchNorm's count of batches, which nothing reads, is written as 0.
     tokenizer: where the tokenizer files come from: a directory that has them, a `tokenizer.json`, or an
       object with `save(path)`. Default: for "transformers" and CLIP's vocabulary the bundled one, else none.
     max_shard_size: bytes, or like "500MB": the weights of "transformers" are split beyond it.
@@ -89,6 +89,7 @@ def save_pretrained(
         orbax_io.save(unfinished, variables)
       if leads:
         if format == "orbax":
+          orbax_io.write_manifest(unfinished, orbax_io.VARIABLES, {})
           model.config.to_json(os.path.join(unfinished, "config.json"))
         else:
           write_transformers(unfinished, model.config, leaves, limit)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sam3lt_jax.checkpoints.layer_rules import (
+from sam3lt_jax.checkpoints.rules import (
+  Rule,
   batch_norm,
   conv,
   embedding,
@@ -17,7 +18,6 @@ from sam3lt_jax.checkpoints.layer_rules import (
   torch_attention,
   with_bias,
 )
-from sam3lt_jax.checkpoints.rules import Rule
 
 _TRUNK = "backbone.vision_backbone.trunk"
 _NECK = "backbone.vision_backbone.convs"

@@ -5,8 +5,7 @@ Source: the state dicts of transformers 5.23.0 `Sam3LiteTextModel` and `Sam3Mode
 
 from __future__ import annotations
 
-from sam3lt_jax.checkpoints.layer_rules import batch_norm, conv, embedding, linear, norm, with_bias
-from sam3lt_jax.checkpoints.rules import Rule
+from sam3lt_jax.checkpoints.rules import Rule, batch_norm, conv, embedding, linear, norm, with_bias
 
 
 def _same_path(path: str) -> str:

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 import sam3lt_jax
 from sam3lt_jax.config import BOX_ONLY_PHRASE
-from sam3lt_jax.jobs import files, shard_files, tars
+from sam3lt_jax.jobs import files, shard_files
 from sam3lt_jax.jobs.plan import Plan, Shard
-from sam3lt_jax.jobs.sources import Item
+from sam3lt_jax.jobs.sources import Item, split_member
 
 
 @dataclasses.dataclass
@@ -260,7 +260,7 @@ class _CocoSink(_ResultsSink):
 def _file_name(item: Item) -> str:
   """COCO's own; a tar's member; else the id, which is the path in the source."""
   if "offset" in item.meta:
-    return tars.split_member(item.uri)[1]
+    return split_member(item.uri)[1]
   return item.meta.get("file_name", item.id)
 
 

@@ -25,10 +25,12 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+import tarfile
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-from sam3lt_jax.jobs import files, tars
+from sam3lt_jax.jobs import files
 
 IMAGE_SUFFIXES = frozenset(
   ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif .ppm .pgm .jp2 .tga .ico".split()
@@ -130,7 +132,7 @@ def read_bytes(item: Item) -> bytes:
   """The encoded image. Raises OSError (no such file, no permission, ...), EOFError of a tar cut short."""
   if "offset" not in item.meta:
     return files.read(item.uri)
-  tar, _ = tars.split_member(item.uri)
+  tar, _ = split_member(item.uri)
   size = item.meta["size"]
   data = files.read(tar, item.meta["offset"], size)
   if len(data) < size:
@@ -145,7 +147,7 @@ def _list_one(source: str, recursive: bool, images: str | None) -> _Part:
   if source.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
     raise ValueError(f"{source}: a compressed tar cannot be read at any place; unpack it to a .tar first")
   if suffix == ".tar" and "{" in source and not files.exists(source):
-    return _tar_part(source, tars.expand_braces(source))
+    return _tar_part(source, expand_braces(source))
   if files.is_pattern(source) and not files.exists(source):
     return _glob(source)
   path = files.absolute(source)
@@ -276,7 +278,7 @@ def _tar_part(source: str, paths: Sequence[str]) -> _Part:
   paths = [files.absolute(path) for path in paths]
   rows = []
   for number, path in enumerate(paths):
-    rows += [(number, *member) for member in tars.image_members(path, IMAGE_SUFFIXES)]
+    rows += [(number, *member) for member in tar_members(path, IMAGE_SUFFIXES)]
   if not rows:
     raise ValueError(f"no images in the tar shards {source} ({len(paths)} read)")
   return _Part(source, rows, functools.partial(_tar_item, paths))
@@ -285,7 +287,7 @@ def _tar_part(source: str, paths: Sequence[str]) -> _Part:
 def _tar_item(paths: list[str], row: tuple) -> Item:
   number, member, offset, size = row
   return Item(
-    tars.key_of(member), f"{paths[number]}!{member}", None, {"offset": offset, "size": size}
+    key_of(member), f"{paths[number]}!{member}", None, {"offset": offset, "size": size}
   )  # fmt: skip
 
 
@@ -296,3 +298,81 @@ def _check_unique(items: Items) -> None:
       first = next(k for k, other in enumerate(items) if other.id == item.id)
       raise ValueError(f"the id {item.id!r} occurs twice: {items.place(first)} and {items.place(i)}")
     seen.add(item.id)
+
+
+# ------------------------------------------------------------------ tar shards in WebDataset naming
+#
+# A sample is the members that share a path up to the first dot of the file name: `train/0001.jpg` and
+# `train/0001.json` are the sample `train/0001`. Its image is the first member whose whole suffix is an
+# image's: `0001.seg.png` is something else.
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand_braces(pattern: str) -> list[str]:
+  """`a-{000..002}.tar` -> a-000.tar, a-001.tar, a-002.tar; `{x,y}` -> x, y. As bash and webdataset do.
+
+  Raises:
+    ValueError: a brace without its pair, or what is inside is neither a range nor a list.
+  """
+  match = _BRACES.search(pattern)
+  if match is None:
+    if "{" in pattern or "}" in pattern:
+      raise ValueError(f"{pattern}: a brace without its pair; accepted: shard-{{000000..000009}}.tar")
+    return [pattern]
+  before, inside, after = pattern[: match.start()], match[1], pattern[match.end() :]
+  if numbers := _RANGE.fullmatch(inside):
+    low, high = map(int, numbers.groups())
+    if low > high:
+      raise ValueError(f"{pattern}: the range {{{inside}}} runs backwards")
+    width = len(numbers[1]) if numbers[1].startswith("0") else 0
+    values = [f"{value:0{width}d}" for value in range(low, high + 1)]
+  elif "," in inside:
+    values = inside.split(",")
+  else:
+    raise ValueError(f"{pattern}: {{{inside}}} is neither a range {{000..009}} nor a list {{a,b}}")
+  return [path for value in values for path in expand_braces(f"{before}{value}{after}")]
+
+
+def key_of(member: str) -> str:
+  """The sample's key: the member's path up to the first dot of its file name."""
+  folder, slash, name = member.rpartition("/")
+  return f"{folder}{slash}{name.partition('.')[0]}"
+
+
+def split_member(uri: str) -> tuple[str, str]:
+  """ "<tar>!<member>" -> (tar, member)."""
+  end = uri.index(".tar!") + len(".tar")
+  return uri[:end], uri[end + 1 :]
+
+
+def tar_members(path: str, suffixes: Collection[str]) -> Iterator[tuple[str, int, int]]:
+  """(member, offset of its bytes, their number) of each sample's image, in the order of the tar.
+
+  Only headers are read; of a URL, whole blocks, so that listing costs about as much as reading it.
+
+  Raises:
+    ValueError: not a tar, damaged, cut short, or a sample's members do not lie together.
+    OSError: it cannot be opened.
+  """
+  finished: set[str] = set()
+  last = None
+  try:
+    with files.open_read(path) as f, tarfile.open(fileobj=f, mode="r:") as tar:
+      while (member := tar.next()) is not None:
+        tar.members.clear()  # it would keep every header
+        name = member.name.removeprefix("./")
+        key, base = key_of(name), name.rpartition("/")[2]
+        if not member.isreg() or base.startswith(".") or base[base.find(".") :].lower() not in suffixes:
+          continue
+        if key != last and key in finished:
+          raise ValueError(f"{path}: the id {key!r} occurs twice: its members do not lie together")
+        if key != last:
+          yield name, member.offset_data, member.size
+        last = key
+        finished.add(key)
+  except FileNotFoundError:
+    raise ValueError(f"no such tar shard: {path}") from None
+  except tarfile.TarError as e:
+    raise ValueError(f"{path} is not a whole tar file: {e}") from None

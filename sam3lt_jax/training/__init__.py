@@ -4,9 +4,8 @@
     state        TrainState: all that a step changes and a checkpoint holds
     step         make_train_step: loss function -> step(state, frozen, batch)
     freezing     split and merge parameters by name patterns
-    prefetch     the next batches, read while the device computes
     loop         fit: batches in, metrics.jsonl and checkpoints out
-    checkpoints  TrainCheckpoints: asynchronous, exact resume, the best kept; integrity checks their files
+    checkpoints  TrainCheckpoints: asynchronous, exact resume, damage found, the best kept
     run_files    config.json and metrics.jsonl of a run
     outcome      what a finished run leaves: the model in two formats, its numbers, curves
     curves       metrics.jsonl -> a picture

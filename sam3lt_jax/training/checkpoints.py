@@ -25,11 +25,9 @@ import jax
 from sam3lt_jax import storage
 from sam3lt_jax.checkpoints import orbax_io
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
-from sam3lt_jax.checkpoints.errors import CheckpointError
-from sam3lt_jax.checkpoints.orbax_io import barrier
+from sam3lt_jax.checkpoints.errors import CheckpointError, reason
+from sam3lt_jax.checkpoints.orbax_io import Damaged, barrier
 from sam3lt_jax.parallel import is_key
-from sam3lt_jax.training import integrity
-from sam3lt_jax.training.integrity import Damaged
 
 _STATE, _WRITING, _DAMAGED, _OLD = "state", ".writing", ".damaged", ".old"
 
@@ -81,8 +79,8 @@ class TrainCheckpoints:
   def metrics(self, step: int) -> dict[str, float]:
     """The metrics saved with the checkpoint of `step`; {} if they cannot be read."""
     try:
-      return integrity.read_manifest(self._path(step))["metrics"]
-    except CheckpointError:
+      return dict(orbax_io.read_manifest(self._path(step))["metrics"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
       return {}
 
   def best_step(self) -> int | None:
@@ -182,7 +180,7 @@ class TrainCheckpoints:
 
   def _seal(self, step: int, manifest: dict[str, Any]) -> None:
     writing = self._path(step) + _WRITING
-    integrity.write_manifest(writing, manifest)
+    orbax_io.write_manifest(writing, _STATE, manifest)
     os.rename(writing, self._path(step))
     storage.sync_folder(self.directory)
     stay = {*self.steps()[-self._keep :], self.best_step()}
@@ -199,10 +197,8 @@ class TrainCheckpoints:
   def _write_error(self, step: int, e: Exception) -> CheckpointError:
     good = self.steps()
     last = f"the last good checkpoint is {self._path(good[-1])}" if good else "no checkpoint is there"
-    reason = "no space is left on its disk" if storage.is_disk_full(e) else _reason(e)
-    return CheckpointError(
-      f"{self.directory}: the checkpoint of step {step} is not written: {reason}; {last}"
-    )
+    why = "no space is left on its disk" if storage.is_disk_full(e) else reason(e)
+    return CheckpointError(f"{self.directory}: the checkpoint of step {step} is not written: {why}; {last}")
 
   def _tidy(self) -> None:
     for name in os.listdir(self.directory):
@@ -261,7 +257,7 @@ class TrainCheckpoints:
     from orbax.checkpoint import v1 as ocp
 
     path = self._path(step)
-    integrity.verify(path)
+    orbax_io.verify(path)
     target = {name: _abstract(x) for name, x in _leaves(like).items()}
     try:
       stored = flatten(ocp.metadata(os.path.join(path, _STATE)).metadata)
@@ -273,7 +269,7 @@ class TrainCheckpoints:
     except CheckpointError:
       raise
     except Exception as e:  # no damage, as its files are those that were written
-      raise CheckpointError(f"{path} cannot be read: {_reason(e)}") from e
+      raise CheckpointError(f"{path} cannot be read: {reason(e)}") from e
     leaves, structure = jax.tree.flatten(like)
     new = [_as_key(loaded[name], x) for name, x in zip(_leaves(like), leaves, strict=True)]
     return jax.tree.unflatten(structure, new)
@@ -294,10 +290,6 @@ def _compare_dtypes(stored: Mapping[str, Any], target: Mapping[str, Any], path: 
   for name, x in target.items():
     if stored[name].dtype != x.dtype:  # Orbax would convert it, and the run would go on a little differently
       raise CheckpointError(f"{path}: {name} is {stored[name].dtype} there, and {x.dtype} in this run")
-
-
-def _reason(e: Exception) -> str:
-  return f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0][:200]}"
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -369,24 +369,21 @@ def test_nan_weights_of_our_own_format_are_refused(tmp_path, tiny_s1):
   bad = engine.flatten(variables)
   bad["params/text_projection/bias"] = bad["params/text_projection/bias"].at[2].set(np.nan)
   save_pretrained(tmp_path / "m", model, engine.unflatten(bad))
-  for param_dtype in ("float32", "bfloat16"):
-    with pytest.raises(CheckpointMismatchError, match="NaN or infinity in") as caught:
-      from_pretrained(tmp_path / "m", param_dtype=param_dtype)
-    assert caught.value.problems.not_finite == ["params/text_projection/bias"]
+  with pytest.raises(CheckpointMismatchError, match="NaN or infinity in") as caught:
+    from_pretrained(tmp_path / "m")
+  assert caught.value.problems.not_finite == ["params/text_projection/bias"]
 
 
-@pytest.mark.parametrize("format", ["transformers", "orbax"])
 @pytest.mark.parametrize(
-  ("part", "field"),
+  ("part", "field", "format"),
   [
-    ("vision_config", "num_hidden_layers"),
-    ("text_config", "num_hidden_layers"),
-    ("detr_encoder_config", "num_layers"),
-    ("detr_decoder_config", "num_layers"),
-    ("mask_decoder_config", "num_upsampling_stages"),
+    ("vision_config", "num_hidden_layers", "transformers"),
+    ("text_config", "num_hidden_layers", "transformers"),
+    ("detr_encoder_config", "num_layers", "transformers"),
+    ("detr_decoder_config", "num_layers", "orbax"),
   ],
 )
-def test_a_million_layers_are_refused_unbuilt(tmp_path, tiny_s1, monkeypatch, format, part, field):
+def test_a_million_layers_are_refused_unbuilt(tmp_path, tiny_s1, monkeypatch, part, field, format):
   save_pretrained(tmp_path / "m", *tiny_s1, format=format)
   change_config(tmp_path / "m", part, **{field: 10**6})
   monkeypatch.setattr(pretrained, "build", None)

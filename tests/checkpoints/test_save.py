@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ from sam3lt_jax.checkpoints import (
   CheckpointError,
   CheckpointMismatchError,
   from_pretrained,
+  orbax_io,
   save,
   save_pretrained,
 )
@@ -29,7 +31,7 @@ def test_orbax_round_trip(tmp_path, name):
   profile = dataclasses.replace(Profile.transformers(), name="mine", score_threshold=0.125)
   model, variables = from_pretrained(f"random:{name}", profile=profile)
   save_pretrained(tmp_path / "m", model, variables)
-  assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "variables"]
+  assert sorted(os.listdir(tmp_path / "m")) == ["checkpoint.json", "config.json", "variables"]
   again, loaded = from_pretrained(tmp_path / "m")
   assert again.config == model.config and again.config.profile == profile
   assert_equal(flat(loaded), flat(variables))
@@ -188,3 +190,51 @@ def test_tokenizer_files(tmp_path, tiny_s1):
   assert (tmp_path / "b" / "tokenizer_config.json").exists()
   with pytest.raises(CheckpointError, match="has no tokenizer files"):
     save_pretrained(tmp_path / "c", *tiny_s1, format="transformers", tokenizer=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+  ("damage", "told"),
+  [
+    (lambda file: file.write_bytes(flipped(file.read_bytes())), "is not what was written"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-5]), "bytes"),
+    (lambda file: file.unlink(), ""),
+  ],
+)
+def test_each_damaged_file_of_the_variables_is_found(tmp_path, tiny_s1, saved_s1, damage, told):
+  files = [f for f in sorted((saved_s1 / "variables").rglob("*")) if f.is_file()]
+  largest = max(files, key=lambda f: f.stat().st_size)
+  for file in {largest, files[0], files[-1]}:
+    copy = tmp_path / file.name
+    shutil.copytree(saved_s1, copy)
+    damage(copy / file.relative_to(saved_s1))
+    with pytest.raises(CheckpointError, match=re.escape(str(copy))) as caught:
+      from_pretrained(copy)
+    if file == largest:
+      assert isinstance(caught.value, orbax_io.Damaged) or not told
+      assert told in str(caught.value)
+
+
+def flipped(data):
+  data = bytearray(data)
+  data[len(data) // 2] ^= 4
+  return bytes(data)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "{", "[]", "{}", '{"files": 1}', '{"files": {"a": 1}}', '{"files": {"a": ["x", 1]}}',
+    '{"files": {"../a": [1, 2]}}',
+  ],
+)  # fmt: skip
+def test_a_damaged_list_of_checksums(tmp_path, saved_s1, text):
+  shutil.copytree(saved_s1, tmp_path / "m")
+  (tmp_path / "m" / "checkpoint.json").write_text(text)
+  with pytest.raises(orbax_io.Damaged, match="is damaged: its part"):
+    from_pretrained(tmp_path / "m")
+
+
+def test_directories_of_older_versions_have_no_checksums(tmp_path, tiny_s1, saved_s1):
+  shutil.copytree(saved_s1, tmp_path / "m")
+  (tmp_path / "m" / "checkpoint.json").unlink()
+  assert_equal(flat(from_pretrained(tmp_path / "m")[1]), flat(tiny_s1[1]))

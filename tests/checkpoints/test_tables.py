@@ -149,7 +149,7 @@ _MANY = 10**6
   ("part", "changes", "told"),
   [
     ("vision", {"num_hidden_layers": _MANY}, "vision.num_hidden_layers=1000000, the tensors are for 32"),
-    ("vision", {"scale_factors": (1.0,) * _MANY}, "vision.scale_factors=1000000, the tensors are for 4"),
+    ("vision", {"scale_factors": (1.0,) * 9}, "vision.scale_factors=9, the tensors are for 4"),
     ("text", {"num_hidden_layers": _MANY}, "text.num_hidden_layers=1000000, the tensors are for 12"),
     ("geometry_encoder", {"num_layers": _MANY}, "geometry_encoder.num_layers=1000000, the tensors are for 3"),
     ("detr_encoder", {"num_layers": 7}, "detr_encoder.num_layers=7, the tensors are for 6"),

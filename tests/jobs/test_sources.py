@@ -12,8 +12,8 @@ import time
 import fsspec
 import pytest
 
-from sam3lt_jax.jobs import files, tars
-from sam3lt_jax.jobs.sources import Item, list_items, read_bytes
+from sam3lt_jax.jobs import files
+from sam3lt_jax.jobs.sources import Item, expand_braces, list_items, read_bytes
 
 
 def fill(root, *names):
@@ -214,11 +214,11 @@ def test_bad_tars(tmp_path):
 
 
 def test_braces():
-  assert tars.expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
-  assert tars.expand_braces("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
+  assert expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
+  assert expand_braces("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
   for bad in ("a{0..1.tar", "{3..1}.tar", "{a}.tar"):
     with pytest.raises(ValueError, match=r"brace|backwards|neither"):
-      tars.expand_braces(bad)
+      expand_braces(bad)
 
 
 def test_mixture_and_single_files(tmp_path):

@@ -12,7 +12,7 @@ import time
 import jax
 import pytest
 
-from sam3lt_jax.training import integrity
+from sam3lt_jax.checkpoints import orbax_io
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.run_files import checkpoint_steps
 from tests.training import toy
@@ -68,7 +68,7 @@ def kill_and_restart(directory, kills, steps, every, rng):
     ends.append(progress(directory))
     half_written += len(list(pathlib.Path(directory).glob("checkpoints/*.writing")))
     for step in checkpoint_steps(directory):
-      integrity.verify(str(pathlib.Path(directory) / "checkpoints" / str(step)))
+      orbax_io.verify(str(pathlib.Path(directory) / "checkpoints" / str(step)))
     found = TrainCheckpoints(pathlib.Path(directory) / "checkpoints")
     for step in found.steps():
       assert int(found.restore(like, step).step) == step
