@@ -124,7 +124,7 @@ def test_init_variables_differ_with_the_key_only(model):
 
 
 _TWO_DEVICES = """
-import jax, numpy as np
+import chex, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sam3lt_jax import parallel
 from tests import tiny
