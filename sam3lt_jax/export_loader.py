@@ -36,8 +36,8 @@ def load(directory=HERE, verify=True):
   """
   directory = pathlib.Path(directory)
   manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-  if manifest.get("format") != "sam3lt_jax.export/1":
-    raise ValueError(f"format must be sam3lt_jax.export/1, got {manifest.get('format')!r} in {directory}")
+  if manifest.get("format") != "sam3lt_jax.export/2":
+    raise ValueError(f"format must be sam3lt_jax.export/2, got {manifest.get('format')!r} in {directory}")
   for name, file in manifest["files"].items() if verify else ():
     with open(directory / name, "rb") as f:
       if hashlib.file_digest(f, "sha256").hexdigest() != file["sha256"]:

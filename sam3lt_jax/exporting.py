@@ -30,14 +30,15 @@ import numpy as np
 from sam3lt_jax import __version__, export_loader
 from sam3lt_jax.checkpoints import engine
 from sam3lt_jax.config import PADDING_LABEL
-from sam3lt_jax.features import TextFeatures, VisionFeatures
+from sam3lt_jax.engine import read
+from sam3lt_jax.features import Prompts, VisionFeatures
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.ops import target
 
 if TYPE_CHECKING:
   from sam3lt_jax.predictor import Predictor
 
-FORMAT = "sam3lt_jax.export/1"
+FORMAT = "sam3lt_jax.export/2"
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
 SYMBOLIC = "symbolic"
 OUTPUTS = ("pred_logits", "presence_logits", "pred_boxes", "pred_masks", "semantic_seg")
@@ -100,15 +101,15 @@ def export_parts(
     return features.image, features.mixed, *features.convolved
 
   def text(w, ids, mask):
-    return model.apply(engine.unflatten(w), ids, mask, method="get_text_features").pooler_output
+    return read(model, engine.unflatten(w), ids, mask)
 
-  def detection(w, *inputs):
-    image, mixed, *convolved, tokens, mask, index = inputs[:7]
-    given = dict(zip(("input_boxes", "input_boxes_labels"), inputs[7:]))
-    out = model.apply(
-      engine.unflatten(w), vision_embeds=VisionFeatures(image, mixed, tuple(convolved)), image_index=index,
-      text_embeds=TextFeatures(tokens, tokens, mask), **given,
-    )  # fmt: skip
+  def detection(w, image, mixed, *rest):
+    *convolved, tokens, mask, index = rest[:5]
+    P = mask.shape[0]
+    empty = jnp.zeros((P, 0, 4)), jnp.zeros((P, 0), jnp.int32)
+    prompts = Prompts(tokens, mask, *(rest[5:] or empty), index)
+    vision = VisionFeatures(image, mixed, tuple(convolved))
+    out = model.apply(engine.unflatten(w), vision, prompts, method="detect")
     return {name: getattr(out, name) for name in OUTPUTS}
 
   maps = jax.eval_shape(vision, weights, jax.ShapeDtypeStruct((1, S, S, 3), jnp.float32))

@@ -205,7 +205,7 @@ class Sam3LiteText(nn.Module):
       text_embeds = self._given_text(text_embeds, attention_mask)
     tap(taps, "text_features", text_embeds.pooler_output)
     P = text_embeds.pooler_output.shape[0]
-    rows = P if image_index is None else len(image_index)
+    rows = P if image_index is None else image_index.shape[0]
     if image_index is None and P == 1:
       rows = vision_embeds.image.shape[0]
     boxes, labels = check_boxes(input_boxes, input_boxes_labels, rows)
@@ -310,11 +310,13 @@ class Sam3LiteText(nn.Module):
     self, vision: VisionFeatures, prompts: Prompts, deterministic: bool = True, taps: Taps = None
   ) -> Sam3LiteTextOutput:
     """Everything after the two encoders; `__call__` says which image each prompt is for."""
-    rows = len(prompts.tokens)
+    rows = prompts.tokens.shape[0]
     image, mixed, *finer = image_of_each_prompt(
       (vision.image, vision.mixed, *vision.convolved), rows, prompts.image_index
     )
-    tokens, mask = (jnp.broadcast_to(a, (len(image), *a.shape[1:])) for a in (prompts.tokens, prompts.mask))
+    tokens, mask = (
+      jnp.broadcast_to(a, (image.shape[0], *a.shape[1:])) for a in (prompts.tokens, prompts.mask)
+    )
     place = positions.map_positions(*image.shape[1:])
     geometry = self._geometry_tokens(prompts.boxes, prompts.labels, image, place, deterministic)
     if geometry is not None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sam3lt_jax.ops import attention
+from sam3lt_jax.ops import target
 
 
 def jit(function: Callable, platform: str | None = None, **options: Any) -> Any:
@@ -98,7 +98,7 @@ class Program:
 
   def _make(self, future: futures.Future, constants: Any, arguments: tuple) -> None:
     try:
-      with attention.traced_for((self._platform,)):
+      with target.traced_for((self._platform,), self._mesh if self._mesh.size > 1 else None, here=True):
         lowered = self._jitted.lower(constants, *arguments)
       future.set_result(lowered.compile())
     except BaseException as e:

@@ -188,7 +188,7 @@ def test_the_manifest_says_what_is_in_the_folder(exported, predictor):
   assert parts["vision"]["inputs"] == [{"name": "pixels", "shape": ["b", SIDE, SIDE, 3], "dtype": "float32"}]
   assert parts["text"]["outputs"] == [{"name": "tokens", "shape": ["p", 16, 32], "dtype": "float32"}]
   shapes = {x["name"]: x["shape"] for x in parts["detection"]["inputs"] + parts["detection"]["outputs"]}
-  assert shapes["map_0"] == ["b", 24, 24, 32] and shapes["boxes"] == ["p", 8, 4]
+  assert shapes["map_0"] == ["b", 6, 6, 32] and shapes["boxes"] == ["p", 8, 4]
   assert shapes["image_index"] == ["p"] and shapes["pred_masks"] == ["p", 20, 24, 24]
   assert manifest["platforms"] == ["cpu", "cuda", "tpu"]
   assert manifest["score_threshold"] == predictor.processor.profile.score_threshold
@@ -261,7 +261,7 @@ def test_a_damaged_or_foreign_export_is_refused(exported, tmp_path):
     export_loader.load(tmp_path)
   (tmp_path / "manifest.json").unlink()
   (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": "another/2"}))
-  with pytest.raises(ValueError, match=r"format must be sam3lt_jax\.export/1, got 'another/2'"):
+  with pytest.raises(ValueError, match=r"format must be sam3lt_jax\.export/2, got 'another/2'"):
     export_loader.load(tmp_path)
 
 

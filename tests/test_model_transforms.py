@@ -160,3 +160,33 @@ def test_two_devices_give_what_one_gives():
   command = [sys.executable, "-c", _TWO_DEVICES]
   done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300, check=False)
   assert done.returncode == 0, done.stderr
+
+
+_FOUR_DEVICES = """
+import jax, numpy as np
+from sam3lt_jax import Predictor
+from tests.jobs import pictures
+assert jax.device_count() == 4, jax.devices()
+one = pictures.predictor()
+assert len(one.engine.devices) == 1
+loaded = one.model, one.variables, one.processor
+four = Predictor(*loaded, fuse=False, devices=jax.devices(), image_buckets=(1, 2))
+photos = [pictures.photo(i) for i in range(11)]  # a batch of 8, and 3 of which one device has none
+wanted = [one(photo, ["a dog", "a cat"], threshold=0.0) for photo in photos]
+found = four(photos, ["a dog", "a cat"], threshold=0.0)
+for a, b in zip(found, wanted, strict=True):
+  pictures.assert_same_results(a, b)
+pictures.assert_same_results(four(photos[0], ["a dog", "a cat"], threshold=0.0), wanted[0])
+assert all(x.sharding.device_set == set(jax.devices()) for x in jax.tree.leaves(four.variables))
+last = Predictor(*loaded, fuse=False, devices=jax.devices()[3:])
+pictures.assert_same_results(last(photos[0], ["a dog", "a cat"], threshold=0.0), wanted[0])
+"""
+
+
+def test_a_predictor_on_four_devices_finds_what_one_finds():
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+  env = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": flags}
+  command = [sys.executable, "-c", _FOUR_DEVICES]
+  root = pathlib.Path(__file__).parents[1]
+  done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-3000:]

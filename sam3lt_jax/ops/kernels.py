@@ -53,6 +53,18 @@ def chosen(q: jax.Array, k: jax.Array, target: Target) -> Kernel | None:
   return None
 
 
+def chosen_with_bias(q: jax.Array, k: jax.Array, target: Target) -> Callable | None:
+  """The same for a `GridBias`: the kernel takes q, k, v and the bias's two arrays."""
+  if not _asked_for_kernels() or not _known(*q.shape, *k.shape) or k.shape[1] < MIN_TOKENS:
+    return None
+  if not _on_tpus(target, q.shape[0]):
+    return None
+  from sam3lt_jax.ops import tpu_attention
+
+  fits = tpu_attention.fits_bias(q.shape, k.shape, q.dtype)
+  return _split(tpu_attention.attend_with_bias, target) if fits else None
+
+
 def chosen_for_windows(
   x: jax.Array, num_heads: int, window: int, tables: rope.Tables, target: Target
 ) -> Kernel | None:

@@ -22,11 +22,13 @@ class Target:
     mesh: over whose axis "data" the batch is split; None: there is none.
     takes_kernels: whether a Pallas kernel may stand in the program. XLA cannot split one by itself, so that
       it must be known that the program is for one device, or over which mesh it is split.
+    here: whether it runs in this process, so that what this machine has may be counted on.
   """
 
   platforms: tuple[str, ...]
   mesh: Mesh | None = None
   takes_kernels: bool = True
+  here: bool = False
 
   @property
   def has_cpu(self) -> bool:
@@ -41,12 +43,13 @@ _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 
 
 @contextlib.contextmanager
-def traced_for(platforms: Sequence[str], mesh: Mesh | None = None) -> Iterator[None]:
+def traced_for(platforms: Sequence[str], mesh: Mesh | None = None, here: bool = False) -> Iterator[None]:
   """What is traced inside is to run on any of `platforms` ("cpu", "cuda", "tpu"), see `jax.export`.
 
   mesh: the devices that share its batch, split over the axis "data"; None: it runs on one device.
+  here: see `Target`.
   """
-  token = _target.set(Target(tuple(platforms), mesh))
+  token = _target.set(Target(tuple(platforms), mesh, here=here))
   try:
     yield
   finally:
@@ -59,4 +62,4 @@ def current() -> Target:
   if told is not None:
     return told
   manual = bool(jax.sharding.get_abstract_mesh().manual_axes)  # in shard_map and pmap
-  return Target((jax.default_backend(),), takes_kernels=manual or jax.device_count() == 1)
+  return Target((jax.default_backend(),), takes_kernels=manual or jax.device_count() == 1, here=True)

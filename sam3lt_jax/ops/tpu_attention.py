@@ -12,7 +12,6 @@ Axes: B batch, H, W rows and columns of tokens, D width = heads side by side, T 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +54,7 @@ def fits(shape: tuple[int, ...], dtype: jnp.dtype, num_heads: int, window: int =
     and width % columns == 0
     and columns % _SUBLANES == 0
     and rows * columns <= _MAX_TOKENS
-    and _rows_of_a_block(rows, columns) * columns >= _MIN_QUERIES
+    and _rows_of_a_block(rows, columns, rows * columns) * columns >= _MIN_QUERIES
   )
 
 
@@ -79,16 +78,63 @@ def attend_in_windows(
     [B, H, W, D] in that dtype. Gradients are those of splash attention.
   """
 
-  @jax.custom_vjp
-  def run(q, k, v):
-    return _forward(q, k, v, tables, num_heads, window)
+  by_splash = functools.partial(_by_splash, tables=tables, num_heads=num_heads, window=window)
+  shared = () if tables is None else (_by_lane(*tables),)
+  kernel = lambda q, k, v: _forward(q, k, v, shared, num_heads=num_heads, window=window)  # noqa: E731
+  return _with_gradient_of(by_splash, kernel)(q, k, v)
 
-  def backward(inputs, gradient):
-    by_splash = functools.partial(_by_splash, tables=tables, num_heads=num_heads, window=window)
-    return jax.vjp(by_splash, *inputs)[1](gradient)
 
-  run.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
-  return run(q, k, v)
+def fits_bias(q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
+  """Whether `attend_with_bias` is for queries and keys of these shapes [B, T, N, H] and [B, S, N, H]."""
+  _, S, N, H = k_shape
+  return S % _SUBLANES == 0 and fits((1, S // _SUBLANES, _SUBLANES, N * H), dtype, N) and q_shape[3] == H
+
+
+def attend_with_bias(
+  q: jax.Array, k: jax.Array, v: jax.Array, vertical: jax.Array, horizontal: jax.Array
+) -> jax.Array:
+  """softmax(q k^T / sqrt(H) + bias) v, the bias a sum over rows and columns of the keys. See `fits_bias`.
+
+  Args:
+    q: [B, T, N, H]. k, v: [B, S, N, H], S = rows * columns.
+    vertical: [B, N, T, rows], horizontal: [B, N, T, columns], float32. They are rounded to the dtype of q, in
+      which the detector computes them.
+
+  Returns:
+    [B, T, N, H] in that dtype.
+  """
+  return _with_gradient_of(_plain_with_bias, _forward_with_bias)(q, k, v, vertical, horizontal)
+
+
+def _forward_with_bias(q, k, v, vertical, horizontal):
+  B, T, N, H = q.shape
+  rows, columns = vertical.shape[3], horizontal.shape[3]
+  pad = -T % (2 * _SUBLANES)
+  bias = jnp.concatenate([vertical, horizontal], axis=-1).astype(q.dtype)
+  bias = jnp.pad(bias, ((0, 0), (0, 0), (0, pad), (0, 0)))
+  q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+  # Which row and which column a key is in: the bias is a product as well, and the matrix unit's work.
+  key = np.arange(rows * columns)
+  place = np.concatenate(
+    [key // columns == np.arange(rows)[:, None], key % columns == np.arange(columns)[:, None]]
+  )
+  flat = [x.reshape(B, -1, _SUBLANES, N * H) for x in (q, k, v)]
+  out = _forward(*flat, (), bias, jnp.asarray(place, q.dtype), num_heads=N)
+  return out.reshape(B, T + pad, N, H)[:, :T]
+
+
+def _plain_with_bias(q, k, v, vertical, horizontal):
+  logits = jnp.einsum("btnh,bsnh->bnts", q * q.shape[3] ** -0.5, k, preferred_element_type=jnp.float32)
+  bias = vertical[..., :, None] + horizontal[..., None, :]
+  weights = jax.nn.softmax(logits + bias.reshape(logits.shape), axis=-1)
+  return jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v)
+
+
+def _with_gradient_of(plain, kernel):
+  """`kernel` with the gradient of `plain`, which is the same function."""
+  run = jax.custom_vjp(kernel)
+  run.defvjp(lambda *inputs: (kernel(*inputs), inputs), lambda inputs, g: jax.vjp(plain, *inputs)[1](g))
+  return run
 
 
 def _by_splash(q, k, v, tables, num_heads, window):
@@ -103,36 +149,40 @@ def _by_splash(q, k, v, tables, num_heads, window):
   return windows.merge(out, window, H, W) if window else out.reshape(B, H, W, D)
 
 
-def _forward(q, k, v, tables, num_heads, window):
+def _forward(q, k, v, table, bias=None, place=None, *, num_heads, window=0):
+  """Maps q [B, H, W, D] and k, v, whose rows may be others where there is one window; see `_kernel`."""
   B, H, W, D = q.shape
-  rows, columns = window or H, window or W
-  block = _rows_of_a_block(rows, columns)
+  head, group = D // num_heads, LANES * num_heads // D
+  rows, columns, keys = window or H, window or W, (window or k.shape[1]) * (window or W)
+  block = _rows_of_a_block(rows, columns, keys)
   # A program: image b, window (i, j), lanes h, block t of its queries.
   part = pl.BlockSpec((1, block, columns, LANES), lambda b, i, j, h, t: (b, i * (rows // block) + t, j, h))
-  whole = pl.BlockSpec((1, rows, columns, LANES), lambda b, i, j, h, t: (b, i, j, h))
-  table = pl.BlockSpec((rows * columns, LANES), lambda b, i, j, h, t: (0, 0))
-  tables = () if tables is None else (_by_lane(*tables),)
-  size, itemsize = math.prod(q.shape), q.dtype.itemsize
+  whole = pl.BlockSpec((1, keys // columns, columns, LANES), lambda b, i, j, h, t: (b, i, j, h))
+  extra, specs = list(table), [pl.BlockSpec(x.shape, lambda b, i, j, h, t: (0, 0)) for x in table]
+  if bias is not None:
+    extra += [bias, place]
+    specs.append(pl.BlockSpec((1, group, block * columns, bias.shape[3]), lambda b, i, j, h, t: (b, h, t, 0)))
+    specs.append(pl.BlockSpec(place.shape, lambda b, i, j, h, t: (0, 0)))
   return pl.pallas_call(
-    functools.partial(_kernel, head=D // num_heads),
+    functools.partial(_kernel, head=head, rotated=bool(table), biased=bias is not None),
     grid=(B, H // rows, W // columns, D // LANES, rows // block),
-    in_specs=[part, whole, whole, *(table for _ in tables)],
+    in_specs=[part, whole, whole, *specs],
     out_specs=part,
     out_shape=jax.ShapeDtypeStruct(q.shape, v.dtype),
-    scratch_shapes=[pltpu.VMEM((rows * columns, LANES), x.dtype) for x in (k, v)],
+    scratch_shapes=[pltpu.VMEM((keys, LANES), x.dtype) for x in (k, v)],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4 + ("arbitrary",)),
     cost_estimate=pl.CostEstimate(
-      flops=4 * size * rows * columns,
-      transcendentals=size // D * num_heads * rows * columns,
-      bytes_accessed=4 * size * itemsize,
+      flops=4 * q.size * keys,
+      transcendentals=q.size // head * keys,
+      bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, q, *extra)),
     ),
-    name="windowed_attention",
-  )(q, k, v, *tables)
+    name="biased_attention" if bias is not None else "windowed_attention",
+  )(q, k, v, *extra)
 
 
-def _rows_of_a_block(rows: int, columns: int) -> int:
+def _rows_of_a_block(rows: int, columns: int, keys: int) -> int:
   """Rows of queries that a program takes: the most that divide and whose scores are within bounds."""
-  most = max(1, _SCORES_BYTES // (4 * columns * rows * columns))
+  most = max(1, _SCORES_BYTES // (4 * columns * keys))
   return next(n for n in range(min(most, rows), 0, -1) if rows % n == 0)
 
 
@@ -153,29 +203,38 @@ def _rotate(x, table):
   return x * cos + other * sin
 
 
-def _kernel(q_ref, k_ref, v_ref, *rest, head: int):
-  """One block of queries. q, out: [1, rows, W, 128]; k, v: [1, H, W, 128]; table, keys, values: [T, 128]."""
-  *tables, out_ref, keys_ref, values_ref = rest
+def _kernel(q_ref, k_ref, v_ref, *rest, head: int, rotated: bool, biased: bool):
+  """One block of queries. q, out: [1, rows, W, 128]; k, v: [1, H, W, 128]; table, keys, values: [T, 128].
+
+  bias: [1, heads, rows * W, places]; place: [places, T], which of them a key is in.
+  """
+  *rest, out_ref, keys_ref, values_ref = rest
+  table_ref = rest.pop(0) if rotated else None
+  bias_ref, place_ref = rest if biased else (None, None)
   _, block, columns, _ = q_ref.shape
 
-  def read(ref, start):
-    """Rows from `start` as float32 [rows * W, 128]; in 16 bits a row of 24 would end within a register."""
-    return ref[0, pl.ds(start, block)].astype(jnp.float32).reshape(block * columns, LANES)
+  def read(ref, start, count):
+    """`count` rows as float32 [count * W, 128]; in 16 bits a row of 24 tokens would end within a register."""
+    return ref[0, pl.ds(start, count)].astype(jnp.float32).reshape(count * columns, LANES)
 
-  def rotated(x, tokens):
-    return _rotate(x, tables[0][tokens]) if tables else x
+  def turned(x, tokens):
+    return _rotate(x, table_ref[tokens]) if rotated else x
 
-  def tokens(part):
-    return pl.ds(part * block * columns, block * columns)
+  def tokens(start, count):
+    return pl.ds(start * columns, count * columns)
 
   @pl.when(pl.program_id(4) == 0)  # the first of the programs that share these keys
   def _():
-    @pl.loop(0, k_ref.shape[1] // block)
-    def _(i):
-      keys_ref[tokens(i)] = rotated(read(k_ref, i * block), tokens(i)).astype(keys_ref.dtype)
-      values_ref[tokens(i)] = read(v_ref, i * block).astype(values_ref.dtype)
+    rows = k_ref.shape[1]
+    some = _rows_of_a_block(rows, columns, rows * columns)
 
-  q = rotated(read(q_ref, 0), tokens(pl.program_id(4))).astype(keys_ref.dtype)
+    @pl.loop(0, rows, step=some)
+    def _(start):
+      at = tokens(start, some)
+      keys_ref[at] = turned(read(k_ref, start, some), at).astype(keys_ref.dtype)
+      values_ref[at] = read(v_ref, start, some).astype(values_ref.dtype)
+
+  q = turned(read(q_ref, 0, block), tokens(pl.program_id(4) * block, block)).astype(keys_ref.dtype)
   q = q * jnp.asarray(head**-0.5, q.dtype)
   k, v = keys_ref[...], values_ref[...]
   # Not the operators // and %, whose lowering asks which TPU the process has.
@@ -185,6 +244,8 @@ def _kernel(q_ref, k_ref, v_ref, *rest, head: int):
     # The other heads' lanes are zero in the queries and left out of the result; the matrix unit is 128 wide.
     one = jnp.where(head_of_lane == i, q, jnp.zeros_like(q))
     logits = jax.lax.dot_general(one, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if biased:
+      logits = logits + jnp.dot(bias_ref[0, i], place_ref[...], preferred_element_type=jnp.float32)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
     mixed = jax.lax.dot_general(

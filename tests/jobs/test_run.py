@@ -347,3 +347,20 @@ def test_a_model_is_loaded_by_its_name(photos):
   assert (fingerprint["model"], fingerprint["dtype"], fingerprint["weights"]) == (
     "random:tiny", "bfloat16", weights,
   )  # fmt: skip
+
+
+def test_before_the_first_record_a_job_compiles_what_it_meets_and_no_more(job, monkeypatch):
+  """One program of each kind, whatever other buckets there are; ahead, in threads, and none twice."""
+  made = []
+
+  class Watched(Engine):
+    def __init__(self, *given, **options):
+      super().__init__(*given, **options | {"image_buckets": (2,), "prompt_buckets": (1, 2, 4, 8)})
+      made.append(self)
+
+  counts = []
+  monkeypatch.setattr(run, "Engine", Watched)
+  with tiny.hurry():
+    job(After(1, lambda: counts.append({n: len(p) for n, p in made[0].programs().items()})))
+  assert counts == [{"encode": 1, "detect": 1, "read": 1}]
+  assert {n: len(p) for n, p in made[0].programs().items()} == counts[0]  # nor afterwards

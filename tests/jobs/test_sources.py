@@ -317,7 +317,7 @@ def test_many_files_list_quickly_and_stay_small(tmp_path):
 def test_nothing_heavy_is_imported():
   """Neither by the modules of this half of `jobs`, nor by the verbs that need them."""
   code = (
-    "import sys; from sam3lt_jax.jobs import sources, questions, plan, ledger, status, merge;"
+    "import sys; from sam3lt_jax.jobs import sources, plan, ledger, status, merge;"
     "import sam3lt_jax.cli.status, sam3lt_jax.cli.merge;"
     "print([m for m in ('jax', 'jaxlib', 'flax', 'numpy', 'PIL', 'fsspec', 'pyarrow', 'pycocotools')"
     " if m in sys.modules])"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam3lt_jax.ops import attention
+from sam3lt_jax.ops import attention, target
 from tests import tiny
 
 # B, T, S, N, H. 192 queries make three blocks of 64 under the fixture below.
@@ -19,6 +19,13 @@ SHAPES = [(2, 192, 20, 3, 8), (1, 128, 128, 2, 4), (3, 5, 7, 2, 8), (1, 1, 4, 1,
 def small_blocks(monkeypatch):
   monkeypatch.setattr(attention, "MAX_QUERY_BLOCK", 64)
   monkeypatch.setattr(attention, "MAX_BLOCK_BYTES", 8000)
+  monkeypatch.setattr(attention, "has_amx", lambda: False)
+
+
+@pytest.fixture
+def amx(monkeypatch):
+  """The path of CPUs with AMX; any CPU computes it."""
+  monkeypatch.setattr(attention, "has_amx", lambda: True)
 
 
 def inputs(shape, *, mask=None, bias=False, seed=0, dtype=np.float32):
@@ -90,6 +97,38 @@ def test_bfloat16_keeps_its_dtype_and_a_float32_softmax(blocked):
   # Rounded once on the way in (weights) and once on the way out: two units of 2^-8, values of order 1.
   wanted = by_hand(*(np.asarray(a, np.float32) for a in (q, k, v)), allowed, added)
   np.testing.assert_allclose(np.asarray(out, np.float32), wanted, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_amx_is_the_definition(shape, dtype, atol, amx):
+  q, k, v, _, _ = inputs(shape, dtype=dtype)
+  out = attend(q, k, v, blocked=True)
+  assert out.dtype == dtype
+  wanted = by_hand(*(np.asarray(a, np.float32) for a in (q, k, v)))
+  np.testing.assert_allclose(np.asarray(out, np.float32), wanted, atol=atol)
+
+
+def test_amx_multiplies_bfloat16_and_moves_integers(amx):
+  """Slices and transposes of bfloat16 become float32 on XLA:CPU, and the products with them."""
+  q, k, v, _, _ = inputs(SHAPES[0], dtype=jnp.bfloat16)
+  jaxpr = str(jax.make_jaxpr(functools.partial(attention.attend, blocked=True))(q, k, v))
+  assert jaxpr.count("preferred_element_type=float32") == 2
+  assert "u16[6,3,64,8]" in jaxpr and "bf16[6,3,64,8]" not in jaxpr
+
+
+def test_amx_has_the_derivative_of_the_plain_blocks(amx):
+  q, k, v, _, _ = inputs(SHAPES[0])
+  loss = lambda args, blocked: jnp.sum(jnp.sin(attention.attend(*args, blocked=blocked)))  # noqa: E731
+  plain, amx = (tiny.jit(jax.grad(functools.partial(loss, blocked=b)))((q, k, v)) for b in (False, True))
+  for a, b in zip(plain, amx, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(a).max())
+
+
+def test_amx_is_left_out_of_programs_for_other_machines(amx):
+  q, k, v, _, _ = inputs(SHAPES[0], dtype=jnp.bfloat16)
+  with target.traced_for(("cpu",)):
+    assert "u16" not in str(jax.make_jaxpr(functools.partial(attention.attend, blocked=True))(q, k, v))
 
 
 def test_large_scores_are_blocked_on_a_cpu_and_agree(monkeypatch):

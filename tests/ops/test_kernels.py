@@ -94,6 +94,35 @@ def test_windows_take_the_kernel_where_it_fits(shape, dtype, heads, window, fits
   assert kernels.chosen_for_windows(x, heads, window, tables, Target(("cuda",))) is None
 
 
+def test_the_bias_of_a_grid_takes_the_kernel_where_it_fits(monkeypatch):
+  q, k, _ = shapes(4, 201, 5184, 8, 32)
+  on_tpu = Target(("tpu",))
+  assert kernels.chosen_with_bias(q, k, on_tpu) is tpu_attention.attend_with_bias
+  assert kernels.chosen_with_bias(q, k, Target(("tpu",), mesh(2))) is not None
+  refused = [
+    (shapes(4, 201, 5184, 8, 32, jnp.float32)[:2], on_tpu),
+    (shapes(4, 201, 400, 8, 32)[:2], on_tpu),
+    (shapes(4, 201, 9216, 8, 32)[:2], on_tpu),
+    ((q, k), Target(("cuda",))),
+    ((q, k), Target(("tpu",), takes_kernels=False)),
+    ((q, k), Target(("tpu",), mesh(3))),
+  ]
+  for arrays, where in refused:
+    assert kernels.chosen_with_bias(*arrays, where) is None
+  kernels.use("xla")
+  assert kernels.chosen_with_bias(q, k, on_tpu) is None
+
+
+def test_attention_with_the_bias_of_a_grid_goes_through_it(monkeypatch):
+  monkeypatch.setattr(kernels, "MIN_TOKENS", 64)
+  q, k, v = qkv(1, 9, 64, 4, 32, jnp.bfloat16)
+  bias = attention.GridBias(jnp.ones((1, 4, 9, 8)), jnp.ones((1, 4, 9, 8)))
+  with target.traced_for(["tpu"]):
+    found = str(jax.make_jaxpr(lambda *args: attention.attend(*args, bias=bias))(q, k, v))
+    dense = str(jax.make_jaxpr(lambda *args: attention.attend(*args, bias=bias.dense()))(q, k, v))
+  assert "biased_attention" in found and "pallas_call" not in dense
+
+
 def test_the_environment_asks_as_well(monkeypatch):
   q, k, _ = shapes(1, 576, 576, 2, 64)
   on_tpu = Target(("tpu",))

@@ -135,3 +135,38 @@ def test_splash_attention_lowers_for_a_tpu(tokens):
 def test_splash_blocks_pad_little():
   assert [tpu_attention._block(n) for n in (1, 128, 576, 1024, 5184)] == [128, 128, 640, 1024, 896]
   assert all(-n % tpu_attention._block(n) <= 0.14 * n + 128 for n in range(1, 9000, 37))
+
+
+def biased(T, N, H, dtype=jnp.float32):
+  """q, k, v, vertical, horizontal for keys on a grid of 12 x 16."""
+  q, k, v = qkv(2, T, 192, N, H, dtype)
+  rng = np.random.default_rng(2)
+  rows, columns = (jnp.asarray(rng.normal(size=(2, N, T, n)), dtype).astype(jnp.float32) for n in (12, 16))
+  return q, k, v, rows, columns
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 0.03)])
+def test_attention_with_the_bias_of_a_grid(dtype, tolerance, monkeypatch):
+  monkeypatch.setattr(tpu_attention, "_SCORES_BYTES", 4 * 192 * 40)  # several blocks of queries
+  q, k, v, rows, columns = biased(45, 4, 64, dtype)
+  with pltpu.force_tpu_interpret_mode():
+    got = jax.jit(tpu_attention.attend_with_bias)(q, k, v, rows, columns)
+  assert got.dtype == dtype and got.shape == q.shape
+  wanted = attention.attend(q, k, v, bias=attention.GridBias(rows, columns), blocked=False)
+  np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), atol=tolerance)
+
+
+def test_attention_with_the_bias_of_a_grid_has_its_gradient():
+  args = biased(9, 4, 32)
+
+  def loss(attend, *args):
+    return jnp.sum(jnp.sin(attend(*args)))
+
+  def plain(q, k, v, rows, columns):
+    return attention.attend(q, k, v, bias=attention.GridBias(rows, columns), blocked=False)
+
+  with pltpu.force_tpu_interpret_mode():
+    got = jax.jit(jax.grad(functools.partial(loss, tpu_attention.attend_with_bias), argnums=range(5)))(*args)
+  wanted = jax.grad(functools.partial(loss, plain), argnums=range(5))(*args)
+  for a, b in zip(got, wanted, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)

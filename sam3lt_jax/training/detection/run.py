@@ -218,8 +218,8 @@ class _Run:
     vision = dataclasses.replace(model.config.vision, image_size=self.processor.image_size)
     self.model = model.clone(config=model.config.replace(vision=vision), dtype=config.dtype)
     self.trained = count_parameters(self.setup.params)
-    predictor.variables = None
-    self._predictor = predictor
+    self._predictor, self._shapes = predictor, jax.eval_shape(lambda: self.start)
+    predictor.use_variables(self._shapes)  # its weights give the devices' memory back
 
   def first_state(self) -> TrainState:
     with jax.default_device(parallel.host_device()):  # `fit` puts a copy on the devices
@@ -245,7 +245,7 @@ class _Run:
     try:
       found = evaluate(predictor, self.validation, iou_types=(self.iou_type,))
     finally:
-      predictor.variables = None
+      predictor.use_variables(self._shapes)
     return found["cgf1"][self.iou_type]
 
   def fingerprint(self) -> dict[str, Any]:

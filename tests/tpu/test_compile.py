@@ -1,0 +1,150 @@
+"""Programs compiled for v5e by the TPU's own compiler, and the table that tells of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from sam3lt_jax.config import Sam3LiteTextConfig
+from tests.benchmarks import flops
+from tests.tpu import compile_small
+from tests.tpu.conftest import ROOT
+from tpu import compile
+
+NEEDS_LIBTPU = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'sam3lt_jax[tpu]'"
+)
+IMAGE_PARTS = (flops.PATCHES, flops.WINDOWED, flops.GLOBAL, flops.NECK)
+
+
+def run(*arguments: str, timeout: int) -> str:
+  done = subprocess.run(
+    [sys.executable, "-m", *arguments],
+    cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=timeout,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
+
+
+@pytest.fixture(scope="module")
+def small():
+  return json.loads(run("tests.tpu.compile_small", timeout=900).splitlines()[-1])
+
+
+@NEEDS_LIBTPU
+@pytest.mark.full
+def test_a_small_model_has_the_kernels_and_no_collective(small):
+  assert len(small) == 3
+  for name, found in small.items():
+    layers = 3 if name.startswith("vision") else 1  # the trunk's two and one of the fusion encoder's two
+    assert found["kernels"] == {"windowed_attention": layers}, name
+    assert found["collectives"] == {}, name
+    assert found["temporaries"] < 4 << 20, name  # one global layer's scores alone would be 42 MB
+
+
+@NEEDS_LIBTPU
+@pytest.mark.full
+def test_the_compilers_flops_are_those_of_the_configuration(small):
+  """The kernels' own are among them, which the compiler knows from us."""
+  config = compile_small.small()
+  parts = flops.by_part(config, config.profile.context_length, 0)
+  # `prepare` is a self-attention of the fusion encoder and convolutions of the mask decoder.
+  assert 1.0 < small["vision, 1 image, 1"]["flops"] / sum(parts[p] for p in IMAGE_PARTS) < 1.35
+
+
+@NEEDS_LIBTPU
+@pytest.mark.full
+def test_full_size_vision_is_what_the_table_says_and_meets_its_goals():
+  out = run("tpu.compile", "--only", "vision, 1", "--chips", "1", timeout=1800)
+  wanted = {"size": "s0", "topology": "v5e:2x2", "chips": 1, "program": "vision, 1 image"}
+  (row,) = [r for r in rows() if wanted.items() <= r.items()]
+  assert row["accessed"] <= 20e9 and row["temporaries"] <= 0.2 * 2**30
+  assert row["kernels"] == {"windowed_attention": 33}
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+  if versions == {name: row[name] for name in versions}:
+    assert compile.table([row]).splitlines()[-1] in out
+
+
+# -------------------------------------------------------------------- the table
+
+
+def rows():
+  return json.loads(compile.DATA.read_text())
+
+
+def test_the_document_is_made_of_the_data():
+  assert (ROOT / "docs" / "tpu.md").read_text() == compile.document(rows())
+
+
+def test_the_programs_fit_and_talk_to_nobody():
+  for row in rows():
+    memory = row["arguments"] + row["temporaries"] + row["outputs"]
+    assert memory < 16e9, row["program"]
+    if "training" not in row["program"]:
+      assert row["kernels"] and not row["collectives"], row["program"]
+
+
+def test_full_size_flops_are_those_of_the_configuration():
+  (found,) = (r["flops"] for r in rows() if r["program"] == "vision, 8 images" and r["chips"] == 1)
+  config = Sam3LiteTextConfig.s0()
+  parts = flops.by_part(config, config.profile.context_length, compile.BOXES)
+  assert 1.0 < found / 8 / sum(parts[p] for p in IMAGE_PARTS) < 1.1
+
+
+def test_new_rows_replace_old_ones():
+  old = [{"size": "s0", "topology": "v5e:2x2", "chips": c, "program": "p", "date": "then"} for c in (1, 4)]
+  new = [old[1] | {"date": "now"}, old[0] | {"size": "s1"}]
+  assert compile.merged(old, new) == [old[0], new[0], new[1]]
+
+
+def test_kernels_and_collectives_are_read_from_the_program():
+  class Compiled:
+    def as_text(self):
+      return (
+        '  %windowed_attention.3 = bf16[1]{0} custom-call(%a, %b), custom_call_target="tpu_custom_call"\n'
+        '  %windowed_attention = bf16[1]{0} custom-call(%a), custom_call_target="tpu_custom_call"\n'
+        '  %custom-call.2 = bf16[1]{0} custom-call(%a), custom_call_target="ConcatBitcast"\n'
+        "  %ar = f32[] all-reduce-start(%c)\n  %d = f32[] all-reduce-done(%ar)\n"
+        "  %r = f32[] reduce-window(%c)\n"
+      )
+
+    def cost_analysis(self):
+      return {"flops": 2.0, "bytes accessed": 3.0}
+
+    def memory_analysis(self):
+      class Memory:
+        argument_size_in_bytes, temp_size_in_bytes, output_size_in_bytes, alias_size_in_bytes = 5, 6, 7, 4
+
+      return Memory()
+
+  found = compile.figures(Compiled())
+  assert found.kernels == {"windowed_attention": 2} and found.collectives == {"all-reduce": 1}
+  assert (found.arguments, found.temporaries, found.outputs, found.memory) == (5, 6, 3, 14)
+  assert (found.flops, found.accessed) == (2.0, 3.0)
+  looped = Compiled()
+  looped.as_text = lambda: "  %w = (f32[]) while(%a), body=%b\n"
+  assert compile.figures(looped).flops is None
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--topology", "v5e:3x7"], "topology 'v5e:3x7' cannot be compiled for: "),
+    (["--only", "training, 2"], "only: no program's name holds 'training, 2'"),
+    (["--chips", "9"], "chips must be 1 to 4, got [9]"),
+  ],
+)
+@NEEDS_LIBTPU
+def test_a_mistake_is_named(arguments, message):
+  done = subprocess.run(
+    [sys.executable, "-m", "tpu.compile", *arguments],
+    cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120,
+  )  # fmt: skip
+  assert done.returncode == 2 and re.search(re.escape(message), done.stderr), done.stderr[-2000:]
