@@ -26,7 +26,7 @@ MAX_QUERY_BLOCK = 864
 # heads, 0.43 s one by one, 1.5 s together.
 MAX_BLOCK_BYTES = 8 << 20
 # Scores of a block on CPUs with AMX, one head of one row. On one core of an Intel Xeon with 2 MB of L2,
-# bfloat16, 5184 tokens, 16 heads: 694 ms in blocks of 96 queries (2 MB), 588 in 192 (4 MB), 695 in 432 (9 MB).
+# bfloat16, 5184 tokens, 16 heads: 694 ms in blocks of 96 queries (2 MB), 588 in 192 (4 MB), 695 in 432 (9).
 AMX_BLOCK_BYTES = 4 << 20
 # Finite, so that a row whose keys are all masked gives an average of its values and not NaN.
 MASKED_LOGIT = -1e30
