@@ -24,6 +24,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sam3lt_jax.ops import target
+
 Batch = Mapping[str, np.ndarray]
 
 
@@ -161,7 +163,9 @@ class JitStep:
     )
 
   def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
-    return self._compiled(state, frozen, batch)
+    platform = self.mesh.devices.flat[0].platform
+    with target.traced_for([platform], self.mesh if self.mesh.size > 1 else None):
+      return self._compiled(state, frozen, batch)
 
   def place_state(self, state: Any) -> Any:
     """A copy of `state` on the mesh: donating it leaves the caller's arrays alone."""

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from sam3lt_jax import parallel
+from sam3lt_jax.ops import target
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.optimizer import make_optimizer
 from sam3lt_jax.training.state import TrainState
@@ -100,6 +101,16 @@ def devices(directory: str) -> dict:
   # A run goes on with another number of devices.
   found["fit"] = fit(f"{directory}/a", 2, step_fn=step, mesh=eight) and fit(f"{directory}/a", STEPS)
   found["fit_again"] = fit(f"{directory}/b", 2) and fit(f"{directory}/b", STEPS, step_fn=step, mesh=four_two)
+  traced = []
+
+  def told(state, frozen, batch):
+    where = target.current()
+    traced.append([list(where.platforms), where.mesh and dict(where.mesh.shape)])
+    return step(state, frozen, batch)
+
+  for mesh in (one, four_two):
+    train(parallel.data_parallel(told, mesh))
+  found["traced"] = traced
   found["error"] = ""
   try:
     toy.run(f"{directory}/c", 2, step_fn=step, mesh=eight, data=toy.Data(rows=slice(6)))

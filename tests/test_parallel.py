@@ -72,6 +72,10 @@ def test_a_teacher_that_is_split_stays_split(eight):
   assert eight["bytes"] == {"teacher": 64 * 8 * 4 // 2, "other": 64 * 8 * 4}
 
 
+def test_a_step_is_traced_for_its_mesh(eight):
+  assert eight["traced"] == [[["cpu"], None], [["cpu"], {"data": 4, "model": 2}]]
+
+
 def test_a_batch_that_does_not_divide_is_one_sentence(eight):
   assert eight["error"] == (
     "a batch of 6 rows cannot be split evenly over 8 devices; take 8 rows, or 2 devices"

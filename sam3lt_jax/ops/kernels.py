@@ -45,7 +45,7 @@ def chosen(q: jax.Array, k: jax.Array, target: Target) -> Kernel | None:
     return None
   if target.is_for(*GPUS):
     fits = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128
-    return cudnn if fits and _has_cudnn() else None
+    return _split(cudnn, target) if fits and _divides(target, q.shape[0]) and _has_cudnn() else None
   if _on_tpus(target, q.shape[0]):
     from sam3lt_jax.ops import tpu_attention  # Pallas takes a second to import
 
@@ -108,12 +108,17 @@ def _known(*sizes: int) -> bool:
 
 def _on_tpus(target: Target, batch: int) -> bool:
   """Whether the program is for TPUs alone, in a way that a Pallas kernel may stand in it."""
-  ways = target.mesh.shape["data"] if target.mesh is not None else 1
-  return target.is_for("tpu") and target.takes_kernels and batch % ways == 0
+  return target.is_for("tpu") and target.takes_kernels and _divides(target, batch)
+
+
+def _divides(target: Target, batch: int) -> bool:
+  return target.mesh is None or batch % target.mesh.shape["data"] == 0
 
 
 def _split(kernel: Kernel, target: Target) -> Kernel:
-  """Each device of the mesh runs the kernel on its own rows: XLA does not split a Pallas kernel."""
+  """Each device of the mesh runs the kernel on its own rows: XLA does not split a Pallas kernel, and need not
+  be left to find out how cuDNN's is.
+  """
   if target.mesh is None:
     return kernel
   rows = P("data")

@@ -58,6 +58,14 @@ def test_chosen_by_platform_and_shape(asked, platform, dtype, width, tokens, wan
   assert kernels.chosen(q, k, Target((platform, "cpu"))) is None
 
 
+def test_cudnn_is_split_by_rows_as_well(monkeypatch):
+  monkeypatch.setattr(kernels, "_has_cudnn", lambda: True)
+  q, k, _ = shapes(8, 576, 576, 2, 64)
+  assert kernels.chosen(q, k, Target(("cuda",), takes_kernels=False)) is kernels.cudnn
+  assert kernels.chosen(q, k, Target(("cuda",), mesh(4))) not in (None, kernels.cudnn)
+  assert kernels.chosen(q, k, Target(("cuda",), mesh(3))) is None
+
+
 def test_a_pallas_kernel_stands_only_where_xla_need_not_split_it():
   q, k, _ = shapes(8, 576, 576, 2, 64)
   x, tables = jax.ShapeDtypeStruct((8, 72, 72, 128), jnp.bfloat16), rope.axial_rope(24, 64, 1e4)

@@ -65,7 +65,7 @@ def test_the_examples_job_is_one_that_the_command_takes(example):
   parser = cli.Parser(prog="sam3lt batch")
   batch.add_arguments(parser)
   args = parser.parse(_pod(example)["containers"][0]["args"])
-  assert args.prompts == ["truck", "traffic light"] and args.out == "gs://my-bucket/found"
+  assert args.phrases == ["truck", "traffic light"] and args.out == "gs://my-bucket/found"
 
 
 @pytest.mark.parametrize("accelerator_type", TYPES)

@@ -88,7 +88,7 @@ def test_the_example_of_the_usage_is_a_job_that_the_command_takes(script, name):
   usage = script(name, "--help").out.replace("\\\n", " ")
   (example,) = re.findall(rf"tpu/{re.escape(name)} +(.+)", usage)
   args = _parse(shlex.split(example))
-  assert args.prompts == ["truck", "traffic light"] and args.model == "s0" and args.dtype == "bfloat16"
+  assert args.phrases == ["truck", "traffic light"] and args.model == "s0" and args.dtype == "bfloat16"
 
 
 def _parse(arguments):
@@ -337,7 +337,7 @@ def test_the_readme_names_only_what_exists():
   jobs = re.findall(r"tpu/(launch_\w+\.sh) (.+)", blocks.replace("\\\n", ""))
   assert len(jobs) == 4
   for _, job in jobs:
-    assert _parse(shlex.split(job)).prompts[0] == "truck"
+    assert _parse(shlex.split(job)).phrases[0] == "truck"
 
 
 def test_scripts_stay_out_of_the_installed_package():
