@@ -145,11 +145,9 @@ class Engine:
     Raises:
       ValueError: naming the argument.
     """
-    if devices is None:
-      devices = [jax.config.jax_default_device or jax.devices()[0]]
-    devices = list(devices)
-    if not devices:
-      raise ValueError("devices must name at least one device, got none")
+    devices = [jnp.zeros(()).device] if devices is None else list(devices)
+    if not devices or not all(isinstance(device, jax.Device) for device in devices):
+      raise ArgumentError("devices", f" must be a list of at least one jax.Device, got {devices}")
     on_cpu = devices[0].platform == "cpu"
     if image_buckets is None:
       image_buckets = (1,) if on_cpu else IMAGE_BUCKETS
@@ -211,28 +209,28 @@ class Engine:
   def compile_ahead(self, images: int = 1, prompts: int = 1) -> None:
     """Compiles in the background what so many images with so many phrases each will need."""
     self._ahead = self._ahead or Ahead()
-    side = self.processor.image_size
-    ids = self.phrases.inputs([BOX_ONLY_PHRASE])
-    self._ahead.compile(self._read, self.variables, *ids)
-    pixels, vision, asked = self._shapes(self._rows(images), prompts, side)
+    pixels, vision, asked = self._shapes(self._rows(images), prompts)
+    self._ahead.compile(self._read, self.variables, *self.phrases.inputs([BOX_ONLY_PHRASE]))
     self._ahead.compile(self._detect, self.variables, vision, asked)
     self._ahead.compile(self._encode, self.variables, pixels)
 
-  def _shapes(self, rows: int, prompts: int, side: int) -> tuple[Any, VisionFeatures, Prompts]:
-    """Arguments of `encode` and `detect` for so many images and prompts without boxes."""
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._split)  # noqa: E731
-    pixels = shape(np.empty((rows, side, side, 3), np.uint8))
-    vision = jax.eval_shape(lambda *given: encode(self.model, *given), self.variables, pixels)
-    ids = self.phrases.inputs([BOX_ONLY_PHRASE])
-    tokens = jax.eval_shape(lambda *given: read(self.model, *given), self.variables, *ids)
-    P, (_, T, D) = _bucket(prompts, self._buckets_for(rows)), tokens.shape
+  def _shapes(self, R: int, prompts: int) -> tuple[Any, VisionFeatures, Prompts]:
+    """Arguments of `encode` and `detect` for R images, so many prompts and no boxes; nothing is traced."""
+    config, side, dtype = self.model.config, self.processor.image_size, self.model.dtype
+    grid, D = side // config.vision.patch_size, config.detr_encoder.hidden_size
+    P, T = _bucket(prompts, self._buckets_for(R)), config.profile.context_length
     boxes, labels = self.box_arrays(Prompt(BOX_ONLY_PHRASE), (side, side))
-    struct = jax.ShapeDtypeStruct
+
+    def shape(*axes: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((R, *axes), dtype, sharding=self._split)
+
+    coarse = shape(grid, grid, D)
+    vision = VisionFeatures(coarse, coarse, tuple(shape(n * grid, n * grid, D) for n in (4, 2)))
     asked = Prompts(
-      struct((rows, P, T, D), tokens.dtype), struct((rows, P, T), bool),
-      struct((rows, P, *boxes.shape), boxes.dtype), struct((rows, P, *labels.shape), labels.dtype),
+      shape(P, T, D), shape(P, T, dtype=bool),
+      shape(P, *boxes.shape, dtype=boxes.dtype), shape(P, *labels.shape, dtype=labels.dtype),
     )  # fmt: skip
-    return pixels, jax.tree.map(shape, vision), jax.tree.map(shape, asked)
+    return shape(side, side, config.vision.num_channels, dtype=np.uint8), vision, asked
 
   def fit_memory(self, prompts: int) -> None:
     """Halves the images a device until their compiled programs fit its memory, where devices tell it.
@@ -247,7 +245,7 @@ class Engine:
 
   def memory_needed(self, prompts: int) -> float:
     """Bytes a device of the programs for `rows` images, the weights, and what waits beside them."""
-    pixels, vision, asked = self._shapes(self.rows, prompts, self.processor.image_size)
+    pixels, vision, asked = self._shapes(self.rows, prompts)
     self._ahead = self._ahead or Ahead()
     self._ahead.compile(self._detect, self.variables, vision, asked)  # both at the same time
     try:

@@ -31,9 +31,8 @@ def predictor():
 
 def make(predictor, **options):
   with tiny.hurry():
-    return Engine(
-      predictor.model, predictor.variables, predictor.processor, devices=jax.local_devices()[:1], **options
-    )
+    options = {"devices": jax.local_devices()[:1]} | options
+    return Engine(predictor.model, predictor.variables, predictor.processor, **options)
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +260,8 @@ def test_memory_grows_with_the_batch(predictor):
     ({"image_buckets": (0,)}, r"image_buckets must be ascending positive sizes, got \(0,\)"),
     ({"prompt_buckets": (4, 1)}, r"prompt_buckets must be ascending positive sizes, got \(4, 1\)"),
     ({"model_parallel": 3}, "model=3 does not divide the 1 devices"),
+    ({"devices": []}, r"devices must be a list of at least one jax.Device, got \[\]"),
+    ({"devices": ["cpu"]}, r"devices must be a list of at least one jax.Device, got \['cpu'\]"),
   ],
 )
 def test_bad_arguments(predictor, given, message):
