@@ -53,23 +53,26 @@ def walked(call: Callable[[], object]) -> set[tuple[str, str]]:
 
 
 def calls(folder: str) -> Iterator[tuple[str, Callable[[], object]]]:
-  """What is measured: the bundled model, from loading to results."""
+  """What is measured, on the bundled model."""
   from sam3lt_jax import Predictor
 
   rng = np.random.default_rng(0)
   for i in range(4):
     Image.fromarray(rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)).save(f"{folder}/{i}.png")
 
+  loaded = Predictor.from_pretrained("shapes", compile_ahead=False)
+
   def photo():
-    Predictor.from_pretrained("shapes")(f"{folder}/0.png", text=PHRASE)
+    loaded(f"{folder}/0.png", text=PHRASE)
 
   def job():
     from sam3lt_jax.jobs.run import JobConfig, run_job
 
     run_job(JobConfig(folder, f"{folder}/out", phrases=[PHRASE], model="shapes"))
 
-  yield "a model loaded, and the first photo", photo
-  yield "a batch job of four images", job
+  yield "the first photo of a loaded model, which traces it", photo
+  yield "another photo", photo
+  yield "a batch job of four images, from its configuration to its summary", job
 
 
 def main() -> None:
