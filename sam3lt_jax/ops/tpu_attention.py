@@ -11,6 +11,7 @@ Axes: B batch, H, W rows and columns of tokens, D width = heads side by side, T 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -37,7 +38,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   B, T, N, H = q.shape
   flat = (B, T // _SUBLANES, _SUBLANES, N * H)
   if k.shape != q.shape or T % _SUBLANES or not fits(flat, q.dtype, N):
-    return splash(q, k, v)
+    return _with_gradient_of(splash, splash)(q, k, v)
   return attend_in_windows(*(x.reshape(flat) for x in (q, k, v)), num_heads=N).reshape(q.shape)
 
 
@@ -131,9 +132,25 @@ def _plain_with_bias(q, k, v, vertical, horizontal):
 
 
 def _with_gradient_of(plain, kernel):
-  """`kernel` with the gradient of `plain`, which is the same function."""
-  run = jax.custom_vjp(kernel)
-  run.defvjp(lambda *inputs: (kernel(*inputs), inputs), lambda inputs, g: jax.vjp(plain, *inputs)[1](g))
+  """`kernel` with the gradient of `plain`, which is the same function.
+
+  Products of 16 bits are exact as they are, and Mosaic refuses to be asked for more of them: JAX's default
+  precision, which may be "highest", does not reach a kernel in 16 bits, forward nor backward.
+  """
+
+  def precise(function, like):
+    exact = jnp.dtype(like.dtype).itemsize == 2
+    with jax.default_matmul_precision("default") if exact else contextlib.nullcontext():
+      return function()
+
+  @jax.custom_vjp
+  def run(*inputs):
+    return precise(lambda: kernel(*inputs), inputs[0])
+
+  def backward(inputs, gradient):
+    return precise(lambda: jax.vjp(plain, *inputs)[1](gradient), inputs[0])
+
+  run.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
   return run
 
 

@@ -72,6 +72,22 @@ def test_attention_in_windows_has_the_gradient_of_attention():
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, asked", [(jnp.bfloat16, False), (jnp.float32, True)])
+def test_the_precision_that_jax_is_set_to_is_not_asked_of_16_bits(dtype, asked):
+  """Mosaic refuses it: "Bad lhs type"."""
+
+  def gradient(attend, *args):
+    return str(jax.make_jaxpr(jax.grad(lambda *a: attend(*a).astype(jnp.float32).sum(), argnums=0))(*args))
+
+  windows_of_8 = functools.partial(tpu_attention.attend_in_windows, num_heads=2, window=8)
+  with jax.default_matmul_precision("highest"):
+    for text in (
+      gradient(windows_of_8, *maps(1, 16, 16, 128, dtype=dtype)),
+      gradient(tpu_attention.attend, *qkv(1, 100, 100, 2, 64, dtype)),  # by splash attention
+    ):
+      assert "pallas_call" in text and ("HIGHEST" in text) == asked
+
+
 def test_attention_without_a_grid_takes_the_same_kernel_where_it_fits():
   q, k, v = qkv(1, 128, 128, 4, 32, jnp.bfloat16)
   text = str(jax.make_jaxpr(tpu_attention.attend)(q, k, v))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
+
 from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 from sam3lt_jax.config import Sam3LiteTextConfig, VisionConfig
 from tpu import compile
@@ -31,11 +33,15 @@ def small() -> Sam3LiteTextConfig:
 
 def main() -> None:
   devices, found = compile.topology("v5e:2x2"), {}
-  for chips, name in ((1, "vision, 1 image"), (4, "vision, 1 image"), (4, "detection, 1 prompt")):
+  for chips, name, precision in (
+    (1, "vision, 1 image", "default"),
+    (4, "vision, 1 image", "highest"),
+    (4, "detection, 1 prompt", "highest"),
+  ):
     program = compile.programs(small(), chips)[name]()
-    found[f"{name}, {chips}"] = dataclasses.asdict(
-      compile.figures(compile.compile_for(program, devices[:chips]))
-    )
+    with jax.default_matmul_precision(precision):
+      compiled = compile.compile_for(program, devices[:chips])
+    found[f"{name}, {chips}"] = dataclasses.asdict(compile.figures(compiled))
   print(json.dumps(found))
 
 
