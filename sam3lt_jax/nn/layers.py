@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sam3lt_jax.ops import attention
 
@@ -28,8 +29,13 @@ def tap(taps: Taps, name: str, value: jax.Array) -> None:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-  """Exact (erf) GELU; flax's default is the tanh approximation."""
-  return nn.gelu(x, approximate=False)
+  """Exact (erf) GELU; flax's default is the tanh approximation.
+
+  In float32, rounded once, as torch computes it; flax rounds every step to x's dtype, which takes XLA:CPU
+  twice as long in bfloat16.
+  """
+  y = x.astype(jnp.float32)
+  return (0.5 * y * (1.0 + jax.lax.erf(y * np.float32(np.sqrt(0.5))))).astype(x.dtype)
 
 
 def _dot_f32(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):

@@ -31,6 +31,12 @@ def test_gelu_is_exact():
   np.testing.assert_allclose(layers.gelu(jnp.asarray([1.0, -2.0])), [0.8413447, -0.0455003], atol=1e-6)
 
 
+def test_gelu_in_bfloat16_is_rounded_once():
+  x = jnp.linspace(-6, 6, 4001).astype(jnp.bfloat16)
+  wanted = layers.gelu(x.astype(jnp.float32)).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(layers.gelu(x), wanted)
+
+
 def test_layer_norm_epsilon_is_torchs():
   """Values +-e with e^2 = 1e-5 = the default epsilon: variance and epsilon weigh the same, so 1 / sqrt(2)."""
   e = np.sqrt(1e-5)
