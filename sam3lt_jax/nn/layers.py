@@ -191,9 +191,10 @@ class LayerNorm(nn.Module):
     scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
     bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), self.param_dtype)
     x = x.astype(jnp.float32)
-    x = x - x.mean(axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-    return (x * scale + bias).astype(self.dtype)
+    mean = x.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean((x - mean) ** 2, axis=-1, keepdims=True) + self.epsilon)
+    mean, inverse = attention.apart_on_amx(mean, inverse)
+    return ((x - mean) * inverse * scale + bias).astype(self.dtype)
 
 
 class Mlp(nn.Module):
