@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax.nn import layers, text_encoder
+from sam3lt_jax.ops import attention
 from tests import tiny
 
 
@@ -29,6 +30,25 @@ def run(module, params, *args):
 def test_gelu_is_exact():
   """x Phi(x): at 1, 0.841345 by tables; the tanh approximation gives 0.841192."""
   np.testing.assert_allclose(layers.gelu(jnp.asarray([1.0, -2.0])), [0.8413447, -0.0455003], atol=1e-6)
+
+
+def test_gelu_in_bfloat16_is_rounded_once():
+  x = jnp.linspace(-6, 6, 4001).astype(jnp.bfloat16)
+  wanted = layers.gelu(x.astype(jnp.float32)).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(layers.gelu(x), wanted)
+
+
+def test_layer_norm_is_the_same_in_two_pieces(monkeypatch):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 64)), jnp.float32)
+  params = {"scale": jnp.linspace(0.5, 2, 64), "bias": jnp.linspace(-1, 1, 64)}
+
+  def result(amx):
+    monkeypatch.setattr(attention, "has_amx", lambda: amx)
+    norm = lambda x: layers.LayerNorm().apply({"params": params}, x)  # noqa: E731, a new one: traces are kept
+    assert ("optimization_barrier" in str(jax.make_jaxpr(norm)(x))) == amx
+    return norm(x), jax.grad(lambda x: jnp.sum(jnp.sin(norm(x))))(x)
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), result(False), result(True))
 
 
 def test_layer_norm_epsilon_is_torchs():
