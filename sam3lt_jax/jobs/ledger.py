@@ -64,7 +64,8 @@ class ShardWriter:
     kind = _MemoryPart if files.is_remote(plan.directory) else _FilePart
     self._part = kind(plan.directory, shard, self._ids)
 
-  def __enter__(self) -> ShardWriter:
+  def open(self) -> ShardWriter:
+    """Takes the lock and reads what there is; as entering does, for who leaves it elsewhere by `close`."""
     self._started = time.time()
     about = {"host": locks.host_name(), "process": self.process, "pid": os.getpid(), "started": self._started}
     self._part.open()
@@ -79,8 +80,15 @@ class ShardWriter:
       raise
     return self
 
-  def __exit__(self, *exc) -> None:
+  def close(self) -> None:
+    """Lets go of the lock. More than once does no harm."""
     self._part.close()
+
+  def __enter__(self) -> ShardWriter:
+    return self.open()
+
+  def __exit__(self, *exc) -> None:
+    self.close()
 
   def _count(self, record: dict[str, Any]) -> None:
     self.done.add(record["id"])

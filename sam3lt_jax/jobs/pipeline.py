@@ -147,7 +147,7 @@ class Writer:
       if record is None:
         self._flush()
         shard.writer.commit({"instances": shard.instances})
-        shard.writer.__exit__(None, None, None)
+        shard.writer.close()
         self.committed += 1
         return
       if time.perf_counter() - self._flushed > FLUSH_S:

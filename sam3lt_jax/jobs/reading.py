@@ -174,18 +174,18 @@ class Reader:
     self._arguments = (size, max_pixels)
     self._workers, self._processes, self._ahead, self._stop = workers, processes, ahead, stop
     self._pool: futures.Executor | None = None
-    self._limit = _own_pixel_limit()
+    self._open = contextlib.ExitStack()
     self._queue: collections.deque[tuple[Any, Any, futures.Future | None]] = collections.deque()
     self.waited_s = 0.0
 
   def __enter__(self) -> Reader:
-    self._limit.__enter__()
+    self._open.enter_context(_own_pixel_limit())
     self._pool = self._new_pool()
     return self
 
   def __exit__(self, *exception) -> None:
     self._pool.shutdown(wait=True, cancel_futures=True)
-    self._limit.__exit__(None, None, None)
+    self._open.close()
 
   def _new_pool(self) -> futures.Executor:
     if not self._processes:

@@ -253,7 +253,7 @@ class _Job:
     finally:
       writer.abandon()
       for shard in self._open:
-        shard.writer.__exit__(None, None, None)
+        shard.writer.close()
       self.clock.close()
       waited_since = engine.waited_s - (self._waited_before or 0.0)
       summary.take_counters(self.clock, self.reader, writer, engine.waited_s, waited_since)
@@ -265,7 +265,7 @@ class _Job:
         self._left_some = True
         return
       try:
-        writer = ledger.ShardWriter(self._plan, shard, process).__enter__()
+        writer = ledger.ShardWriter(self._plan, shard, process).open()
       except ledger.Busy:
         self._summary.shards_busy += 1
         continue
