@@ -230,7 +230,8 @@ included; nothing was run on a TPU, and no time was measured.
   by one; much of it stays in the chip's fast memory, so that "ms by bytes" is more than HBM will take.
 - "ms by FLOPs" and "ms by bytes" are what the maker's figures for the chip allow at best.
 - A program with loops (a training step runs its layers as scans) counts a loop's body once: its FLOPs and
-  bytes say nothing and are left out.
+  bytes say nothing and are left out. At full size it was not compiled yet: 25 minutes on 2 cores, shared with
+  others, were not enough. A small model's is, kernels of its backward pass included.
 - `vision` is uint8 images to the features that all prompts about them share, `detection` prompts with 8 box
   slots about one image to scores, boxes and masks. bfloat16; weights are arguments.
 - On several chips each does what the program's name says; "collectives" are operations between chips.

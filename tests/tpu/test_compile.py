@@ -22,7 +22,18 @@ from tpu.chips import COMPILED
 NEEDS_LIBTPU = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'sam3lt_jax[tpu]'"
 )
-IMAGE_PARTS = (flops.PATCHES, flops.WINDOWED, flops.GLOBAL, flops.NECK)
+
+
+ONE_CHIP = {"size": "s0", "topology": "v5e:2x2", "chips": 1}
+
+
+def image_flops(config: Sam3LiteTextConfig) -> int:
+  """Of `engine.encode` by the configuration: trunk, neck, and what all prompts share of the detector."""
+  parts = flops.by_part(config, config.profile.context_length, 0)
+  image = sum(parts[part] for part in (flops.PATCHES, flops.WINDOWED, flops.GLOBAL, flops.NECK))
+  tokens, C = (config.vision.image_size // config.vision.patch_size) ** 2, config.detr_encoder.hidden_size
+  convolved = flops._linear(4 * tokens, 9 * C, C) + flops._linear(16 * tokens, 9 * C, C)
+  return image + flops._attention(tokens, tokens, C) + convolved
 
 
 def run(*arguments: str, timeout: int) -> str:
@@ -56,23 +67,21 @@ def test_a_small_model_has_the_kernels_and_no_collective(small):
 @pytest.mark.full
 def test_the_compilers_flops_are_those_of_the_configuration(small):
   """The kernels' own are among them, which the compiler knows from us."""
-  config = compile_small.small()
-  parts = flops.by_part(config, config.profile.context_length, 0)
-  # `prepare` is a self-attention of the fusion encoder and convolutions of the mask decoder.
-  assert 1.0 < small["vision, 1 image, 1"]["flops"] / sum(parts[p] for p in IMAGE_PARTS) < 1.35
+  assert 1.0 < small["vision, 1 image, 1"]["flops"] / image_flops(compile_small.small()) < 1.05
 
 
 @NEEDS_LIBTPU
 @pytest.mark.full
-def test_full_size_vision_is_what_the_table_says_and_meets_its_goals():
-  out = run("tpu.compile", "--only", "vision, 1", "--chips", "1", timeout=1800)
-  wanted = {"size": "s0", "topology": "v5e:2x2", "chips": 1, "program": "vision, 1 image"}
-  (row,) = [r for r in rows() if wanted.items() <= r.items()]
-  assert row["accessed"] <= 20e9 and row["temporaries"] <= 0.2 * 2**30
-  assert row["kernels"] == {"windowed_attention": 33}
-  versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-  if versions == {name: row[name] for name in versions}:
-    assert compile.table([row]).splitlines()[-1] in out
+def test_full_size_vision_meets_its_goals_and_the_table_says_so():
+  """Takes minutes; what the table says of the other programs is not compiled again."""
+  line = run("tpu.compile", "--only", "vision, 1", "--chips", "1", timeout=1800).splitlines()[-1]
+  cells = [cell.strip() for cell in line.strip("| ").split("|")]
+  assert cells[:2] == ["1", "vision, 1 image"] and cells[9:] == ["33 x windowed_attention", "none"]
+  temporaries, flops, accessed = (float(cells[i]) for i in (3, 5, 6))
+  assert accessed <= 20 and temporaries <= 0.2 and flops < 6
+  (row,) = [r for r in rows() if ONE_CHIP.items() <= r.items() and r["program"] == "vision, 1 image"]
+  assert accessed == pytest.approx(row["accessed"] / 1e9, rel=0.05)
+  assert flops == pytest.approx(row["flops"] / 1e12, rel=0.02)
 
 
 # -------------------------------------------------------------------- the table
@@ -95,10 +104,8 @@ def test_the_programs_fit_and_talk_to_nobody():
 
 
 def test_full_size_flops_are_those_of_the_configuration():
-  (found,) = (r["flops"] for r in rows() if r["program"] == "vision, 8 images" and r["chips"] == 1)
-  config = Sam3LiteTextConfig.s0()
-  parts = flops.by_part(config, config.profile.context_length, compile.BOXES)
-  assert 1.0 < found / 8 / sum(parts[p] for p in IMAGE_PARTS) < 1.1
+  (row,) = [r for r in rows() if ONE_CHIP.items() <= r.items() and r["program"] == "vision, 8 images"]
+  assert 1.0 < row["flops"] / 8 / image_flops(Sam3LiteTextConfig.s0()) < 1.05
 
 
 def test_new_rows_replace_old_ones():
