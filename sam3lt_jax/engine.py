@@ -164,7 +164,7 @@ class Engine:
     self.on_start: Callable[[float, jax.Array], None] = lambda start, output: None
 
     def program(function: Callable, out: NamedSharding) -> Program:
-      return Program(function.__name__, lambda *given: function(model, *given), mesh, out)
+      return Program(function.__name__, lambda *given: function(model, *given), mesh, out, model.dtype)
 
     self._encode, self._detect = program(encode, self._split), program(detect, self._split)
     self._read = program(read, everywhere)

@@ -7,6 +7,7 @@ predictions, `forward` all three, `end_to_end` files to results.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -28,14 +29,14 @@ class Ours:
   def __init__(self, workload: Workload, dtype: str):
     import jax
 
-    from sam3lt_jax import Predictor
-    from sam3lt_jax.programs import jit
+    from sam3lt_jax import Predictor, programs
 
     self.how = "jit"
     self._jax = jax
     self.predictor = Predictor.from_pretrained(workload.directory, dtype=dtype)
     self.model, self.variables = self.predictor.model, self.predictor.variables
     apply = self.model.apply
+    jit = functools.partial(programs.jit, dtype=self.model.dtype)
     self._vision = jit(lambda v, x: apply(v, x, method="neck_maps"))
     self._text = jit(lambda v, ids, mask: apply(v, ids, mask, method="get_text_features"))
     self._prepare = jit(lambda v, vision: apply(v, vision, method="prepare"))
