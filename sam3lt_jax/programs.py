@@ -27,9 +27,9 @@ def jit(function: Callable, platform: str | None = None, dtype: Any = None, **op
   On CPUs XLA orders operations so that many can run at once, which keeps their results in memory all at once:
   884 MB beside the weights for the full-size image encoder in float32, against 239 MB in the order of the
   program (from the compiled programs, jax 0.10.2). Every operation uses all cores by itself, so nothing is
-  lost by that. With AMX, float32 products are faster outside of XLA's library of kernels, which bfloat16 needs:
-  of the image encoder's layers (1008 px, CPU time, minima of 6 in turn, one Intel Xeon under load, 2026-11-26)
-  a windowed one 1751 -> 1487 ms, a global one 2991 -> 3111; there are 28 and 4.
+  lost by that. With AMX, float32 products are faster outside of XLA's library of kernels, which bfloat16
+  needs: of the image encoder's layers (1008 px, CPU time, minima of 6 in turn, an Intel Xeon under load,
+  2026-11-26) a windowed one takes 1751 -> 1487 ms, a global one 2991 -> 3111; there are 28 and 4.
   """
   if (platform or jax.default_backend()) == "cpu":
     wide = dtype is not None and np.dtype(dtype) == np.float32
