@@ -32,7 +32,7 @@ def test_writes_an_export(tmp_path, capsys):
   assert manifest["profile"]["name"] == "transformers" and manifest["score_threshold"] == 0.3
   assert list(manifest["tokens"]["phrases"]) == ["truck"]
   inputs = {x["name"]: x for x in manifest["parts"]["detection"]["inputs"]}
-  assert inputs["map_0"]["shape"] == [2, 24, 24, 32] and inputs["map_0"]["dtype"] == "bfloat16"
+  assert inputs["map_0"]["shape"] == [2, 6, 6, 32] and inputs["map_0"]["dtype"] == "bfloat16"
   assert inputs["tokens"]["shape"] == ["p", 32, 32]
   assert os.listdir(tmp_path / "new") == ["model"]
   weights = read_safetensors(out / "weights.safetensors")

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 _ACCEPTED = (
   "a path, a PIL image, the bytes of an image file, or an array [H, W, 3] (uint8, or float in [0, 1])"
 )
-# What Pillow's decoders raise on damaged files.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError)
+_ORIENTATION = 0x0112  # of EXIF
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 def load_image(image: Any) -> np.ndarray:
@@ -66,7 +68,9 @@ def _decode(file, name: str) -> np.ndarray:
   try:
     with Image.open(file) as image:
       image.load()
-      image = ImageOps.exif_transpose(image)
+      # Not ImageOps.exif_transpose, which writes all of EXIF back and stumbles over tags of an odd type.
+      turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+      image = image if turn is None else image.transpose(turn)
   except Image.DecompressionBombError as e:
     raise ValueError(
       f"{name} is larger than Pillow's safety limit ({e}). If you trust it, raise the limit first: "
@@ -76,8 +80,10 @@ def _decode(file, name: str) -> np.ndarray:
     empty = file.seek(0, io.SEEK_END) == 0
     what = "is empty (0 bytes)" if empty else "is not an image in a format that Pillow reads"
     raise ValueError(f"{name} {what}") from e
-  except _DECODE_ERRORS as e:
-    raise ValueError(f"{name} is damaged or truncated: {e}") from e
+  except MemoryError:
+    raise
+  except Exception as e:  # decoders raise whatever they like
+    raise ValueError(f"{name} is damaged or truncated: {str(e) or type(e).__name__}") from e
   return _to_rgb(image, name)
 
 
@@ -86,8 +92,10 @@ def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
     raise ValueError(f"{name} has no pixels, its size is {image.width}x{image.height}")
   try:
     image.load()  # Pillow decodes an opened file when it is first used
-  except _DECODE_ERRORS as e:
-    raise ValueError(f"{name} is damaged or truncated: {e}") from e
+  except MemoryError:
+    raise
+  except Exception as e:
+    raise ValueError(f"{name} is damaged or truncated: {str(e) or type(e).__name__}") from e
   if image.mode.startswith("I"):
     return _wide_grey_to_rgb(np.asarray(image), name)
   if image.mode == "F":

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -243,3 +244,38 @@ def test_resize_is_within_one_level_of_torchvision(shape, side):
   difference = np.abs(resize_image(photo, side).astype(int) - expected.permute(1, 2, 0).numpy().astype(int))
   assert difference.max() <= 1
   assert difference.mean() < 0.015
+
+
+@pytest.mark.parametrize(
+  "tag, kind, count, value",
+  [(0x11A, 2, 3, b"72\0\0"), (0x10F, 11, 1, struct.pack("<f", 5)), (0x128, 2, 2, b"2\0\0\0")],
+  ids=["XResolution as text", "Make as float", "ResolutionUnit as text"],
+)
+def test_exif_tags_of_an_odd_type_are_nobodys_business(tag, kind, count, value):
+  """Only the orientation is read; to write EXIF back, which nobody needs, would fail."""
+  entries = sorted([(0x112, 3, 1, struct.pack("<HH", 6, 0)), (tag, kind, count, value)])
+  rows = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+  exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + rows + b"\0\0\0\0"
+  out = io.BytesIO()
+  Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(out, "JPEG", exif=exif)
+  assert load_image(out.getvalue()).shape == (60, 40, 3)
+
+
+@pytest.mark.parametrize(
+  "error", [RuntimeError("no frame"), NotImplementedError(), TypeError("odd"), KeyError(3)]
+)
+def test_whatever_a_decoder_raises_is_one_sentence(monkeypatch, error):
+  """A damaged AVIF raises RuntimeError, some DDS NotImplementedError; a MemoryError stays one."""
+  out = io.BytesIO()
+  Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(out, "PNG")
+
+  def load(self):
+    raise error
+
+  monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+  with pytest.raises(ValueError, match=r"^image \(\d+ bytes\) is damaged or truncated: \S") as caught:
+    load_image(out.getvalue())
+  assert caught.value.__cause__ is error
+  error = MemoryError()
+  with pytest.raises(MemoryError):
+    load_image(out.getvalue())
