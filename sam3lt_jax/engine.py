@@ -17,7 +17,6 @@ depend neither on neighbours nor on the number of devices. No device reads anoth
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -156,7 +155,7 @@ class Engine:
     self.image_buckets = _ascending("image_buckets", image_buckets)
     self._prompt_buckets = _ascending("prompt_buckets", prompt_buckets)
     self._box_buckets = _ascending("box_buckets", box_buckets)
-    self._masks_on_device = not on_cpu if masks_on_device is None else masks_on_device
+    masks_on_device = not on_cpu if masks_on_device is None else masks_on_device
     self.model, self.processor = model, processor
     self.mesh = mesh = parallel.make_mesh(model=model_parallel, devices=devices)
     self.ways, self._on_cpu = mesh.shape["data"], on_cpu
@@ -169,8 +168,8 @@ class Engine:
     self._encode, self._detect = program(encode, self._split), program(detect, self._split)
     self._read = program(read, everywhere)
     self.phrases = PhraseTable(self._read, processor, mesh, PHRASE_BATCHES[: 1 if on_cpu else None])
-    self._masks = MaskSource(mesh, self._masks_on_device, processor.profile.mask_order)
-    self._ahead: Ahead | None = None
+    self._masks = MaskSource(mesh, masks_on_device, processor.profile.mask_order)
+    self._ahead = Ahead()
     self.use_variables(variables)
 
   def use_variables(self, variables: Variables) -> None:
@@ -208,7 +207,6 @@ class Engine:
 
   def compile_ahead(self, images: int = 1, prompts: int = 1) -> None:
     """Compiles in the background what so many images with so many phrases each will need."""
-    self._ahead = self._ahead or Ahead()
     pixels, vision, asked = self._shapes(self._rows(images), prompts)
     self._ahead.compile(self._read, self.variables, *self.phrases.inputs([BOX_ONLY_PHRASE]))
     self._ahead.compile(self._detect, self.variables, vision, asked)
@@ -246,7 +244,6 @@ class Engine:
   def memory_needed(self, prompts: int) -> float:
     """Bytes a device of the programs for `rows` images, the weights, and what waits beside them."""
     pixels, vision, asked = self._shapes(self.rows, prompts)
-    self._ahead = self._ahead or Ahead()
     self._ahead.compile(self._detect, self.variables, vision, asked)  # both at the same time
     try:
       e = self._encode.compile(self.variables, pixels).memory_analysis()
@@ -268,8 +265,7 @@ class Engine:
     Raises:
       ValueError: a box or label that cannot be meant.
     """
-    count = 0 if prompt.boxes is None else len(prompt.boxes)
-    most = self._box_buckets[-1]
+    count, most = len(prompt.boxes), self._box_buckets[-1]
     slots = _bucket(count, self._box_buckets) if count <= most else -(-count // most) * most
     if not count and self.processor.profile.geometry_cls == "with_any_boxes":
       slots = 0  # under this policy even empty slots bring in the CLS token
@@ -291,7 +287,7 @@ class Engine:
     """Starts encoding 1 to `rows` images, uint8 [S, S, 3] each; their features, on the devices, have as
     many rows as the bucket that holds them.
     """
-    if self._ahead is not None and self._on_cpu:
+    if self._on_cpu:
       # No image is encoded before all is compiled: on a CPU of 2 cores both at once end no sooner, and take
       # 4% more memory at their peak (S0, float32; `python -m tests.benchmarks.compare --parts memory start`).
       self._ahead.wait()
@@ -375,7 +371,7 @@ class Engine:
     The devices have the next call in hand while the last one's results are fetched. A batch without images
     passes through in its place. vision: of the images, where they are encoded already.
     """
-    waiting: collections.deque = collections.deque()  # one call at most, and whole batches behind it
+    pending: tuple | None = None  # the call that the devices have
     for tag, asked in batches:
       features = self.encode([one.pixels for one in asked]) if asked and vision is None else vision
       for one in asked:
@@ -385,21 +381,23 @@ class Engine:
       parts: list[list[Kept]] = [[] for _ in asked]
       for i, call in enumerate(calls):
         found = self.detect(features, call)
-        yield from self._finish(waiting, threshold, mask_threshold)
-        waiting.append((tag, asked, parts, call, found, i == len(calls) - 1))
+        yield from self._finish(pending, threshold, mask_threshold)
+        pending = tag, asked, parts, call, found, i == len(calls) - 1
       if not calls:
-        yield from self._finish(waiting, threshold, mask_threshold)
+        yield from self._finish(pending, threshold, mask_threshold)
+        pending = None
         yield tag, [Kept.join([], one.size) for one in asked]
-    yield from self._finish(waiting, threshold, mask_threshold)
+    yield from self._finish(pending, threshold, mask_threshold)
 
-  def _finish(self, waiting: collections.deque, threshold: float, mask_threshold: float) -> Iterator[Any]:
-    while waiting:
-      tag, asked, parts, call, found, last = waiting.popleft()
-      kept = self.keep(found, call, [one.size for one in asked], threshold, mask_threshold)
-      for mine, one in zip(parts, kept):
-        mine.append(one)
-      if last:
-        yield tag, [Kept.join(mine, one.size) for mine, one in zip(parts, asked)]
+  def _finish(self, pending: tuple | None, threshold: float, mask_threshold: float) -> Iterator[Any]:
+    if pending is None:
+      return
+    tag, asked, parts, call, found, last = pending
+    kept = self.keep(found, call, [one.size for one in asked], threshold, mask_threshold)
+    for mine, one in zip(parts, kept):
+      mine.append(one)
+    if last:
+      yield tag, [Kept.join(mine, one.size) for mine, one in zip(parts, asked)]
 
   def _run(self, program: Program, *arguments: Any) -> Any:
     start = time.perf_counter()

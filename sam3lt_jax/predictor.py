@@ -11,7 +11,7 @@ import collections
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -26,6 +26,9 @@ from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.prompts import Prompt
 from sam3lt_jax.processing.results import Results
+
+if TYPE_CHECKING:
+  from sam3lt_jax.checkpoints.pretrained import Opened
 
 
 class Predictor:
@@ -114,13 +117,20 @@ class Predictor:
       source, config, profile, dtype, dtype if param_dtype is None else param_dtype, revision=revision,
       token=token, cache_dir=cache_dir, local_files_only=local_files_only,
     )  # fmt: skip
-    directory = None if opened.random else opened.path
-    processor = Sam3Processor.beside(directory, opened.model.config, image_size)
-    predictor = cls(opened.model, opened.shapes, processor, **options)
+    predictor = cls.without_weights(opened, image_size, **options)
     if compile_ahead:
       predictor.engine.compile_ahead()
     predictor.use_variables(opened.load())
     return predictor
+
+  @classmethod
+  def without_weights(cls, opened: Opened, image_size: int | None = None, **options: Any) -> Predictor:
+    """For a checkpoint of `checkpoints.open_checkpoint`, to compile while its weights are read;
+    `use_variables` brings them.
+    """
+    directory = None if opened.random else opened.path
+    processor = Sam3Processor.beside(directory, opened.model.config, image_size)
+    return cls(opened.model, opened.shapes, processor, **options)
 
   @property
   def variables(self) -> Variables:
@@ -268,7 +278,7 @@ class Predictor:
 
 def _ahead(read: Any, works: Iterable[tuple[Any, Any]], rows: int) -> Iterator[tuple[Any, Any]]:
   """(read(image), what is asked) of each, in order; a batch and a few more are read in advance."""
-  works, workers = iter(works), min(os.cpu_count() or 1, 16)
+  works, workers = iter(works), image_ops.default_workers()
   waiting: collections.deque = collections.deque()
   with futures.ThreadPoolExecutor(workers, "sam3lt-read") as pool:
     try:

@@ -71,10 +71,7 @@ class Program:
 
   def __call__(self, constants: Any, *arguments: Any) -> Any:
     start = time.perf_counter()
-    future, mine = self._promise(arguments)
-    if mine:
-      self._make(future, constants, arguments)
-    waits = mine or not future.done()
+    future, waits = self._compile(constants, arguments)
     compiled = future.result()
     if waits:
       self.waited_s += time.perf_counter() - start
@@ -82,17 +79,14 @@ class Program:
 
   def compile(self, constants: Any, *arguments: Any) -> jax.stages.Compiled:
     """Compiles for arguments of these kinds, arrays or `jax.ShapeDtypeStruct`s with their shardings."""
-    future, mine = self._promise(arguments)
-    if mine:
-      self._make(future, constants, arguments)
-    return future.result()
+    return self._compile(constants, arguments)[0].result()
 
   def compiled(self) -> list[jax.stages.Compiled]:
     """All that there is by now, to see what it does and what it takes."""
     return [f.result() for f in list(self._made.values()) if f.done() and f.exception() is None]
 
-  def _promise(self, arguments: tuple) -> tuple[futures.Future, bool]:
-    """(what is or will be compiled for these arguments, whether the caller is the one to compile it)."""
+  def _compile(self, constants: Any, arguments: tuple) -> tuple[futures.Future, bool]:
+    """(what is or will be compiled for these arguments, whether the caller has to wait for it)."""
     leaves, structure = jax.tree.flatten(arguments)
     precision = jax.config.jax_default_matmul_precision
     key = (structure, precision, *((x.shape, np.dtype(x.dtype), _devices(x)) for x in leaves))
@@ -101,15 +95,15 @@ class Program:
       future = self._made.setdefault(key, futures.Future())
       if mine:
         future.add_done_callback(lambda f: self._made.pop(key) if f.exception() else None)
-    return future, mine
-
-  def _make(self, future: futures.Future, constants: Any, arguments: tuple) -> None:
+    if not mine:
+      return future, not future.done()
     try:
       with target.traced_for((self._platform,), self._mesh if self._mesh.size > 1 else None, here=True):
         lowered = self._jitted.lower(constants, *arguments)
       future.set_result(lowered.compile())
     except BaseException as e:
       future.set_exception(e)
+    return future, True
 
 
 def _devices(x: Any) -> Any:

@@ -292,7 +292,7 @@ def test_a_stream_is_one_image_after_the_other(base, sibling):
 
 def test_a_stream_holds_few_images(base, monkeypatch):
   """What was taken from the source beyond what was given out stays within a batch and the readers."""
-  monkeypatch.setattr("os.cpu_count", lambda: 2)
+  monkeypatch.setattr("sam3lt_jax.processing.images.default_workers", lambda: 2)
   taken = [0]
 
   def source():

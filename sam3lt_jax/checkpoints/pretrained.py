@@ -112,11 +112,8 @@ def open_checkpoint(
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
   *,
-  revision: str | None = None,
-  token: str | bool | None = None,
-  cache_dir: str | os.PathLike | None = None,
-  local_files_only: bool = False,
   seed: int = 0,
+  **hub: Any,
 ) -> Opened:
   """The first half of `from_pretrained`, with its arguments and errors: all but reading the weights."""
   dtypes = {"dtype": _dtype("dtype", dtype), "param_dtype": _dtype("param_dtype", param_dtype or jnp.float32)}
@@ -126,9 +123,7 @@ def open_checkpoint(
     config = Sam3LiteTextConfig.from_json(config, profile)
   elif config is not None and profile is not None:
     config = config.replace(profile=profile)
-  found = sources.locate(
-    source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-  )
+  found = sources.locate(source, **hub)
   path = found.path
   if found.kind == "random":
     config = config or random_init.RANDOM_CONFIGS[path]().replace(profile=profile or "original")

@@ -15,7 +15,6 @@ import dataclasses
 import errno
 import io
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -250,9 +249,3 @@ class Reader:
       (tag, later, None if later is None else self._submit(later)) for tag, later, _ in self._queue
     )
     return found
-
-
-def default_workers() -> int:
-  """Cores that this process may use, at least 2 and at most 16: beyond that reading, not decoding, limits."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-  return min(max(cores, 2), 16)

@@ -28,7 +28,7 @@ from sam3lt_jax.jobs.sources import list_items
 from sam3lt_jax.jobs.summary import Summary
 from sam3lt_jax.jobs.summary import write as write_summary
 from sam3lt_jax.predictor import Predictor
-from sam3lt_jax.processing import postprocess
+from sam3lt_jax.processing import images, postprocess
 
 MAX_FAILURES = 0.5
 SHARD_SIZES = (16, 500)
@@ -164,10 +164,11 @@ def run_job(
     if skipped := questions.check_items(item.id for item in items) if questions.per_image else 0:
       progress.note(f"nothing is asked of {skipped} of {len(items)} images")
     setup.use_compilation_cache(config.compilation_cache)
-    asked = max((len(questions.for_item(i.id)) for i in itertools.islice(items, SHARD_SIZES[1])), default=1)
+    first = itertools.islice(items, SHARD_SIZES[1])
+    asked = max([1, *(len(questions.for_item(item.id)) for item in first)])
     progress.phase(f"loading {config.model}")
     if predictor is None:
-      engine, weights = setup.load(config, max(asked, 1), ahead=not Plan.is_done(config.out))
+      engine, weights = setup.load(config, asked, ahead=not Plan.is_done(config.out))
     else:
       engine, weights = None, setup.digest(predictor.variables)
     loaded = predictor or engine
@@ -188,11 +189,11 @@ def run_job(
     progress.phase("preparing the devices")
     overlays = Overlays(plan.directory, items, config.overlays)
     if engine is None:
-      options = setup.engine_options(config, max(asked, 1))
+      options = setup.engine_options(config, asked)
       engine = Engine(predictor.model, predictor.variables, predictor.processor, **options)
-    engine.compile_ahead(engine.rows, max(asked, 1))
+    engine.compile_ahead(engine.rows, asked)
     if config.batch is None:
-      engine.fit_memory(max(asked, 1))
+      engine.fit_memory(asked)
     job = _Job(config, engine, plan, questions, summary, progress, stop, overlays)
     job.run(plan.missing(index, count), index, started)
     if caught and summary.stopped is not None:
@@ -212,7 +213,7 @@ class _Job:
     self._waited_before: float | None = None  # for compilation, when the first program was started
     self.engine, self.clock = engine, DeviceClock()
     engine.on_start = self._on_start
-    workers = config.workers or reading.default_workers()
+    workers = config.workers or images.default_workers()
     # A batch is being gathered while another is decoded.
     self.reader = reading.Reader(
       engine.processor.image_size,

@@ -64,10 +64,8 @@ def load(config: JobConfig, questions: int, ahead: bool) -> tuple[Engine, str]:
     questions: of each image, as far as is known. ahead: compile for them while the weights are read.
   """
   opened = open_checkpoint(config.model, None, config.profile, config.dtype, config.dtype)
-  directory = None if opened.random else opened.path
-  processor = Sam3Processor.beside(directory, opened.model.config, config.image_size)
   with renamed("prompt_buckets", "buckets"):
-    predictor = Predictor(opened.model, opened.shapes, processor, **engine_options(config, questions))
+    predictor = Predictor.without_weights(opened, config.image_size, **engine_options(config, questions))
   if ahead:
     predictor.engine.compile_ahead(predictor.engine.rows, questions)
   # On the host where one device is too small for the weights.

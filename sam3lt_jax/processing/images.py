@@ -193,3 +193,9 @@ def preprocess(image: Any, size: int = 1008) -> tuple[np.ndarray, tuple[int, int
   """
   image = load_image(image)
   return normalise(resize_image(image, size)), image.shape[:2]
+
+
+def default_workers() -> int:
+  """Cores that this process may use, at least 2 and at most 16: beyond that reading, not decoding, limits."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  return min(max(cores, 2), 16)
