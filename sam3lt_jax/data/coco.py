@@ -1,16 +1,20 @@
 """COCO instance annotations as records: a phrase a category, or one an annotation.
 
 Source: the COCO data format (cocodataset.org/#format-data); LVIS (lvisdataset.org) for the two lists of
-categories that its images carry.
+categories that its images carry, and for what they mean: nothing is known of a category that an image has no
+object of and does not list.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sam3lt_jax.data import records as record_ops
+from sam3lt_jax.data import annotations as annotation_ops
+from sam3lt_jax.data.annotations import LeftOut
+from sam3lt_jax.data.numbers import printable, shown
 from sam3lt_jax.data.records import Prompt, Record
 
 _PHRASE_KEYS = ("phrase", "caption")
@@ -24,8 +28,12 @@ class CocoRecords(Sequence):
     dataset: what the file holds; `coco_ap` takes it.
     by_category: phrases are categories, so that COCO's AP is defined. False where annotations bring their
       own.
-    phrases: category id to phrase, of the categories that are asked for.
+    federated: images list the categories that they are known not to have, as LVIS's do.
+    phrases: category id to phrase, of the categories that are asked for. Several may have one phrase.
+    answers: `Prompt.category_id`, the first category of a phrase, to all of different names that have it.
     negatives: absent categories are asked for as well.
+    has_masks: an annotation has a mask.
+    left_out: reason to how many objects or parts of them were left out of the records made so far.
   """
 
   def __init__(
@@ -37,89 +45,139 @@ class CocoRecords(Sequence):
     negatives: bool = True,
     phrases: Mapping[str, str] | None = None,
   ):
-    record_ops.check_dataset(dataset, name)
     self.name, self.dataset = name, dataset
     self._folder, self.negatives = os.fspath(images), negatives
-    self._entries = [(entry, *record_ops.image_entry(entry, name)) for entry in dataset["images"]]
-    self._annotations = record_ops.annotations_by_image(dataset, name)
-    self.phrases, self.by_category = self._category_phrases(phrases or {})
+    self._images = annotation_ops.images_of(dataset, name)
+    self._lists = [annotation_ops.lists_of(image, name) for image in self._images]
+    self.federated = any(absent is not None for absent, _ in self._lists)
+    self._annotations = annotation_ops.annotations_by_image(dataset, self._images, name)
+    self.has_masks = any(a.get("segmentation") for a in dataset["annotations"])
+    self._left_out = LeftOut()
+    self.left_out = self._left_out.counts
+    categories = annotation_ops.categories_of(dataset, name)
+    own, plain = self._labels(categories)
+    self.by_category = not own
+    asked = self._phrases_of(categories, phrases or {}, own - plain)
+    self._kinds = _kinds(categories, asked)
+    # A root that others only name, as in Roboflow's exports, is nobody's label: it is not asked at all.
+    roots = self._kinds.keys() - {_key(asked[i]) for i in plain}
+    self.phrases = {i: phrase for i, phrase in asked.items() if _key(phrase) not in roots}
+    self._ids: dict[str, list[int]] = {}
+    for i, phrase in self.phrases.items():
+      self._ids.setdefault(_key(phrase), []).append(i)
+    first = annotation_ops.first_of_name(categories)
+    self.answers = {ids[0]: tuple(dict.fromkeys(first[i] for i in ids)) for ids in self._ids.values()}
 
-  def _category_phrases(self, given: Mapping[str, str]) -> tuple[dict[int, str], bool]:
-    """The phrases of categories, without those whose every annotation has a phrase of its own."""
-    categories = self.dataset.get("categories") or []
-    names: dict[int, str] = {}
-    for i, category in enumerate(categories):
-      if not isinstance(category, Mapping) or not isinstance(category.get("name"), str):
-        raise ValueError(f"{self.name}: category {i} has no name")
-      if not isinstance(category.get("id"), int) or category["id"] in names:
-        raise ValueError(f"{self.name}: category {category['name']!r} has no id of its own")
-      names[category["id"]] = category["name"]
-    unknown = sorted(set(given) - set(names.values()))
-    if unknown:
-      raise ValueError(f"phrases are given for {unknown}, which {self.name} has no category of")
+  def _labels(self, categories: Mapping[int, Mapping[str, Any]]) -> tuple[set[int], set[int]]:
+    """The categories of annotations that bring their own phrase, and those of annotations that do not."""
     plain, own = set(), set()
-    for annotation in self.dataset["annotations"]:
+    for annotation in itertools.chain.from_iterable(self._annotations.values()):
       category = annotation.get("category_id")
       if _own_phrase(annotation, self.name) is not None:
         own.add(category)
-      elif category in names:
+      elif category in categories:
         plain.add(category)
       else:
         raise ValueError(
-          f"{self.name}: annotation {annotation.get('id', '?')} has neither a phrase nor a category that is "
-          f"listed (category_id {category!r})"
+          f"{self.name}: annotation {shown(annotation.get('id', '?'))} has neither a phrase nor a category "
+          f"that is listed (category_id {category!r})"
         )
+    return own, plain
+
+  def _phrases_of(
+    self, categories: Mapping[int, Mapping[str, Any]], given: Mapping[str, str], without: set[int]
+  ) -> dict[int, str]:
+    """The phrases of all categories but some; those that mean the same are written as the first one."""
+    unknown = sorted(set(given) - {category["name"] for category in categories.values()})
+    if unknown:
+      raise ValueError(f"phrases are given for {unknown}, which {self.name} has no category of")
     phrases: dict[int, str] = {}
-    taken: dict[str, str] = {}
-    for i, category in names.items():
-      if i in own and i not in plain:
+    written: dict[str, str] = {}
+    for i, category in categories.items():
+      if i in without:
         continue
-      phrase = given.get(category, category.replace("_", " ")).strip()
-      if not phrase or phrase in taken:
-        clash = f"the phrase of category {taken[phrase]!r}" if phrase else "an empty phrase"
-        raise ValueError(f"{self.name}: category {category!r} has {clash}; give phrases={{name: phrase}}")
-      taken[phrase] = category
-      phrases[i] = phrase
-    return phrases, not own
+      name = category["name"]
+      phrase = given.get(name, annotation_ops.category_words(name)).strip()
+      if not phrase:
+        raise ValueError(
+          f"{self.name}: category {shown(name)} has an empty phrase; give phrases={{name: phrase}}"
+        )
+      phrases[i] = written.setdefault(_key(phrase), phrase)
+    return phrases
 
   def __len__(self) -> int:
-    return len(self._entries)
+    return len(self._images)
 
   def __getitem__(self, index: int) -> Record:
     """Raises RecordError ("annotation damaged") where an annotation makes no sense."""
-    entry, file_name, size = self._entries[index]
-    source = f"{self.name}, image {entry['id']} ({file_name})"
-    by_category: dict[int, list] = {}
-    by_phrase: dict[str, list] = {}
-    for annotation in self._annotations[entry["id"]]:
-      own = _own_phrase(annotation, self.name)
-      if own is None:
-        by_category.setdefault(annotation["category_id"], []).append(annotation)
-      else:
-        by_phrase.setdefault(own, []).append(annotation)
-    prompts = [
-      self._prompt(self.phrases[i], annotations, entry, size, source, i)
-      for i, annotations in by_category.items()
-    ]
-    prompts += [self._prompt(p, annotations, entry, size, source) for p, annotations in by_phrase.items()]
-    if self.negatives:
-      present = {a.get("category_id") for a in self._annotations[entry["id"]]}
-      allowed = entry.get("neg_category_ids", self.phrases)
-      prompts += [
-        Prompt(phrase, [], image_id=entry["id"], category_id=i)
-        for i, phrase in self.phrases.items()
-        if i not in present and i in allowed and phrase not in by_phrase
-      ]
-    return Record(entry["id"], os.path.join(self._folder, file_name), size, tuple(prompts), source)
+    image = self._images[index]
+    absent, not_listed = self._lists[index]
+    source = f"{self.name}, image {image.id} ({printable(image.names[-1])})"
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    written: dict[str, str] = {}
+    described: set[int] = set()  # categories of annotations under a phrase of their own
+    for annotation in self._annotations[image.id]:
+      own, category = _own_phrase(annotation, self.name), annotation.get("category_id")
+      phrase = own or self.phrases[category]
+      key = _key(phrase)
+      written.setdefault(key, phrase)
+      groups.setdefault(key, []).append(annotation)
+      if own and category not in self._ids.get(key, ()):
+        described.add(category)
+    there = groups.keys() | {_key(self.phrases[i]) for i in described if i in self.phrases}
+    listed = {a.get("category_id") for a in self._annotations[image.id]} | (absent or frozenset())
 
-  def _prompt(self, phrase, annotations, entry, size, source, category: int | None = None) -> Prompt:
-    single = [a for a in annotations if not record_ops.is_crowd(a)]
-    boxes, masks = record_ops.objects_of(single, size, source)
-    exhaustive = len(single) == len(annotations) and category not in entry.get(
-      "not_exhaustive_category_ids", ()
-    )
-    kind = {"all_of_kind": False} if category is None else {"category_id": category}
-    return Prompt(phrase, boxes, masks, exhaustive, image_id=entry["id"], **kind)
+    def complete(key: str) -> bool:
+      """Whether nothing of this phrase can be there beside its annotations."""
+      ids = set(self._ids.get(key, ()))
+      known = ids <= listed if self.federated else True
+      return known and not ids & (not_listed | described) and not there & self._kinds.get(key, set())
+
+    prompts, left_out = [], []
+    for key, group in groups.items():
+      single = [a for a in group if not a.get("iscrowd")]
+      objects = annotation_ops.objects_of(single, image.size, source)
+      left_out += objects.left_out
+      exhaustive = len(objects.boxes) == len(group) and complete(key)
+      kind = {"category_id": self._ids[key][0]} if key in self._ids else {"all_of_kind": False}
+      prompts.append(
+        Prompt(written[key], objects.boxes, objects.masks, exhaustive, image_id=image.id, **kind)
+      )
+    if self.negatives:
+      prompts += [
+        Prompt(self.phrases[ids[0]], [], image_id=image.id, category_id=ids[0])
+        for key, ids in self._ids.items()
+        if key not in groups and complete(key)
+      ]
+    self._left_out.add(image.id, left_out)
+    return Record(image.id, image.path(self._folder), image.size, tuple(prompts), source)
+
+
+def _key(phrase: str) -> str:
+  """What two phrases have in common that ask for the same: the tokenizer sees neither capitals nor spaces."""
+  return " ".join(phrase.split()).casefold()
+
+
+def _kinds(categories: Mapping[int, Mapping[str, Any]], phrases: Mapping[int, str]) -> dict[str, set[str]]:
+  """Phrase (its key) to the phrases of its kinds: of the categories that name it as their supercategory, of
+  those that name these, and so on. A category may name itself, as COCO's "person" does: that says nothing."""
+  words = annotation_ops.category_words
+  keys = {_key(words(categories[i]["name"])): _key(phrase) for i, phrase in phrases.items()}
+  below: dict[str, set[str]] = {}
+  for i, phrase in phrases.items():
+    above = categories[i].get("supercategory")
+    parent = keys.get(_key(words(above))) if isinstance(above, str) else None
+    if parent is not None and parent != _key(phrase):
+      below.setdefault(parent, set()).add(_key(phrase))
+  found = {}
+  for parent in below:
+    kinds, todo = set(), [parent]
+    while todo:
+      new = below.get(todo.pop(), set()) - kinds
+      kinds |= new
+      todo += new
+    found[parent] = kinds - {parent}
+  return found
 
 
 def _own_phrase(annotation: Mapping[str, Any], name: str) -> str | None:
@@ -127,7 +185,8 @@ def _own_phrase(annotation: Mapping[str, Any], name: str) -> str | None:
     phrase = annotation.get(key)
     if phrase is not None:
       if not isinstance(phrase, str) or not phrase.strip():
-        raise ValueError(f"{name}: annotation {annotation.get('id', '?')} has an empty {key}: {phrase!r}")
+        where = f"{name}: annotation {shown(annotation.get('id', '?'))}"
+        raise ValueError(f"{where} has an empty {key}: {shown(phrase)}")
       return phrase.strip()
   return None
 
@@ -141,9 +200,11 @@ def load_coco(
 ) -> CocoRecords:
   """Reads COCO instance annotations.
 
-  A category's phrase is its name with underscores as spaces; all its objects in an image answer it. An
-  annotation that has a "phrase" (or "caption") answers that one instead, together with others of the same
-  phrase. `iscrowd` annotations are left out, and their prompt then counts as not exhaustive.
+  A category's phrase is its name as words (`annotations.category_words`); all its objects in an image answer
+  it. Categories of one phrase are one. An annotation that has a "phrase" (or "caption") answers that one
+  instead, together with others of the same phrase. `iscrowd` annotations are left out, and so are objects
+  without a pixel or an area; their prompt then counts as not exhaustive. So does that of a supercategory in
+  an image that has one of its kinds, and there it is not asked as absent either.
 
   Args:
     annotations: the JSON file, or what it holds.
@@ -160,5 +221,5 @@ def load_coco(
     FileNotFoundError: no such file or folder.
     ValueError: not COCO's format; the message names the file and the entry.
   """
-  data, name = record_ops.read_dataset(annotations, images)
+  data, name = annotation_ops.read_dataset(annotations, images)
   return CocoRecords(data, images, name, negatives=negatives, phrases=phrases)

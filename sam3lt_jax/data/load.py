@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from sam3lt_jax.data import records as record_ops
+from sam3lt_jax.data.annotations import read_dataset
 from sam3lt_jax.data.coco import CocoRecords
 from sam3lt_jax.data.saco import SaCoRecords
 
@@ -31,8 +31,8 @@ def load_records(
     FileNotFoundError: no such file or folder.
     ValueError: neither format, the message names the file and the entry; or `phrases` for an SA-Co file.
   """
-  data, name = record_ops.read_dataset(annotations, images)
-  if "text_input" not in data["images"][0]:
+  data, name = read_dataset(annotations, images)
+  if not any("text_input" in entry for entry in data["images"][:1]):
     return CocoRecords(data, images, name, negatives=negatives, phrases=phrases)
   if phrases:
     raise ValueError(f"phrases are for categories; {name} is an SA-Co file, which brings its own")

@@ -9,13 +9,16 @@ Source: the COCO API's `maskApi.c` (`rleFrString`, `rleFrPoly`) for the format.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from sam3lt_jax.data.numbers import numbers, shown, wholes
+
 Rle = dict[str, Any]
-_FARTHEST = 1e5  # pixels; a polygon's outline is walked step by step, so an absurd corner would take for ever
+_LONGEST = 4e6  # pixels of outline, which is walked step by step: an absurd corner would take for ever
 
 
 def encode(mask: np.ndarray) -> Rle:
@@ -53,64 +56,59 @@ def jsonable(rle: Rle) -> Rle:
   return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def from_segmentation(segmentation: Any, size: tuple[int, int], allow_empty: bool = False) -> Rle:
+def from_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Rle | None, int]:
   """An annotation's `segmentation` to RLE.
 
   Args:
     segmentation: polygons [[x1, y1, x2, y2, ...], ...] in pixels, or an RLE with its counts as a list or as a
-      compressed string.
+      compressed string. None, [] and [[]] are ways to write that there is no mask.
     size: (height, width) of the image.
-    allow_empty: a mask without a pixel is no error.
+
+  Returns:
+    The RLE, which may be without a pixel, or None where there is no mask; and how many polygons were left
+    out, because they have fewer than three corners or an odd number of coordinates.
 
   Raises:
-    ValueError: saying what is wrong with it: another form, another size, runs that do not cover the image, a
-      polygon of under three corners, no pixel at all.
+    ValueError: saying what is wrong with it: another form, another size, runs that do not cover the image,
+      coordinates that no image has.
   """
-  if isinstance(segmentation, dict):
-    rle = _from_runs(segmentation, size)
-  elif isinstance(segmentation, (list, tuple)) and len(segmentation):
-    polygons = [_polygon(points) for points in segmentation]
-    rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
-  else:
-    raise ValueError(f"segmentation must be polygons or an RLE, got {_short(segmentation)}")
-  if not allow_empty and not area(rle):
-    raise ValueError("the mask holds no pixel")
-  return {"size": list(size), "counts": rle["counts"]}
+  if isinstance(segmentation, Mapping):
+    return _from_runs(segmentation, size), 0
+  if segmentation is None:
+    return None, 0
+  if not isinstance(segmentation, (list, tuple)):
+    raise ValueError(f"segmentation must be polygons or an RLE, got {shown(segmentation)}")
+  parts = [numbers(points, "a polygon [x1, y1, x2, y2, x3, y3, ...]") for points in segmentation]
+  polygons = [points for points in parts if len(points) >= 6 and len(points) % 2 == 0]
+  gone = sum(len(points) > 0 for points in parts) - len(polygons)
+  if not polygons:
+    return None, gone
+  if sum(map(_outline, polygons)) > _LONGEST:
+    raise ValueError(f"the outline of its polygons is longer than {_LONGEST:,.0f} pixels")
+  rle = coco_mask.merge(coco_mask.frPyObjects([points.tolist() for points in polygons], *size))
+  return {"size": list(size), "counts": rle["counts"]}, gone
 
 
-def _polygon(points: Any) -> list[float]:
-  try:
-    values = np.asarray(points, np.float64)
-  except (TypeError, ValueError):
-    values = np.zeros(0)
-  if values.ndim != 1 or len(values) < 6 or len(values) % 2:
-    raise ValueError(f"a polygon must be [x1, y1, x2, y2, x3, y3, ...], got {_short(points)}")
-  if not (np.abs(values) <= _FARTHEST).all():  # written so that NaN fails
-    raise ValueError(f"a polygon's corners must be finite and within {_FARTHEST:g} pixels")
-  return values.tolist()
+def _outline(points: np.ndarray) -> float:
+  """The steps around a polygon: pycocotools makes each of them, with memory for it."""
+  corners = points.reshape(-1, 2)
+  return float(np.abs(corners - np.roll(corners, 1, axis=0)).max(1).sum())
 
 
-def _from_runs(segmentation: dict[str, Any], size: tuple[int, int]) -> Rle:
+def _from_runs(segmentation: Mapping[str, Any], size: tuple[int, int]) -> Rle:
   counts, given = segmentation.get("counts"), segmentation.get("size")
   try:
-    fits = [int(s) for s in given] == list(size)
-  except (TypeError, ValueError):
+    fits = wholes(given, "size").tolist() == list(size)
+  except ValueError:
     fits = False
   if not fits:
-    raise ValueError(f"the RLE's size {given} is not (height, width) of the image, {list(size)}")
+    raise ValueError(f"the RLE's size {shown(given)} is not (height, width) of the image, {list(size)}")
   if isinstance(counts, str):
     counts = counts.encode("ascii", errors="replace")
-  if isinstance(counts, bytes):
-    runs = _runs(counts)
-  else:
-    try:
-      runs = np.asarray(counts, np.int64)
-    except (TypeError, ValueError):
-      runs = None
-    if runs is None or runs.ndim != 1:
-      raise ValueError(f"an RLE's counts must be a list of whole numbers or a string, got {_short(counts)}")
-  if (runs < 0).any() or runs.sum() != size[0] * size[1]:
-    raise ValueError(f"the RLE's runs add up to {runs.sum()} pixels of {size[0] * size[1]}")
+  runs = _runs(counts) if isinstance(counts, bytes) else wholes(counts, "an RLE's counts (or their string)")
+  pixels = size[0] * size[1]
+  if (runs < 0).any() or (runs > pixels).any() or runs.sum() != pixels:
+    raise ValueError(f"the RLE's runs add up to {sum(runs.tolist())} pixels of {pixels}")
   if isinstance(counts, bytes):
     return {"size": list(size), "counts": counts}
   return coco_mask.frPyObjects({"size": list(size), "counts": runs.tolist()}, *size)
@@ -138,8 +136,3 @@ def _runs(text: bytes) -> np.ndarray:
   numbers[1::2] = np.cumsum(numbers[1::2])
   numbers[2::2] = np.cumsum(numbers[2::2])
   return numbers
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,7 +12,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sam3lt_jax.data import records as record_ops
+from sam3lt_jax.data import annotations as annotation_ops
+from sam3lt_jax.data.annotations import ImageEntry, LeftOut
+from sam3lt_jax.data.numbers import flag, numbers, printable, shown
 from sam3lt_jax.data.records import Prompt, Record
 
 _MOST_NORMALISED = 1.5  # a bbox value above it is in pixels
@@ -24,56 +26,71 @@ class SaCoRecords(Sequence):
   Attributes:
     name: the file.
     pairs: how many image-phrase pairs there are.
+    has_masks: an annotation has a mask.
+    left_out: reason to how many objects or parts of them were left out of the records made so far.
   """
 
   def __init__(self, dataset: Mapping[str, Any], images: str | os.PathLike, name: str = "annotations"):
-    record_ops.check_dataset(dataset, name)
     self.name, self._folder = name, os.fspath(images)
-    self._annotations = record_ops.annotations_by_image(dataset, name)
-    self._files: dict[str, list[Mapping[str, Any]]] = {}
-    self._sizes: dict[str, tuple[int, int]] = {}
-    for entry in dataset["images"]:
-      file_name, size = record_ops.image_entry(entry, name)
-      phrase = entry.get("text_input")
+    entries = annotation_ops.images_of(dataset, name)
+    self._annotations = annotation_ops.annotations_by_image(dataset, entries, name)
+    self._files: dict[tuple[str, ...], list[tuple[ImageEntry, str, bool]]] = {}
+    for entry in entries:
+      phrase = entry.fields.get("text_input")
       if not isinstance(phrase, str) or not phrase.strip():
-        raise ValueError(f"{name}: image {entry['id']} has no text_input, got {phrase!r}")
-      if self._sizes.setdefault(file_name, size) != size:
+        raise ValueError(f"{name}: image {entry.id} has no text_input, got {shown(phrase)}")
+      exhaustive = flag(
+        entry.fields.get("is_instance_exhaustive", True), f"{name}: image {entry.id}: is_instance_exhaustive"
+      )
+      pairs = self._files.setdefault(entry.names, [])
+      if pairs and pairs[0][0].size != entry.size:
+        (h, w), (height, width) = entry.size, pairs[0][0].size
         raise ValueError(
-          f"{name}: image {entry['id']} says {file_name} is {size[1]}x{size[0]} pixels, an entry before it "
-          f"says {self._sizes[file_name][1]}x{self._sizes[file_name][0]}"
+          f"{name}: image {entry.id} says {printable(entry.names[0])} is {w}x{h} pixels, an entry before it "
+          f"says {width}x{height}"
         )
-      self._files.setdefault(file_name, []).append(entry)
+      pairs.append((entry, phrase.strip(), exhaustive))
     self._names = list(self._files)
-    self.pairs = len(dataset["images"])
+    self.pairs = len(entries)
     self._normalised = _is_normalised(dataset["annotations"])
+    self.has_masks = any(a.get("segmentation") for a in dataset["annotations"])
+    self._left_out = LeftOut()
+    self.left_out = self._left_out.counts
 
   def __len__(self) -> int:
     return len(self._names)
 
   def __getitem__(self, index: int) -> Record:
     """Raises RecordError ("annotation damaged") where an annotation makes no sense."""
-    file_name = self._names[index]
-    size, entries = self._sizes[file_name], self._files[file_name]
-    source = f"{self.name}, image {entries[0]['id']} ({file_name})"
-    prompts = tuple(self._prompt(entry, size, file_name) for entry in entries)
-    return Record(entries[0]["id"], os.path.join(self._folder, file_name), size, prompts, source)
+    pairs = self._files[self._names[index]]
+    first = pairs[0][0]
+    left_out: list[tuple[str, str]] = []
+    prompts = tuple(self._prompt(*pair, left_out) for pair in pairs)
+    self._left_out.add(first.id, left_out)
+    return Record(first.id, first.path(self._folder), first.size, prompts, self._source(first))
 
-  def _prompt(self, entry: Mapping[str, Any], size: tuple[int, int], file_name: str) -> Prompt:
-    annotations = self._annotations[entry["id"]]
-    single = [a for a in annotations if not record_ops.is_crowd(a)]
-    source = f"{self.name}, image {entry['id']} ({file_name})"
-    boxes, masks = record_ops.objects_of(single, size, source, self._normalised)
-    exhaustive = bool(entry.get("is_instance_exhaustive", True)) and len(single) == len(annotations)
-    return Prompt(entry["text_input"].strip(), boxes, masks, exhaustive, image_id=entry["id"])
+  def _source(self, entry: ImageEntry) -> str:
+    return f"{self.name}, image {entry.id} ({printable(entry.names[-1])})"
+
+  def _prompt(
+    self, entry: ImageEntry, phrase: str, exhaustive: bool, left_out: list[tuple[str, str]]
+  ) -> Prompt:
+    annotations = self._annotations[entry.id]
+    single = [a for a in annotations if not a.get("iscrowd")]
+    objects = annotation_ops.objects_of(single, entry.size, self._source(entry), self._normalised)
+    left_out += objects.left_out
+    exhaustive = exhaustive and len(objects.boxes) == len(annotations)
+    return Prompt(phrase, objects.boxes, objects.masks, exhaustive, image_id=entry.id)
 
 
 def _is_normalised(annotations: Sequence[Mapping[str, Any]]) -> bool:
   """Whether boxes are in units of the image's sides: no value of the whole file says otherwise."""
   for annotation in annotations:
-    box = annotation.get("bbox")
-    if isinstance(box, (list, tuple)) and any(
-      isinstance(v, (int, float)) and v > _MOST_NORMALISED for v in box
-    ):
+    try:
+      box = numbers(annotation.get("bbox"), "bbox")
+    except ValueError:  # named when its record is made
+      continue
+    if (box > _MOST_NORMALISED).any():
       return False
   return True
 
@@ -82,7 +99,8 @@ def load_saco(annotations: str | os.PathLike | Mapping[str, Any], images: str | 
   """Reads SA-Co annotations.
 
   Entries of one `file_name` become one record with a prompt each; their ids stay as `Prompt.image_id`, the
-  record has the first one's. Crowd annotations are left out, and the pair then counts as not exhaustive.
+  record has the first one's. Crowd annotations are left out, and so are objects without a pixel or an area;
+  the pair then counts as not exhaustive.
 
   Args:
     annotations: the JSON file, or what it holds.
@@ -95,5 +113,5 @@ def load_saco(annotations: str | os.PathLike | Mapping[str, Any], images: str | 
     FileNotFoundError: no such file or folder.
     ValueError: not SA-Co's format; the message names the file and the entry.
   """
-  data, name = record_ops.read_dataset(annotations, images)
+  data, name = annotation_ops.read_dataset(annotations, images)
   return SaCoRecords(data, images, name)

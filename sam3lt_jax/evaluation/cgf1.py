@@ -20,7 +20,7 @@ Choices: F1 of no counts at all is 0. SA-Co's evaluator adds 1e-4 to denominator
 whose objects are not all annotated must be left out by the caller, as SA-Co does
 (`is_instance_exhaustive`). With several annotators (SA-Co/Gold has three) the one most favourable to the
 predictions counts for a pair: one that agrees that nothing is there, else the greatest F1, mean over the
-thresholds; of equals, the first.
+thresholds and with SA-Co's 1e-4; of equals, the first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
 from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.data.numbers import image_size, shown
 
+_EPSILON = 1e-4
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 _STATE = {
   "tp": "t", "fp": "t", "fn": "t", "il_tp": "", "il_fp": "", "il_fn": "", "il_tn": "", "objects": "",
@@ -108,7 +110,7 @@ class CgF1:
     best, best_rank = None, -1.0
     for truth in truths:
       counts = self._pair(kept, self._shapes("truth", truth))
-      rank = 2.0 if counts["il_tn"] else float(_f1(counts["tp"], counts["fp"], counts["fn"]).mean())
+      rank = 2.0 if counts["il_tn"] else _rank(counts["tp"], counts["fp"], counts["fn"])
       if rank > best_rank:
         best, best_rank = counts, rank
     for name, value in best.items():
@@ -137,9 +139,9 @@ class CgF1:
       raise ValueError(f"{name}: a mask must be an RLE or a bool array [H, W], got {type(given).__name__}")
     size = given.get("size")
     if not isinstance(size, (list, tuple)) or len(size) != 2:
-      raise ValueError(f"{name}: an RLE's size must be [height, width], got {size!r}")
+      raise ValueError(f"{name}: an RLE's size must be [height, width], got {shown(size)}")
     try:
-      return rle_ops.from_segmentation(given, tuple(int(s) for s in size), allow_empty=True)
+      return rle_ops.from_segmentation(given, image_size(*size, "an RLE"))[0]
     except ValueError as e:
       raise ValueError(f"{name}: {e}") from e
 
@@ -241,6 +243,13 @@ def _f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
   """2 TP / (2 TP + FP + FN) at each threshold, 0 where there are no counts."""
   total = 2 * tp + fp + fn
   return np.where(total > 0, 2 * tp / np.maximum(total, 1), 0.0)
+
+
+def _rank(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> float:
+  """The mean F1 by which SA-Co's evaluator chooses among annotators, with its 1e-4 in every denominator: of
+  equal F1s that of more objects is the greater one."""
+  precision, recall = tp / (tp + fp + _EPSILON), tp / (tp + fn + _EPSILON)
+  return float((2 * precision * recall / (precision + recall + _EPSILON)).mean())
 
 
 def _mcc(tp: int, fp: int, fn: int, tn: int) -> float:

@@ -15,11 +15,10 @@ import numpy as np
 from sam3lt_jax.data.coco import CocoRecords
 from sam3lt_jax.data.records import Prompt, Record, RecordError
 from sam3lt_jax.evaluation.cgf1 import CgF1
-from sam3lt_jax.evaluation.coco_ap import coco_ap
+from sam3lt_jax.evaluation.coco_ap import MOST_RESULTS, coco_ap
 from sam3lt_jax.processing.results import Results
 
 METRICS = ("cgf1", "ap")
-MAX_DETECTIONS = 100  # a phrase, what COCO's AP looks at
 _log = logging.getLogger(__name__)
 
 
@@ -41,9 +40,11 @@ def evaluate(
 
   cgF1 counts the pairs whose objects are all annotated (`Prompt.exhaustive`). AP is COCO's where the records
   are of a COCO file with a phrase a category (`ap["over"]` is "categories"; it is the published figure only
-  if every category is asked of every image, `negatives=True`). Otherwise it is taken over image-phrase
-  pairs, each as an image of one class, so that scores of different phrases are compared with each other
-  (`ap["over"]` is "pairs").
+  if every category is asked of every image, `negatives=True`), and LVIS's federated AP where its images list
+  the categories that they do not have ("lvis": of each image the categories are asked that it has or lists).
+  Otherwise it is taken over image-phrase pairs, each as an image of one class, so that scores of different
+  phrases are compared with each other ("pairs"). Objects without a mask among others with one are left out
+  of the comparison of masks, with their pair.
 
   Args:
     predictor: a `Predictor`, or anything with its `set_image` and `predict`.
@@ -63,10 +64,11 @@ def evaluate(
   Returns:
     images, pairs, seconds, images_per_second; "cgf1": iou type to `CgF1.compute()`; "ap": "over", and iou
     type to `coco_ap`'s measures; skipped: reason to number of records; not_exhaustive: pairs that cgF1 left
-    out.
+    out; without_mask: pairs that the comparison of masks left out; left_out: reason to number of objects, or
+    parts of them, that the annotations are read without.
 
   Raises:
-    ValueError: an argument as named; objects without masks where "segm" is asked; no record that can be read.
+    ValueError: an argument as named; no object has a mask where "segm" is asked; no record that can be read.
   """
   for name, given, accepted in (("metrics", metrics, METRICS), ("iou_types", iou_types, ("segm", "bbox"))):
     if not given or not set(given) <= set(accepted):
@@ -98,6 +100,8 @@ class _Evaluation:
     self.cgf1 = {t: CgF1(t, score_threshold=score_threshold) for t in iou_types if "cgf1" in metrics}
     self.ap = "ap" in metrics
     self.by_category = isinstance(records, CocoRecords) and records.by_category
+    self.federated = self.by_category and records.federated
+    self.score_threshold = np.float32(score_threshold)
     # The predictor keeps what lies above its threshold, the metric what reaches it.
     just_below = float(np.nextafter(np.float32(score_threshold), np.float32(0)))
     self.floor = min(ap_floor, just_below) if self.ap else just_below
@@ -108,6 +112,10 @@ class _Evaluation:
     self.image_ids: list[int] = []
     self.images = self.pairs = self.not_exhaustive = 0
     self.pair_sizes: list[tuple[int, int]] = []
+    self.masked = self.without_mask = (
+      0  # pairs with objects that all have masks; pairs with one that has none
+    )
+    self.first_without_mask = ""
     self.skipped: dict[str, int] = {}
     self.first_error: RecordError | None = None
 
@@ -139,12 +147,12 @@ class _Evaluation:
     self.image_ids.append(record.id)
 
   def add_pair(self, record: Record, prompt: Prompt, found: Results) -> None:
-    if "segm" in self.iou_types and None in prompt.masks:
-      raise ValueError(
-        f"{record}: an object of {prompt.phrase!r} has no mask; evaluate boxes alone with "
-        "iou_types=('bbox',) (--iou bbox)"
-      )
-    found = found.top_k(MAX_DETECTIONS) if self.ap else found
+    if "segm" in self.iou_types and len(prompt.boxes):
+      self._count_masks(record, prompt)
+    found = found.sort()
+    if self.ap:  # of those that cgF1 does not count, only as many as AP looks at: each costs a mask
+      counted = np.count_nonzero(found.scores >= self.score_threshold) if self.cgf1 else 0
+      found = found[: max(counted, MOST_RESULTS[self.federated])]
     results = found.to_coco(prompt.image_id, {prompt.phrase: prompt.category_id})
     for result in results:
       del result["id"], result["iscrowd"]
@@ -155,6 +163,19 @@ class _Evaluation:
     if self.ap:
       self._add_ap(record, prompt, results)
 
+  def _count_masks(self, record: Record, prompt: Prompt) -> None:
+    """Raises ValueError where none of the records can have a mask."""
+    if None not in prompt.masks:
+      self.masked += 1
+      return
+    self.without_mask += 1
+    self.first_without_mask = self.first_without_mask or (
+      f"{record}: an object of {prompt.phrase!r} has no mask; evaluate boxes alone with iou_types=('bbox',) "
+      "(--iou bbox)"
+    )
+    if not getattr(self.records, "has_masks", True):
+      raise ValueError(self.first_without_mask)
+
   def _add_cgf1(self, prompt: Prompt, found: Results, results: list[dict[str, Any]]) -> None:
     if not self.cgf1:
       return
@@ -164,6 +185,8 @@ class _Evaluation:
       return
     for iou_type, metric in self.cgf1.items():
       if iou_type == "segm":
+        if any(None in version.masks for version in versions):
+          continue
         masks = [result["segmentation"] for result in results]
         metric.update_best_of(masks, found.scores, [version.masks for version in versions])
       else:
@@ -171,7 +194,8 @@ class _Evaluation:
 
   def _add_ap(self, record: Record, prompt: Prompt, results: list[dict[str, Any]]) -> None:
     if self.by_category:
-      self.results += results
+      for category in self.records.answers[prompt.category_id]:
+        self.results += [result | {"category_id": category} for result in results]
       return
     if not prompt.exhaustive:
       return
@@ -200,6 +224,8 @@ class _Evaluation:
     if not self.pairs:
       why = self.first_error or "they ask for no phrase"
       raise ValueError(f"nothing to evaluate in {len(self.records)} records: {why}")
+    if self.without_mask and not self.masked:
+      raise ValueError(self.first_without_mask)
     report: dict[str, Any] = {
       "images": self.images,
       "pairs": self.pairs,
@@ -207,11 +233,13 @@ class _Evaluation:
       "images_per_second": round(self.images / seconds, 4) if seconds > 0 else None,
       "skipped": self.skipped,
       "not_exhaustive": self.not_exhaustive,
+      "without_mask": self.without_mask,
+      "left_out": dict(getattr(self.records, "left_out", {})),
     }
     if self.cgf1:
       report["cgf1"] = {iou_type: metric.compute() for iou_type, metric in self.cgf1.items()}
     if self.ap:
-      over = {"over": "categories" if self.by_category else "pairs"}
+      over = {"over": "lvis" if self.federated else "categories" if self.by_category else "pairs"}
       report["ap"] = over | coco_ap(
         self._ap_truth(),
         self.results,
@@ -242,6 +270,10 @@ def table(report: dict[str, Any]) -> str:
     lines.append("left out: " + ", ".join(f"{n} ({reason})" for reason, n in report["skipped"].items()))
   if report["not_exhaustive"]:
     lines.append(f"not in cgF1: {report['not_exhaustive']} phrases whose objects are not all annotated")
+  if report["without_mask"]:
+    lines.append(f"not in segm: {report['without_mask']} phrases with an object that has no mask")
+  if report["left_out"]:
+    lines.append("annotations: " + ", ".join(f"{n} x {reason}" for reason, n in report["left_out"].items()))
   return "\n".join(lines)
 
 
@@ -255,8 +287,11 @@ def _tables(report: dict[str, Any]):
     yield "cgF1", report["cgf1"], columns
   if "ap" in report:
     measures = {key: value for key, value in report["ap"].items() if key != "over"}
-    columns = [(key, key, "percent") for key in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")]
-    heading = "COCO AP" if report["ap"]["over"] == "categories" else "AP of pairs"
+    heading = {"categories": "COCO AP", "lvis": "LVIS AP", "pairs": "AP of pairs"}[report["ap"]["over"]]
+    keys = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
+    if heading == "LVIS AP":
+      keys += ["AP_rare", "AP_common", "AP_frequent"]
+    columns = [(key, key, "percent") for key in keys]
     yield heading, measures, columns
 
 

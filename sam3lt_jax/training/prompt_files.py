@@ -24,9 +24,10 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+from sam3lt_jax.data.annotations import category_words
 
 SUFFIXES = (".txt", ".json", ".jsonl")  # what is read of a folder
 LIST_FIELDS = ("text_annotations", "prompts", "phrases", "texts", "noun_phrases")
@@ -244,13 +245,3 @@ def _category(category: Any, synonyms: bool) -> str | Bad | list[Any]:
     return category_words(name)
   texts = [category_words(v) if isinstance(v, str) else Bad("not a string") for v in (name, *others)]
   return list(dict.fromkeys(texts))
-
-
-def category_words(name: str) -> str:
-  """A name as words: LVIS's "mouse_(computer_equipment)" is "mouse", "baseball_bat" is "baseball bat".
-
-  A name with a space in it is left as it is: its author wrote words.
-  """
-  if any(c.isspace() for c in name.strip()):
-    return name
-  return re.sub(r"_\([^()]*\)", "", name).replace("_", " ")

@@ -280,7 +280,7 @@ def test_bad_records_are_counted_once_and_replaced(tmp_path, caplog):
   images = scenes.write_images(tmp_path)
   data = scenes.coco_dataset()
   data["images"].append(data["images"][1] | {"id": 13, "file_name": "gone.png"})
-  data["annotations"][3]["segmentation"] = [[1, 2]]
+  data["annotations"][3]["segmentation"] = [["x", 2]]
   good = batches(load_coco(scenes.coco_dataset(), images), dataclasses.replace(STILL, shuffle=False))
   assert good.skipped == {}
   config = dataclasses.replace(STILL, shuffle=False, augment=AugmentConfig())

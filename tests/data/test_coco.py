@@ -1,6 +1,8 @@
 """COCO files to records: every form of mask, phrases, negatives, crowds, and files that are wrong."""
 
 import copy
+import json
+import logging
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.data.annotations import images_of, read_json
 from sam3lt_jax.data.coco import load_coco
 from sam3lt_jax.data.load import load_records
 from sam3lt_jax.data.records import Prompt, Record, RecordError
@@ -85,7 +88,7 @@ def test_rle_strings_are_read_as_pycocotools_writes_them():
 
 
 def test_box_without_a_mask(images):
-  for missing in (None, []):
+  for missing in (None, [], [[]], [[], []]):
     prompt = load_coco(one_annotation(segmentation=missing, bbox=[70, -5, 20, 15]), images)[0].prompts[0]
     assert prompt.masks == (None,)
     np.testing.assert_array_equal(prompt.boxes, [[70, 0, 80, 10]])  # clipped to the image
@@ -128,8 +131,187 @@ def test_phrases_given_and_lists_of_lvis(images):
   assert (green.phrase, len(green.boxes)) == ("green disc", 0)
   with pytest.raises(ValueError, match=r"phrases are given for \['pink'\]"):
     load_coco(data, images, phrases={"pink": "x"})
-  with pytest.raises(ValueError, match=r"'green_disc' has the phrase of category 'red_box'"):
-    load_coco(data, images, phrases={"green_disc": "red box"})
+  with pytest.raises(ValueError, match=r"category 'green_disc' has an empty phrase; give phrases"):
+    load_coco(data, images, phrases={"green_disc": " "})
+
+
+def asked(record):
+  return {p.phrase: (len(p.boxes), p.exhaustive) for p in record.prompts}
+
+
+@pytest.mark.parametrize("names", [("red_box", "red box"), ("Box", "box"), ("box_(red)", "box_(green)")])
+def test_two_categories_of_one_phrase_are_one(images, names):
+  data = scenes.coco_dataset()
+  for category, name in zip(data["categories"], names):
+    category["name"] = name
+  records = load_coco(data, images)
+  phrase = "red box" if names[0] == "red_box" else names[0].partition("_")[0]
+  assert records.phrases == {1: phrase, 2: phrase, 3: "blue box"}
+  assert asked(records[0]) == {phrase: (3, True), "blue box": (0, True)}
+  assert asked(records[1]) == {"blue box": (1, True), phrase: (0, True)}
+  assert {p.category_id for record in records for p in record.prompts} == {1, 3}
+  same = names[0].lower().replace("_", " ") == names[1].lower()
+  assert records.answers == {1: (1,) if same else (1, 2), 3: (3,)}
+
+
+def with_supercategories(*above):
+  """The categories red box, green disc, blue box and a fourth one, "thing", without an annotation."""
+  data = scenes.coco_dataset()
+  data["categories"].append({"id": 4, "name": "thing"})
+  for category, name in zip(data["categories"], above):
+    category["supercategory"] = name
+  return data
+
+
+@pytest.mark.parametrize("root", ["thing", "Thing", " thing "])
+def test_a_root_that_others_only_name_is_not_asked(images, root):
+  records = load_coco(with_supercategories(root, root, root, "none"), images)
+  assert "thing" not in records.phrases.values()
+  assert [set(asked(r)) for r in records] == [{"red box", "green disc", "blue box"}] * 3
+  # Nobody's supercategory, it is a class like others; COCO's "person" is its own supercategory.
+  for above in ((None,) * 4, ("none", "none", "none", "thing"), (7, ["thing"], {}, None)):
+    assert asked(load_coco(with_supercategories(*above), images)[0])["thing"] == (0, True)
+
+
+def test_a_supercategory_with_objects_is_open_where_its_kinds_are(images):
+  # A red box is a green disc, which is a blue box: blue is annotated in the second image alone.
+  records = load_coco(with_supercategories("green_disc", "blue_box"), images)
+  assert asked(records[0]) == {"red box": (2, True), "green disc": (1, False), "thing": (0, True)}
+  assert asked(records[1]) == {
+    x: (n, True) for x, n in zip(("red box", "green disc", "blue box", "thing"), (0, 0, 1, 0))
+  }
+  ring = load_coco(with_supercategories("green_disc", "red_box"), images)
+  assert asked(ring[0]) == {
+    "red box": (2, False),
+    "green disc": (1, False),
+    "blue box": (0, True),
+    "thing": (0, True),
+  }
+
+
+GOOD = [40, 0, 80, 0, 80, 30, 40, 30]  # the blue box
+
+
+@pytest.mark.parametrize("part", [[], [1, 1], [1, 1, 2, 2], [1, 1, 9, 1, 9, 9, 1]])
+def test_a_part_without_three_corners_goes(images, part):
+  records = load_coco(one_annotation(segmentation=[part, GOOD, part]), images)
+  (blue,) = [p for p in records[0].prompts if len(p.boxes)]
+  np.testing.assert_array_equal(masks_of(blue)[0], scenes.mask_of("box", 40, 0, 80, 30))
+  assert blue.exhaustive
+  assert records.left_out == ({"a polygon of under three corners": 2} if part else {})
+
+
+@pytest.mark.parametrize(
+  ("fields", "reason"),
+  [
+    ({"segmentation": [[90, 1, 95, 1, 95, 9]]}, "a mask without a pixel"),
+    ({"segmentation": [[10, 10, 10.1, 10, 10.1, 10.1]]}, "a mask without a pixel"),
+    ({"segmentation": {"size": [60, 80], "counts": [4800]}}, "a mask without a pixel"),
+    ({"segmentation": None, "bbox": [1, 2, 0, 5]}, "a box without area in the image"),
+    ({"segmentation": None, "bbox": [90, 2, 5, 5]}, "a box without area in the image"),
+    ({"segmentation": [[1, 1, 5, 5]], "bbox": None}, "a polygon of under three corners"),
+  ],
+)
+def test_an_object_without_a_pixel_goes_and_its_image_stays(tmp_path, images, fields, reason, caplog):
+  data = one_annotation(**fields)
+  data["annotations"].append(scenes.coco_dataset()["annotations"][3] | {"id": 9, "category_id": 1})
+  records = load_records(scenes.write_json(tmp_path, data), images)
+  with caplog.at_level(logging.WARNING):
+    for _ in range(3):  # however often the record is made
+      record = records[0]
+  # The blue box is there, though nobody knows where: neither an absent phrase nor a complete one.
+  assert asked(record) == {"blue box": (0, False), "red box": (1, True), "green disc": (0, True)}
+  assert records.left_out == {reason: 1}
+  assert (
+    len(caplog.messages) == 1 and f"1 x {reason}; now of" in caplog.text and "annotation 4" in caplog.text
+  )
+
+
+def test_a_mask_of_nothing_but_two_points_is_none(images):
+  prompt = load_coco(one_annotation(segmentation=[[1, 1, 5, 5]]), images)[0].prompts[0]
+  assert prompt.masks == (None,) and prompt.exhaustive
+  np.testing.assert_array_equal(prompt.boxes, [[40, 0, 80, 30]])
+
+
+def test_what_is_left_out_is_counted_in_the_log(images, caplog):
+  data = one_annotation(segmentation=[[1, 1, 2, 2]] * 123, bbox=[0, 0, 9, 9])
+  with caplog.at_level(logging.WARNING):
+    load_coco(data, images)[0]
+  counts = [message.split()[4] for message in caplog.messages]
+  assert counts == ["1", "10", "100"]
+
+
+def as_others_write_it(data, number):
+  """`data` with every id, size, count and flag in another form."""
+  data = copy.deepcopy(data)
+  for entries, keys in (
+    ("images", ("id", "height", "width")), ("categories", ("id",)),
+    ("annotations", ("id", "image_id", "category_id", "iscrowd")),
+  ):  # fmt: skip
+    for entry in data[entries]:
+      entry.update({key: number(entry[key]) for key in keys})
+  for annotation in data["annotations"]:
+    annotation["bbox"] = [number(v) for v in annotation["bbox"]]
+    if isinstance(annotation["segmentation"], list):
+      annotation["segmentation"] = [[number(v) for v in part] for part in annotation["segmentation"]]
+    else:
+      annotation["segmentation"]["size"] = [number(v) for v in annotation["segmentation"]["size"]]
+  return data
+
+
+@pytest.mark.parametrize("number", [float, str, lambda v: f" {v}", lambda v: f"{v}.0"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_numbers_and_encodings_of_other_exporters(tmp_path, images, number, encoding):
+  data = scenes.coco_dataset()
+  data["annotations"][0]["iscrowd"] = 1
+  data["annotations"][3]["segmentation"] = [GOOD]
+  path = tmp_path / "other.json"
+  path.write_text(json.dumps(as_others_write_it(data, number)), encoding=encoding)
+  expected, found = load_coco(data, images), load_records(path, images)
+  for one, other in zip(expected, found, strict=True):
+    assert (one.id, one.size, one.image) == (other.id, other.size, other.image)
+    for p, q in zip(one.prompts, other.prompts, strict=True):
+      assert (p.phrase, p.exhaustive, p.image_id, p.category_id) == (
+        q.phrase,
+        q.exhaustive,
+        q.image_id,
+        q.category_id,
+      )
+      assert p.masks == q.masks
+      np.testing.assert_array_equal(p.boxes, q.boxes)
+  # The same reader is a job's.
+  items = images_of(read_json(path.read_bytes(), "x"), "x", sizes=False)
+  assert [(i.id, i.names, i.size) for i in items] == [
+    (10 + k, (f"{c}.png",), (60, 80)) for k, c in enumerate("abc")
+  ]
+  assert type(found[0].id) is int
+
+
+@pytest.mark.parametrize("crowd", [1, 1.0, "1", True, "true", "TRUE"])
+def test_flags_in_every_form(images, crowd):
+  for key in ("iscrowd", "is_crowd"):
+    data = one_annotation(**{key: crowd})
+    assert not load_coco(data, images)[0].prompts[0].exhaustive
+  for no in (0, 0.0, "0", False, "false", None):
+    assert load_coco(one_annotation(iscrowd=no), images)[0].prompts[0].exhaustive
+
+
+def test_lvis_has_coco_url_and_lists_of_categories(tmp_path, images):
+  data = scenes.lvis_dataset()
+  records = load_records(scenes.write_json(tmp_path, data), images)
+  assert records.federated and records[0].image == str(images / "a.png")
+  assert [p.phrase for p in records[0].prompts] == ["box", "green disc"]
+  assert asked(records[0]) == {"box": (2, True), "green disc": (1, False)}  # blue is not listed: not asked
+  assert asked(records[1]) == {"blue box": (1, True), "box": (0, True)}
+  assert asked(records[2]) == {}  # nothing is known of it
+  # Below the folder of COCO, its own folders come first.
+  (images / "val2017").mkdir()
+  (images / "a.png").rename(images / "val2017" / "a.png")
+  assert records[0].image == str(images / "val2017" / "a.png")
+  assert records[0].load_image().shape == (60, 80, 3)
+  data["images"][0].pop("coco_url")
+  with pytest.raises(ValueError, match="image 10 has no file_name"):
+    load_coco(data, images)
 
 
 def broken(change):
@@ -144,7 +326,25 @@ def broken(change):
     (lambda d: d.pop("annotations"), "no list 'annotations'"),
     (lambda d: d["images"].clear() or d["annotations"].clear(), "lists no images"),
     (lambda d: d["images"][1].update(id=10), "image 1 has an id of another image"),
-    (lambda d: d["images"][1].update(id="b"), "image 1 has no whole-number id"),
+    (lambda d: d["images"][1].update(id="b"), "the id of image 1 must be a whole number, got 'b'"),
+    (lambda d: d["images"][1].update(id=10.5), "the id of image 1 must be a whole number, got 10.5"),
+    (lambda d: d["images"][1].update(id=[1]), r"the id of image 1 must be a whole number, got \[1\]"),
+    (lambda d: d["images"][1].update(id=2**64), "the id of image 1 must be a whole number"),
+    (lambda d: d["images"][1].update(height=2**32), "image 11 has no height and width in pixels"),
+    (lambda d: d["images"][1].update(height=2**32 + 20), "image 11 has no height and width in pixels"),
+    (
+      lambda d: d["images"][1].update(height=float("inf")),
+      "image 11 has no height and width .*got inf and 80",
+    ),
+    (lambda d: d["images"][1].update(width=10**400), "image 11 has no height and width in pixels"),
+    (lambda d: d["images"][1].update(neg_category_ids=5), "image 11: neg_category_ids must be a list of ids"),
+    (
+      lambda d: d["annotations"][3].update(image_id=None),
+      "annotation 4: its image_id must be a whole number",
+    ),
+    (lambda d: d["annotations"][3].update(category_id=[1]), "annotation 4: its category_id must be a whole"),
+    (lambda d: d["annotations"][3].update(iscrowd="x"), "annotation 4: its iscrowd must be 0 or 1, got 'x'"),
+    (lambda d: d.update(categories=7), "no list 'categories'"),
     (lambda d: d["images"][1].pop("file_name"), "image 11 has no file_name"),
     (lambda d: d["images"][1].update(height=0), "image 11 has no height and width"),
     (lambda d: d["annotations"][3].update(image_id=99), "annotation 4 is of image 99"),
@@ -178,20 +378,29 @@ def test_unreadable_files(tmp_path, images):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"segmentation": [[1, 1, 5, 5]]}, "a polygon must be"),
+    ({"segmentation": [1, 1, 5, 5, 1, 5]}, r"a polygon \[x1, .* must be a list of numbers, got 1"),
+    ({"segmentation": [[1, 1, 5, [5]]]}, "a polygon .* must be a list of numbers"),
     ({"segmentation": [[1, 1, 5, 5, float("nan"), 3]]}, "must be finite"),
-    ({"segmentation": [[1, 1, 5, 5, 1e9, 3]]}, "within 100000 pixels"),
-    ({"segmentation": [[90, 1, 95, 1, 95, 9]]}, "holds no pixel"),
+    ({"segmentation": [[1, 1, 5, 5, 10**400, 3]]}, "must be a list of numbers"),
+    ({"segmentation": [[1, 1, 5, 5, 1e9, 3]]}, "within 10,000,000"),
+    ({"segmentation": [[1, 1, 5, 5, 9e6, 3]]}, "longer than 4,000,000 pixels"),
+    ({"segmentation": [[0, 0, 1e5, 1e5, 0, 1e5] * 20]}, "longer than 4,000,000 pixels"),
     ({"segmentation": {"size": [80, 60], "counts": [4800]}}, r"size \[80, 60\] is not"),
     ({"segmentation": {"size": [60, 80], "counts": [100, 20]}}, "add up to 120 pixels of 4800"),
     ({"segmentation": {"size": [60, 80], "counts": "P1370000000V1"}}, "add up to"),
     ({"segmentation": {"size": [60, 80], "counts": "\x01\x02"}}, "damaged"),
     ({"segmentation": {"size": [60, 80], "counts": [-10, 4810]}}, "add up to"),
-    ({"segmentation": {"size": [60, 80]}}, "counts must be"),
+    ({"segmentation": {"size": [60, 80], "counts": [2**62] * 4 + [4800]}}, "add up to"),
+    ({"segmentation": {"size": [60, 80], "counts": [10**30]}}, "counts .* must be a list of whole numbers"),
+    ({"segmentation": {"size": [60, 80], "counts": [4799.5, 0.5]}}, "counts .* must be a list of whole"),
+    ({"segmentation": {"size": [2**32 + 60, 80], "counts": [4800]}}, r"size \[4294967356, 80\] is not"),
+    ({"segmentation": {"size": [60, None], "counts": [4800]}}, r"size \[60, None\] is not"),
+    ({"segmentation": {"size": [60, 80]}}, r"counts .* must be a list of whole numbers, got None"),
     ({"segmentation": "abc"}, "must be polygons or an RLE"),
     ({"segmentation": None, "bbox": [1, 2, 3]}, "bbox must be"),
-    ({"segmentation": None, "bbox": [1, 2, 0, 5]}, "no area within the image of 80x60"),
-    ({"segmentation": None, "bbox": None}, "bbox must be"),
+    ({"segmentation": None, "bbox": [1, 2, 3, float("inf")]}, "bbox .* must be finite"),
+    ({"segmentation": None, "bbox": [1, 2, [3], 4]}, "bbox .* must be a list of numbers"),
+    ({"segmentation": None, "bbox": None}, r"bbox .* must be a list of numbers, got None"),
   ],
 )
 def test_damaged_annotations_are_named_when_asked_for(tmp_path, images, fields, message):

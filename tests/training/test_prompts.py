@@ -9,9 +9,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from sam3lt_jax.data.annotations import category_words
 from sam3lt_jax.processing.tokenizer import ClipTokenizer, clean_original
 from sam3lt_jax.training import prompts as P
-from sam3lt_jax.training.prompt_files import category_words
 
 PHRASES = ["red circle", "small striped red square", "a dog", "wooden chair next to the window", "cat"]
 
