@@ -16,6 +16,8 @@ _EPILOG = """\
 examples:
   COCO, every category asked of every image, the first 500 images:
     sam3lt eval --annotations instances_val2017.json --images val2017 --metrics cgf1 ap --limit 500
+  LVIS (its federated AP), of the categories that each image has or lists as absent:
+    sam3lt eval --annotations lvis_v1_val.json --images coco --metrics cgf1 ap
   SA-Co/Gold with its three annotators (of a pair the most favourable one counts):
     sam3lt eval --annotations gold_a.json gold_b.json gold_c.json --images metaclip --out gold
   boxes alone, of a fine-tuned model:
@@ -35,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add_model(parser)
   add("--annotations", nargs="+", required=True, metavar="FILE",
-      help="COCO or SA-Co JSON; several files: further annotators of the same SA-Co pairs")  # fmt: skip
+      help="COCO, LVIS or SA-Co JSON; several files: further annotators of the same SA-Co pairs")  # fmt: skip
   add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
   add("--metrics", nargs="+", choices=("cgf1", "ap"), default=["cgf1"], help="(default: cgf1)")
   add("--iou", nargs="+", choices=("segm", "bbox"), default=["segm", "bbox"],
       help="compare masks, boxes or both (default)")  # fmt: skip
   add("--only-present", action="store_true",
-      help="COCO: do not ask for categories that an image has none of (AP is then not the published figure)",
+      help="do not ask for categories that an image has none of (AP is then not the published figure)",
   )  # fmt: skip
   add("--limit", type=count, metavar="N", help="only the first N images")
   add("--threshold", type=fraction, default=0.5, metavar="T",

@@ -179,6 +179,12 @@ def _plain(annotation: Mapping[str, Any], where: str) -> Mapping[str, Any]:
   return {**annotation, **read}
 
 
+def has_masks(data: Mapping[str, Any]) -> bool:
+  """Whether any annotation has something for a mask."""
+  found = (annotation.get("segmentation") for annotation in data["annotations"])
+  return any(bool(s) and (not isinstance(s, list) or any(s)) for s in found)
+
+
 def categories_of(data: Mapping[str, Any], name: str) -> dict[int, Mapping[str, Any]]:
   """The categories under their ids, each with a name, in file order; none where the file lists none.
 

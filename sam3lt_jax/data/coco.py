@@ -51,7 +51,7 @@ class CocoRecords(Sequence):
     self._lists = [annotation_ops.lists_of(image, name) for image in self._images]
     self.federated = any(absent is not None for absent, _ in self._lists)
     self._annotations = annotation_ops.annotations_by_image(dataset, self._images, name)
-    self.has_masks = any(a.get("segmentation") for a in dataset["annotations"])
+    self.has_masks = annotation_ops.has_masks(dataset)
     self._left_out = LeftOut()
     self.left_out = self._left_out.counts
     categories = annotation_ops.categories_of(dataset, name)

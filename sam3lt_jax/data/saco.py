@@ -53,7 +53,7 @@ class SaCoRecords(Sequence):
     self._names = list(self._files)
     self.pairs = len(entries)
     self._normalised = _is_normalised(dataset["annotations"])
-    self.has_masks = any(a.get("segmentation") for a in dataset["annotations"])
+    self.has_masks = annotation_ops.has_masks(dataset)
     self._left_out = LeftOut()
     self.left_out = self._left_out.counts
 

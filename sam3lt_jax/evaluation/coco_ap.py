@@ -109,17 +109,26 @@ class _Truth:
     if self.federated:
       chosen = self._federated(chosen, {(a["image_id"], a["category_id"]) for a in annotations} | open_pairs)
     if chosen:
-      found = coco.loadRes(chosen)
+      answers = coco.loadRes(chosen)
     else:  # which loadRes cannot take
-      found = COCO()
-      found.dataset = coco.dataset | {"annotations": []}
-      found.createIndex()
-    evaluation = _Evaluation(coco, found, iou_type)
+      answers = COCO()
+      answers.dataset = coco.dataset | {"annotations": []}
+      answers.createIndex()
+    evaluation = _Evaluation(coco, answers, iou_type)
     evaluation.open = open_pairs
     evaluation.params.maxDets = [MOST_RESULTS[True]] if self.federated else [1, 10, MOST_RESULTS[False]]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return self._summary(evaluation)
+    # A category at a time, in its images alone: of LVIS's 24 million pairs nearly all have nothing.
+    pairs: dict[int, set[int]] = {category: set() for category in self.categories}
+    for entry in (*annotations, *chosen):
+      pairs[entry["category_id"]].add(entry["image_id"])
+    found = {}
+    for category, where in pairs.items():
+      if where:
+        evaluation.params.catIds, evaluation.params.imgIds = [category], sorted(where)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        found[category] = evaluation.eval
+    return self._summary(found, evaluation.params.maxDets)
 
   def _annotations(self, iou_type: str) -> tuple[list[dict[str, Any]], set[tuple[int, int]]]:
     """The annotations as pycocotools reads them; (image, category) whose objects are not all among them."""
@@ -193,18 +202,24 @@ class _Truth:
       kept += [r for r in best if r["category_id"] in self.absent[i] or (i, r["category_id"]) in present]
     return kept
 
-  def _summary(self, evaluation: COCOeval) -> Measures:
-    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+  def _summary(self, found: Mapping[int, Mapping[str, Any]], limits: Sequence[int]) -> Measures:
+    """`found`: what pycocotools accumulated, by category."""
+    keys = LVIS_MEASURES if self.federated else MEASURES
+    if not found:
+      return dict.fromkeys(keys)
     # Axes: IoU thresholds, recalls (of precision alone), categories, sizes (all, small, ...), limits.
+    precision, recall = (
+      np.concatenate([one[key] for one in found.values()], axis=-3) for key in ("precision", "recall")
+    )
     values = {"AP": precision[..., 0, -1], "AP50": precision[0, ..., 0, -1], "AP75": precision[5, ..., 0, -1]}
     for k, size in enumerate(("small", "medium", "large"), 1):
       values |= {f"AP_{size}": precision[..., k, -1], f"AR_{size}": recall[..., k, -1]}
-    for k, limit in enumerate(evaluation.params.maxDets):
+    for k, limit in enumerate(limits):
       values[f"AR{limit}"] = recall[..., 0, k]
-    kinds = [self.categories[int(i)].get("frequency") for i in evaluation.params.catIds]
+    kinds = [self.categories[i].get("frequency") for i in found]
     for key, kind in _FREQUENCIES.items():
       values[key] = precision[:, :, [k == kind for k in kinds], 0, -1]
-    return {key: _mean(values[key]) for key in (LVIS_MEASURES if self.federated else MEASURES)}
+    return {key: _mean(values[key]) for key in keys}
 
 
 class _Evaluation(COCOeval):

@@ -291,7 +291,7 @@ def _tables(report: dict[str, Any]):
     keys = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
     if heading == "LVIS AP":
       keys += ["AP_rare", "AP_common", "AP_frequent"]
-    columns = [(key, key, "percent") for key in keys]
+    columns = [(key.replace("frequent", "freq"), key, "percent") for key in keys]
     yield heading, measures, columns
 
 

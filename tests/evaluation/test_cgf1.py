@@ -142,6 +142,18 @@ def test_the_most_favourable_annotator_counts():
   assert (out["IL_TP"], out["IL_FP"], out["objects"]) == (2, 1, 2)
 
 
+def test_annotators_of_equal_f1_are_ranked_as_saco_ranks_them():
+  """One of one object found by three predictions, or two of five: F1 = 2/4 = 4/8. With SA-Co's 1e-4 in each
+  denominator the second is 0.4999406, the first 0.4999375, whatever the order."""
+  predicted = strips((0, 4), (4, 8), (12, 13))
+  few, many = strips((0, 4)), strips((0, 4), (4, 8), (14, 15), (15, 16), (16, 17))
+  for truths in ([few, many], [many, few], [strips((18, 20)), few, many]):
+    metric = CgF1()
+    metric.update_best_of(predicted, [0.9] * 3, truths)
+    out = metric.compute()
+    assert (out["objects"], out["pmF1"]) == (5, 0.5)
+
+
 def test_merging_and_state():
   first, second = counted(PAIRS[:2]), counted(PAIRS[2:])
   summed = {key: value + second.state()[key] for key, value in first.state().items()}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax.data import rle as rle_ops
-from sam3lt_jax.evaluation.coco_ap import MEASURES, coco_ap
+from sam3lt_jax.evaluation.coco_ap import LVIS_MEASURES, MEASURES, coco_ap
 from sam3lt_jax.processing.results import Results
 
 SIZE = (40, 50)
@@ -113,6 +113,80 @@ def test_crowds_are_ignored():
   assert out["segm"]["AP"] == pytest.approx(1.0)
 
 
+def lvis(absent=((), ()), unfinished=((), ()), frequencies="rc"):
+  """`dataset` as LVIS's: of each image the categories that it lacks and those that are not all annotated."""
+  data = dataset()
+  for entry, has_not, open_ in zip(data["images"], absent, unfinished):
+    entry["coco_url"] = f"http://images.cocodataset.org/val2017/{entry.pop('file_name')}"
+    entry |= {"neg_category_ids": list(has_not), "not_exhaustive_category_ids": list(open_)}
+  for category, frequency in zip(data["categories"], frequencies):
+    category["frequency"] = frequency
+  return data
+
+
+def test_lvis_is_federated():
+  """A of image 1 and B of image 2 are found, and each once more, with a higher score, where nothing is known
+  of it: only a category that the image lists as absent makes that wrong."""
+  results = found(1, 1, (A, 0.5)) + found(2, 2, (B, 0.5)) + found(2, 1, (A, 0.9)) + found(1, 2, (B, 0.9))
+  out = coco_ap(lvis(), results)
+  assert set(out) == {"segm", "bbox"} and all(tuple(m) == LVIS_MEASURES for m in out.values())
+  assert [out["segm"][key] for key in ("AP", "AP_rare", "AP_common", "AR300")] == pytest.approx([1.0] * 4)
+  assert out["segm"]["AP_frequent"] is None and out["segm"]["AP_large"] is None
+  # COCO's AP of the same file takes both for wrong: 1/2 each.
+  assert coco_ap(dataset(), results)["segm"]["AP"] == pytest.approx(0.5)
+  out = coco_ap(lvis(absent=((), (1,))), results)["segm"]
+  assert [out[key] for key in ("AP", "AP_rare", "AP_common")] == pytest.approx([0.75, 0.5, 1.0])
+
+
+def test_lvis_ignores_what_is_found_beyond_an_unfinished_category():
+  results = found(1, 1, (B, 0.9), (A, 0.5)) + found(2, 2, (A, 0.9), (B, 0.5))
+  assert coco_ap(lvis(), results)["segm"]["AP"] == pytest.approx(0.5)
+  assert coco_ap(lvis(unfinished=((1,), ())), results)["segm"]["AP"] == pytest.approx(0.75)
+  # What is not found is missed all the same.
+  assert coco_ap(lvis(unfinished=((1,), (2,))), found(1, 1, (A, 0.5)))["segm"]["AP"] == pytest.approx(0.5)
+
+
+def test_lvis_looks_at_300_results_an_image_of_all_categories():
+  wrong = found(1, 2, (mask(0, 0, 1, 1), 0.9)) * 300  # of a category of which nothing is known there
+  assert coco_ap(lvis(), wrong[:299] + found(1, 1, (A, 0.5)), image_ids=[1])["segm"]["AP"] == pytest.approx(1)
+  assert coco_ap(lvis(), wrong + found(1, 1, (A, 0.5)), image_ids=[1])["segm"]["AP"] == 0.0
+  # COCO's limit is 100 of a category: with 300 of another one before it A counts.
+  assert coco_ap(dataset(), wrong + found(1, 1, (A, 0.5)), image_ids=[1])["segm"]["AP"] == pytest.approx(1)
+
+
+def test_two_categories_of_one_name_are_one():
+  data = dataset()
+  data["categories"][1]["name"] = "A"
+  for category in (1, 2):  # found under either id
+    results = found(1, category, (A, 0.9)) + found(2, category, (B, 0.8))
+    assert coco_ap(data, results)["segm"]["AP"] == pytest.approx(1.0)
+  assert coco_ap(data, found(1, 2, (A, 0.9)))["segm"]["AP"] == pytest.approx(51 / 101)
+
+
+def test_numbers_as_text_and_a_byte_order_mark(tmp_path):
+  data, results = dataset(area="400"), found(1, 1, (A, 0.9)) + found(2, 2, (B, 0.8))
+  for entry in (*data["images"], *data["categories"], *data["annotations"]):
+    entry.update({key: str(v) for key, v in entry.items() if isinstance(v, int)})
+  path = tmp_path / "text.json"
+  path.write_text(json.dumps(data), encoding="utf-8-sig")
+  assert coco_ap(path, results)["segm"]["AP"] == pytest.approx(1.0)
+  results = [r | {"image_id": float(r["image_id"]), "category_id": str(r["category_id"])} for r in results]
+  assert coco_ap(path, results)["bbox"]["AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+  "fields", [{"segmentation": [[90, 1, 95, 1, 95, 9]]}, {"segmentation": [[]], "bbox": [30, 10, 20, 30]}]
+)
+def test_an_object_that_no_mask_can_match_is_left_out(fields, caplog):
+  """And what is found in its place is not wrong: it may be the object."""
+  data = dataset()
+  data["annotations"].append({"id": 2, "image_id": 1, "category_id": 1} | fields)
+  assert coco_ap(data, found(1, 1, (B, 0.9), (A, 0.5)), image_ids=[1])["segm"]["AP"] == pytest.approx(1.0)
+  assert ("1 objects without a mask; the first is annotations, image 1, annotation 2" in caplog.text) == (
+    "bbox" in fields
+  )
+
+
 @pytest.mark.parametrize(
   ("fields", "results", "message"),
   [
@@ -122,6 +196,21 @@ def test_crowds_are_ignored():
     ({"bbox": [1]}, [], r"annotation 0: bbox must be"),
     ({"segmentation": {"size": [40, 50], "counts": [3]}}, [], "annotation 0: the RLE's runs add up to 3"),
     ({"image_id": 4}, [], "annotation 0 is of image 4"),
+    ({"bbox": [0, 0, 5, float("inf")]}, [], r"annotation 0: bbox .* must be finite"),
+    ({"bbox": [0, 0, 5, None]}, [], r"annotation 0: bbox .* must be finite"),
+    ({"area": float("nan")}, [], r"annotation 0: area must be finite"),
+    ({"area": "big"}, [], r"annotation 0: area must be a list of numbers"),
+    ({"category_id": 9}, [], r"annotation 0 has no category_id that is listed, got 9"),
+    ({}, [7], "number 0 must be an object, got int"),
+    ({}, [{"image_id": [1], "category_id": 1}], r"number 0: its image_id must be a whole number, got \[1\]"),
+    ({}, [{"image_id": 1, "category_id": 1}], r"number 0: score must be finite .*got \[None\]"),
+    ({}, [{"image_id": 1, "category_id": 1, "score": float("nan")}], "number 0: score must be finite"),
+    ({}, [{"image_id": 1, "category_id": 1, "score": 0.5}], "number 0 has no mask"),
+    (
+      {},
+      [{"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": {"size": [9, 9], "counts": "0"}}],
+      r"number 0: the RLE's size \[9, 9\] is not",
+    ),
   ],
 )
 def test_wrong_input(fields, results, message):

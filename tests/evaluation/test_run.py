@@ -140,8 +140,8 @@ def test_records_that_cannot_be_read(images, caplog):
 
 def test_boxes_without_masks(images):
   data = scenes.coco_dataset()
-  for annotation in data["annotations"]:
-    del annotation["segmentation"]
+  for annotation, nothing in zip(data["annotations"], ([], None, [[]], [[], []]), strict=True):
+    annotation["segmentation"] = nothing
   records = load_coco(data, images)
   report = evaluate(FakePredictor(), records, metrics=("cgf1", "ap"), iou_types=["bbox"])
   assert set(report["cgf1"]) == {"bbox"} and report["cgf1"]["bbox"]["cgF1"] == 100.0
@@ -161,14 +161,81 @@ def test_records_of_ones_own_with_a_phrase_twice():
   assert (measures["IL_TP"], measures["IL_FP"], measures["pmF1"]) == (1, 1, 1.0)
 
 
-def test_at_most_a_hundred_results_a_pair():
-  many = {"red box": [(0.1 + 0.005 * i, "box", 0, 0, 4, 4) for i in range(120)]}
+def test_ap_looks_at_a_hundred_results_and_cgf1_at_all(tmp_path):
+  many = {"red box": [(0.51 + 0.003 * i, "box", 0, 0, 4, 4) for i in range(120)]}
+  many["red box"] += [(0.1 + 0.01 * i, "box", 0, 0, 4, 4) for i in range(30)]
   picture = scenes.picture([])
   record = Record(5, lambda: picture, (60, 80), (Prompt("red box", [[0, 0, 4, 4]]),))
-  report = evaluate(FakePredictor(many), [record], metrics=["cgf1", "ap"], iou_types=["bbox"])
-  # Of 120 scores up to 0.695 those from 0.5 on: i = 80 .. 119.
-  assert report["cgf1"]["bbox"]["predictions"] == 40
-  assert report["ap"]["bbox"]["AP"] == pytest.approx(1.0)
+  measures = {}
+  for metrics in (["cgf1"], ["cgf1", "ap"], ["ap"]):
+    report = evaluate(FakePredictor(many), [record], metrics=metrics, iou_types=["bbox"], out=tmp_path)
+    measures[tuple(metrics)] = report.get("cgf1"), report.get("ap")
+    (line,) = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert len(json.loads(line)["predictions"]) == (100 if metrics == ["ap"] else 120)
+  (alone, _), (both, ap), (_, ap_alone) = measures.values()
+  assert alone == both and both["bbox"]["predictions"] == 120
+  assert ap == ap_alone and ap["bbox"]["AP"] == pytest.approx(1.0)
+
+
+def test_a_crowd_of_objects_counts_alike_with_and_without_ap():
+  """120 objects, all found: cgF1 is 100, whatever else is measured."""
+  boxes = [(x, y, x + 4, y + 3) for x in range(0, 80, 8) for y in range(0, 60, 5)]
+  many = {"red box": [(0.9, "box", *box) for box in boxes]}
+  picture = scenes.picture([])
+  prompts = (Prompt("red box", boxes), Prompt("disc", []))
+  record = Record(5, lambda: picture, (60, 80), prompts)
+  for metrics in (["cgf1"], ["cgf1", "ap"]):
+    report = evaluate(FakePredictor(many), [record], metrics=metrics, iou_types=["bbox"])
+    assert report["cgf1"]["bbox"]["cgF1"] == pytest.approx(100.0)
+
+
+def test_lvis(tmp_path, images):
+  records = load_coco(scenes.lvis_dataset(), images)
+  # Everything everywhere: red is wrong in b, which lists it as absent, and not looked at in c.
+  answers = {"box": [(0.9, "box", 5, 10, 25, 40), (0.8, "box", 50, 30, 70, 50)],
+             "green disc": [(0.9, "disc", 30, 5, 50, 25), (0.95, "box", 0, 0, 9, 9)],
+             "blue box": [(0.9, "box", 40, 0, 80, 30)]}  # fmt: skip
+  report = evaluate(FakePredictor(answers), records, metrics=("cgf1", "ap"))
+  assert report["ap"]["over"] == "lvis" and report["pairs"] == 4 and report["not_exhaustive"] == 1
+  values = report["ap"]["segm"]
+  # Red: right, wrong (b, the same score), right, wrong: precision 1 to recall 1/2, 2/3 to 1.
+  assert values["AP_rare"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+  assert [values["AP_common"], values["AP_frequent"]] == pytest.approx([1.0, 1.0])
+  assert report["cgf1"]["segm"]["pmF1"] == pytest.approx(1.0) and report["cgf1"]["segm"]["IL_FP"] == 1
+  text = table(report)
+  assert "LVIS AP" in text and "AP_freq" in text and "COCO AP" not in text
+
+
+def test_one_phrase_of_two_categories_answers_both(images):
+  data = scenes.coco_dataset()
+  data["categories"][0]["name"], data["categories"][1]["name"] = "box_(red)", "box_(green)"
+  answers = {"box": [(0.9, *shape[1:]) for shape in scenes.SCENES["a.png"]], "blue box": []}
+  report = evaluate(FakePredictor(answers), load_coco(data, images), metrics=["ap"], limit=1)
+  # Red: two of three right, in this order; green: the last of three; blue: no object in the first image.
+  assert report["ap"]["segm"]["AP50"] == pytest.approx((1.0 + 1 / 3) / 2)
+
+
+def test_objects_without_a_mask_among_others(images):
+  data = scenes.coco_dataset()
+  data["annotations"][0]["segmentation"] = [[]]
+  records = load_coco(data, images)
+  report = evaluate(FakePredictor(), records, metrics=("cgf1", "ap"))
+  assert report["without_mask"] == 1
+  assert (report["cgf1"]["segm"]["pairs"], report["cgf1"]["bbox"]["pairs"]) == (8, 9)
+  assert [report["ap"][t]["AP"] for t in ("segm", "bbox")] == pytest.approx([1.0, 1.0])
+  assert "not in segm: 1 phrases" in table(report)
+  part = [records[0]]
+  with pytest.raises(ValueError, match="'red box' has no mask; evaluate boxes alone"):
+    evaluate(FakePredictor(), [Record(1, part[0].image, part[0].size, part[0].prompts[:1])])
+
+
+def test_what_the_annotations_are_read_without_is_reported(images):
+  data = scenes.coco_dataset()
+  data["annotations"][0]["segmentation"] = [[90, 1, 95, 1, 95, 9]]
+  report = evaluate(FakePredictor(), load_coco(data, images), metrics=("cgf1", "ap"))
+  assert report["left_out"] == {"a mask without a pixel": 1} and report["not_exhaustive"] == 1
+  assert report["ap"]["segm"]["AP"] == pytest.approx(1.0)
+  assert table(report).endswith("annotations: 1 x a mask without a pixel")
 
 
 def test_the_table(images):
