@@ -96,7 +96,7 @@ def entries_of(data: Any, key: str, name: str) -> list[Mapping[str, Any]]:
     keys = ", ".join(map(shown, list(data)[:8])) or "nothing"
     raise ValueError(f"{name} has no list {key!r}; it has: {keys}")
   for i, entry in enumerate(data[key]):
-    if not isinstance(entry, Mapping):
+    if type(entry) is not dict and not isinstance(entry, Mapping):
       raise ValueError(f"{name}: entry {i} of {key!r} must be an object, got {type(entry).__name__}")
   return data[key]
 

@@ -12,12 +12,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from sam3lt_jax.data import annotations as annotation_ops
 from sam3lt_jax.data.annotations import LeftOut
 from sam3lt_jax.data.numbers import printable, shown
 from sam3lt_jax.data.records import Prompt, Record
 
 _PHRASE_KEYS = ("phrase", "caption")
+_NONE = np.zeros((0, 4), np.float32)
 
 
 class CocoRecords(Sequence):
@@ -62,11 +65,14 @@ class CocoRecords(Sequence):
     # A root that others only name, as in Roboflow's exports, is nobody's label: it is not asked at all.
     roots = self._kinds.keys() - {_key(asked[i]) for i in plain}
     self.phrases = {i: phrase for i, phrase in asked.items() if _key(phrase) not in roots}
-    self._ids: dict[str, list[int]] = {}
+    ids: dict[str, list[int]] = {}
     for i, phrase in self.phrases.items():
-      self._ids.setdefault(_key(phrase), []).append(i)
-    first = annotation_ops.first_of_name(categories)
-    self.answers = {ids[0]: tuple(dict.fromkeys(first[i] for i in ids)) for ids in self._ids.values()}
+      ids.setdefault(_key(phrase), []).append(i)
+    self._keys = {i: key for key, same in ids.items() for i in same}
+    self._ids = {key: frozenset(same) for key, same in ids.items()}
+    self._first = {key: same[0] for key, same in ids.items()}
+    named = annotation_ops.first_of_name(categories)
+    self.answers = {same[0]: tuple(dict.fromkeys(named[i] for i in same)) for same in ids.values()}
 
   def _labels(self, categories: Mapping[int, Mapping[str, Any]]) -> tuple[set[int], set[int]]:
     """The categories of annotations that bring their own phrase, and those of annotations that do not."""
@@ -118,20 +124,20 @@ class CocoRecords(Sequence):
     described: set[int] = set()  # categories of annotations under a phrase of their own
     for annotation in self._annotations[image.id]:
       own, category = _own_phrase(annotation, self.name), annotation.get("category_id")
-      phrase = own or self.phrases[category]
-      key = _key(phrase)
-      written.setdefault(key, phrase)
+      key = _key(own) if own else self._keys[category]
+      written.setdefault(key, own or self.phrases[category])
       groups.setdefault(key, []).append(annotation)
-      if own and category not in self._ids.get(key, ()):
+      if own and self._keys.get(category) != key:
         described.add(category)
-    there = groups.keys() | {_key(self.phrases[i]) for i in described if i in self.phrases}
+    there = groups.keys() | {self._keys[i] for i in described if i in self._keys}
     listed = {a.get("category_id") for a in self._annotations[image.id]} | (absent or frozenset())
+    doubtful = not_listed | described
 
     def complete(key: str) -> bool:
       """Whether nothing of this phrase can be there beside its annotations."""
-      ids = set(self._ids.get(key, ()))
-      known = ids <= listed if self.federated else True
-      return known and not ids & (not_listed | described) and not there & self._kinds.get(key, set())
+      ids = self._ids.get(key, frozenset())
+      known = not self.federated or ids <= listed
+      return known and ids.isdisjoint(doubtful) and there.isdisjoint(self._kinds.get(key, ()))
 
     prompts, left_out = [], []
     for key, group in groups.items():
@@ -139,14 +145,14 @@ class CocoRecords(Sequence):
       objects = annotation_ops.objects_of(single, image.size, source)
       left_out += objects.left_out
       exhaustive = len(objects.boxes) == len(group) and complete(key)
-      kind = {"category_id": self._ids[key][0]} if key in self._ids else {"all_of_kind": False}
+      kind = {"category_id": self._first[key]} if key in self._first else {"all_of_kind": False}
       prompts.append(
         Prompt(written[key], objects.boxes, objects.masks, exhaustive, image_id=image.id, **kind)
       )
     if self.negatives:
       prompts += [
-        Prompt(self.phrases[ids[0]], [], image_id=image.id, category_id=ids[0])
-        for key, ids in self._ids.items()
+        Prompt(self.phrases[i], _NONE, image_id=image.id, category_id=i)
+        for key, i in self._first.items()
         if key not in groups and complete(key)
       ]
     self._left_out.add(image.id, left_out)

@@ -92,7 +92,7 @@ def from_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Rle | N
 def _outline(points: np.ndarray) -> float:
   """The steps around a polygon: pycocotools makes each of them, with memory for it."""
   corners = points.reshape(-1, 2)
-  return float(np.abs(corners - np.roll(corners, 1, axis=0)).max(1).sum())
+  return float(np.abs(np.diff(corners, axis=0, append=corners[:1])).max(1).sum())
 
 
 def _from_runs(segmentation: Mapping[str, Any], size: tuple[int, int]) -> Rle:
