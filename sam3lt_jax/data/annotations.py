@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sam3lt_jax.data import rle as rle_ops
-from sam3lt_jax.data.numbers import flag, ids, image_size, numbers, shown, whole
+from sam3lt_jax.data.numbers import brief, flag, ids, image_size, numbers, whole
 from sam3lt_jax.data.records import RecordError
 from sam3lt_jax.data.rle import Rle
 
@@ -93,7 +93,7 @@ def entries_of(data: Any, key: str, name: str) -> list[Mapping[str, Any]]:
   if not isinstance(data, Mapping):
     raise ValueError(f"{name} must hold an object with images and annotations, got {type(data).__name__}")
   if not isinstance(data.get(key), list):
-    keys = ", ".join(map(shown, list(data)[:8])) or "nothing"
+    keys = ", ".join(map(brief, list(data)[:8])) or "nothing"
     raise ValueError(f"{name} has no list {key!r}; it has: {keys}")
   for i, entry in enumerate(data[key]):
     if type(entry) is not dict and not isinstance(entry, Mapping):
@@ -154,7 +154,7 @@ def annotations_by_image(
   for i, annotation in enumerate(entries_of(data, "annotations", name)):
     image_id = annotation.get("image_id")
     if not _is_plain(annotation) or image_id not in grouped:
-      where = f"{name}: annotation {shown(annotation.get('id', f'number {i}'))}"
+      where = f"{name}: annotation {brief(annotation.get('id', f'number {i}'))}"
       annotation = _plain(annotation, where)
       image_id = annotation["image_id"]
       if image_id not in grouped:
@@ -195,10 +195,10 @@ def categories_of(data: Mapping[str, Any], name: str) -> dict[int, Mapping[str, 
   for i, category in enumerate(entries_of(data, "categories", name) if data.get("categories") else ()):
     called = category.get("name")
     if not isinstance(called, str):
-      raise ValueError(f"{name}: category {i} has no name, got {shown(called)}")
-    category_id = whole(category.get("id"), f"{name}: the id of category {shown(called)}")
+      raise ValueError(f"{name}: category {i} has no name, got {brief(called)}")
+    category_id = whole(category.get("id"), f"{name}: the id of category {brief(called)}")
     if category_id in found:
-      raise ValueError(f"{name}: category {shown(called)} has no id of its own, got {category_id} again")
+      raise ValueError(f"{name}: category {brief(called)} has no id of its own, got {category_id} again")
     found[category_id] = category
   return found
 
@@ -255,7 +255,7 @@ def objects_of(
   """
   boxes, masks, left_out = [], [], []
   for annotation in annotations:
-    where = f"{source}, annotation {shown(annotation.get('id', '?'))}"
+    where = f"{source}, annotation {brief(annotation.get('id', '?'))}"
     try:
       box, mask, reasons = _object(annotation, size, normalised)
     except ValueError as e:

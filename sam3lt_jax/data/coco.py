@@ -16,7 +16,7 @@ import numpy as np
 
 from sam3lt_jax.data import annotations as annotation_ops
 from sam3lt_jax.data.annotations import LeftOut
-from sam3lt_jax.data.numbers import printable, shown
+from sam3lt_jax.data.numbers import brief, printable
 from sam3lt_jax.data.records import Prompt, Record
 
 _PHRASE_KEYS = ("phrase", "caption")
@@ -85,7 +85,7 @@ class CocoRecords(Sequence):
         plain.add(category)
       else:
         raise ValueError(
-          f"{self.name}: annotation {shown(annotation.get('id', '?'))} has neither a phrase nor a category "
+          f"{self.name}: annotation {brief(annotation.get('id', '?'))} has neither a phrase nor a category "
           f"that is listed (category_id {category!r})"
         )
     return own, plain
@@ -106,7 +106,7 @@ class CocoRecords(Sequence):
       phrase = given.get(name, annotation_ops.category_words(name)).strip()
       if not phrase:
         raise ValueError(
-          f"{self.name}: category {shown(name)} has an empty phrase; give phrases={{name: phrase}}"
+          f"{self.name}: category {brief(name)} has an empty phrase; give phrases={{name: phrase}}"
         )
       phrases[i] = written.setdefault(_key(phrase), phrase)
     return phrases
@@ -191,8 +191,8 @@ def _own_phrase(annotation: Mapping[str, Any], name: str) -> str | None:
     phrase = annotation.get(key)
     if phrase is not None:
       if not isinstance(phrase, str) or not phrase.strip():
-        where = f"{name}: annotation {shown(annotation.get('id', '?'))}"
-        raise ValueError(f"{where} has an empty {key}: {shown(phrase)}")
+        where = f"{name}: annotation {brief(annotation.get('id', '?'))}"
+        raise ValueError(f"{where} has an empty {key}: {brief(phrase)}")
       return phrase.strip()
   return None
 

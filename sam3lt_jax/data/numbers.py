@@ -22,7 +22,7 @@ _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 60, 60, 60
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
   """What came, for a message: one short line of printable text, whatever it is."""
   try:
     text = _REPR.repr(value)
@@ -45,7 +45,7 @@ def whole(value: Any, what: str, least: int = -LARGEST_ID, most: int = LARGEST_I
   number = value if type(value) is int else _whole(value)
   if number is None or not least <= number <= most:
     limits = "" if (least, most) == (-LARGEST_ID, LARGEST_ID) else f" of {least} to {most}"
-    raise ValueError(f"{what} must be a whole number{limits}, got {shown(value)}")
+    raise ValueError(f"{what} must be a whole number{limits}, got {brief(value)}")
   return number
 
 
@@ -79,7 +79,7 @@ def image_size(height: Any, width: Any, what: str) -> tuple[int, int]:
   if None in sides or min(sides) < 1 or sides[0] * sides[1] > MOST_PIXELS:
     raise ValueError(
       f"{what} has no height and width in pixels (whole numbers, at most {MOST_PIXELS:,} pixels in all), "
-      f"got {shown(height)} and {shown(width)}"
+      f"got {brief(height)} and {brief(width)}"
     )
   return sides
 
@@ -96,7 +96,7 @@ def flag(value: Any, what: str) -> bool:
     return value.strip().lower() == "true"
   number = _whole(value)
   if number not in (0, 1):
-    raise ValueError(f"{what} must be 0 or 1, got {shown(value)}")
+    raise ValueError(f"{what} must be 0 or 1, got {brief(value)}")
   return bool(number)
 
 
@@ -113,9 +113,9 @@ def numbers(values: Any, what: str, limit: float = FARTHEST) -> np.ndarray:
   except (TypeError, ValueError, OverflowError, RecursionError):
     found = None
   if found is None or found.ndim != 1:
-    raise ValueError(f"{what} must be a list of numbers, got {shown(values)}")
+    raise ValueError(f"{what} must be a list of numbers, got {brief(values)}")
   if not (np.abs(found) <= limit).all():  # written so that NaN fails
-    raise ValueError(f"{what} must be finite and within {limit:,.0f}, got {shown(values)}")
+    raise ValueError(f"{what} must be finite and within {limit:,.0f}, got {brief(values)}")
   return found
 
 
@@ -136,7 +136,7 @@ def wholes(values: Any, what: str) -> np.ndarray:
   except (TypeError, ValueError, OverflowError, RecursionError):
     found = None
   if found is None or found.ndim != 1:
-    raise ValueError(f"{what} must be a list of whole numbers, got {shown(values)}")
+    raise ValueError(f"{what} must be a list of whole numbers, got {brief(values)}")
   return found
 
 
@@ -145,5 +145,5 @@ def ids(values: Any, what: str) -> frozenset[int]:
   if values is None:
     return frozenset()
   if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-    raise ValueError(f"{what} must be a list of ids, got {shown(values)}")
+    raise ValueError(f"{what} must be a list of ids, got {brief(values)}")
   return frozenset(whole(value, what) for value in values)

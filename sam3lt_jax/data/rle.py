@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sam3lt_jax.data.numbers import numbers, shown, wholes
+from sam3lt_jax.data.numbers import brief, numbers, wholes
 
 Rle = dict[str, Any]
 _LONGEST = 4e6  # pixels of outline, which is walked step by step: an absurd corner would take for ever
@@ -77,7 +77,7 @@ def from_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Rle | N
   if segmentation is None:
     return None, 0
   if not isinstance(segmentation, (list, tuple)):
-    raise ValueError(f"segmentation must be polygons or an RLE, got {shown(segmentation)}")
+    raise ValueError(f"segmentation must be polygons or an RLE, got {brief(segmentation)}")
   parts = [numbers(points, "a polygon [x1, y1, x2, y2, x3, y3, ...]") for points in segmentation]
   polygons = [points for points in parts if len(points) >= 6 and len(points) % 2 == 0]
   gone = sum(len(points) > 0 for points in parts) - len(polygons)
@@ -102,7 +102,7 @@ def _from_runs(segmentation: Mapping[str, Any], size: tuple[int, int]) -> Rle:
   except ValueError:
     fits = False
   if not fits:
-    raise ValueError(f"the RLE's size {shown(given)} is not (height, width) of the image, {list(size)}")
+    raise ValueError(f"the RLE's size {brief(given)} is not (height, width) of the image, {list(size)}")
   if isinstance(counts, str):
     counts = counts.encode("ascii", errors="replace")
   runs = _runs(counts) if isinstance(counts, bytes) else wholes(counts, "an RLE's counts (or their string)")

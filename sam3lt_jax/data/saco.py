@@ -14,7 +14,7 @@ from typing import Any
 
 from sam3lt_jax.data import annotations as annotation_ops
 from sam3lt_jax.data.annotations import ImageEntry, LeftOut
-from sam3lt_jax.data.numbers import flag, numbers, printable, shown
+from sam3lt_jax.data.numbers import brief, flag, numbers, printable
 from sam3lt_jax.data.records import Prompt, Record
 
 _MOST_NORMALISED = 1.5  # a bbox value above it is in pixels
@@ -38,7 +38,7 @@ class SaCoRecords(Sequence):
     for entry in entries:
       phrase = entry.fields.get("text_input")
       if not isinstance(phrase, str) or not phrase.strip():
-        raise ValueError(f"{name}: image {entry.id} has no text_input, got {shown(phrase)}")
+        raise ValueError(f"{name}: image {entry.id} has no text_input, got {brief(phrase)}")
       exhaustive = flag(
         entry.fields.get("is_instance_exhaustive", True), f"{name}: image {entry.id}: is_instance_exhaustive"
       )

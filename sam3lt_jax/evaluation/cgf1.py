@@ -34,7 +34,7 @@ from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
 from sam3lt_jax.data import rle as rle_ops
-from sam3lt_jax.data.numbers import image_size, shown
+from sam3lt_jax.data.numbers import brief, image_size
 
 _EPSILON = 1e-4
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
@@ -139,7 +139,7 @@ class CgF1:
       raise ValueError(f"{name}: a mask must be an RLE or a bool array [H, W], got {type(given).__name__}")
     size = given.get("size")
     if not isinstance(size, (list, tuple)) or len(size) != 2:
-      raise ValueError(f"{name}: an RLE's size must be [height, width], got {shown(size)}")
+      raise ValueError(f"{name}: an RLE's size must be [height, width], got {brief(size)}")
     try:
       return rle_ops.from_segmentation(given, image_size(*size, "an RLE"))[0]
     except ValueError as e:

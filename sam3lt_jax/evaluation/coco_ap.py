@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from sam3lt_jax.data import annotations as annotation_ops
 from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.data.annotations import ImageEntry
-from sam3lt_jax.data.numbers import MOST_PIXELS, numbers, shown, whole
+from sam3lt_jax.data.numbers import MOST_PIXELS, brief, numbers, whole
 
 MEASURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
             "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")  # fmt: skip
@@ -135,10 +135,10 @@ class _Truth:
     annotations, open_pairs, maskless = [], set(self.open), []
     for i, image in self.images.items():
       for given in self._grouped[i]:
-        where = f"{self.name}, image {i}, annotation {shown(given.get('id', '?'))}"
+        where = f"{self.name}, image {i}, annotation {brief(given.get('id', '?'))}"
         if given.get("category_id") not in self.first:
           raise ValueError(
-            f"{where} has no category_id that is listed, got {shown(given.get('category_id'))}"
+            f"{where} has no category_id that is listed, got {brief(given.get('category_id'))}"
           )
         category = self.first[given["category_id"]]
         try:
@@ -261,5 +261,5 @@ def _annotation(given: Mapping[str, Any], image: ImageEntry) -> dict[str, Any] |
 def _box(given: Any) -> list[float]:
   values = numbers(given, "bbox [x, y, width, height]")
   if len(values) != 4:
-    raise ValueError(f"bbox must be [x, y, width, height], got {shown(given)}")
+    raise ValueError(f"bbox must be [x, y, width, height], got {brief(given)}")
   return values.tolist()
