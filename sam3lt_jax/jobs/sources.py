@@ -23,7 +23,6 @@ import bisect
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import re
 import tarfile
@@ -233,44 +232,34 @@ def _list_file(source: str, path: str) -> _Part:
 
 
 def _coco(source: str, path: str, images: str | None) -> _Part:
-  try:
-    data = json.loads(files.read(path))
-  except (ValueError, RecursionError) as e:
-    raise ValueError(f"{source} is not JSON: {e}") from None
-  entries = data.get("images") if isinstance(data, dict) else None
-  if not isinstance(entries, list):
-    raise ValueError(f'{source} is no COCO file: a list "images" is expected')
-  rows = []
-  for i, entry in enumerate(entries):
-    if not isinstance(entry, dict) or type(entry.get("id")) is not int or not _name(entry):
-      raise ValueError(f'{source}: entry {i} of "images" must have a whole number "id" and a "file_name"')
-    rows.append((entry["id"], entry["file_name"], entry.get("width"), entry.get("height")))
-  if not rows:
-    raise ValueError(f'{source} lists no image: "images" is empty')
-  rows.sort(key=lambda row: row[0])
-  folder = images or _beside(source, files.folder_of(path), rows[0][1])
-  return _Part(source, rows, functools.partial(_coco_item, folder))
+  """Rows (image id, where its file may be below the folder of images, its size or None)."""
+  from sam3lt_jax.data import annotations  # numpy and pycocotools come with it
+
+  entries = annotations.images_of(annotations.read_json(files.read(path), source), source, sizes=False)
+  rows = sorted((entry.id, entry.names, entry.size) for entry in entries)
+  folder, which = _beside(source, images, files.folder_of(path), rows[0][1])
+  return _Part(source, rows, functools.partial(_coco_item, folder, which))
 
 
-def _name(entry: dict[str, Any]) -> bool:
-  return isinstance(entry.get("file_name"), str) and bool(entry["file_name"].strip())
-
-
-def _beside(source: str, folder: str, first: str) -> str:
-  for candidate in (folder, files.join(folder, "images")):
-    if files.exists(files.join(candidate, first)):
-      return candidate
+def _beside(source: str, images: str | None, folder: str, names: tuple[str, ...]) -> tuple[str, int]:
+  """The folder of images, and at which of an image's `names` its file is there; found by the first image."""
+  for candidate in [images] if images else [folder, files.join(folder, "images")]:
+    for which, name in enumerate(names):
+      if files.exists(files.join(candidate, name)):
+        return candidate, which
+  if images:
+    return images, -1
   raise ValueError(
-    f"the images of {source} are not beside it, nor in a folder images there (its first is {first}); "
+    f"the images of {source} are not beside it, nor in a folder images there (its first is {names[-1]}); "
     "say where they are: --images DIR"
   )
 
 
-def _coco_item(folder: str, row: tuple) -> Item:
-  image_id, name, width, height = row
-  meta = {"file_name": name, "width": width, "height": height}
-  known = {key: value for key, value in meta.items() if value is not None}
-  return Item(str(image_id), files.join(folder, name), image_id, known)
+def _coco_item(folder: str, which: int, row: tuple) -> Item:
+  image_id, names, size = row
+  name = names[min(which, len(names) - 1)]
+  known = {} if size is None else {"width": size[1], "height": size[0]}
+  return Item(str(image_id), files.join(folder, name), image_id, {"file_name": name} | known)
 
 
 def _tar_part(source: str, paths: Sequence[str]) -> _Part:

@@ -150,11 +150,20 @@ def test_coco(tmp_path):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("{", "instances.json is not JSON"),
-    ('{"annotations": []}', 'no COCO file: a list "images" is expected'),
+    ("{", "instances.json is not valid JSON"),
+    ("[" * 100_000, "instances.json is nested too deeply"),
+    ('{"annotations": []}', "instances.json has no list 'images'; it has: 'annotations'"),
     ('{"images": []}', "lists no image"),
-    ('{"images": [{"id": "a", "file_name": "a.jpg"}]}', 'entry 0 of "images" must have a whole number "id"'),
-    ('{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}]}', 'entry 1 of "images"'),
+    ('{"images": [{"id": "a", "file_name": "a.jpg"}]}', "the id of image 0 must be a whole number, got 'a'"),
+    ('{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}]}', "image 2 has no file_name"),
+    (
+      '{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": "1", "file_name": "b.jpg"}]}',
+      "image 1 has an id of",
+    ),
+    (
+      '{"images": [{"id": 1, "file_name": "a.jpg", "height": 4294967316, "width": 9}]}',
+      "image 1 has no height and width in pixels",
+    ),
   ],
 )
 def test_bad_coco(tmp_path, text, message):
@@ -164,11 +173,19 @@ def test_bad_coco(tmp_path, text, message):
     list_items(path)
 
 
-def test_duplicate_coco_ids(tmp_path):
-  images = [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]
-  (tmp_path / "c.json").write_text(json.dumps({"images": images}))
-  with pytest.raises(ValueError, match=r"the id '1' occurs twice: .*a\.jpg .* and .*b\.jpg"):
-    list_items(tmp_path / "c.json", images=tmp_path)
+def test_coco_as_others_write_it(tmp_path):
+  """A byte-order mark, numbers as text, no size, and LVIS's images, which have a URL in place of a name."""
+  fill(tmp_path, "val2017/1.jpg", "train2017/2.jpg", "flat/1.jpg")
+  urls = [f"http://images.cocodataset.org/{name}" for name in ("val2017/1.jpg", "train2017/2.jpg")]
+  images = [{"id": "1", "coco_url": urls[0], "height": "3.0", "width": 4.0}, {"id": 2.0, "coco_url": urls[1]}]
+  path = tmp_path / "lvis.json"
+  path.write_text(json.dumps({"images": images}), encoding="utf-8-sig")
+  first, second = list_items(path)
+  assert first == Item(
+    "1", f"{tmp_path}/val2017/1.jpg", 1, {"file_name": "val2017/1.jpg", "width": 4, "height": 3}
+  )
+  assert second == Item("2", f"{tmp_path}/train2017/2.jpg", 2, {"file_name": "train2017/2.jpg"})
+  assert list_items(path, images=tmp_path / "flat")[1].uri == f"{tmp_path}/flat/2.jpg"
 
 
 def test_tars(tmp_path):
