@@ -92,7 +92,9 @@ def entries_of(data: Any, key: str, name: str) -> list[Mapping[str, Any]]:
   """The list of objects under a key; ValueError where it is something else."""
   if not isinstance(data, Mapping):
     raise ValueError(f"{name} must hold an object with images and annotations, got {type(data).__name__}")
-  if not isinstance(data.get(key), list):
+  if key in data and not isinstance(data[key], list):
+    raise ValueError(f"{name}: {key!r} must be a list, got {brief(data[key])}")
+  if key not in data:
     keys = ", ".join(map(brief, list(data)[:8])) or "nothing"
     raise ValueError(f"{name} has no list {key!r}; it has: {keys}")
   for i, entry in enumerate(data[key]):

@@ -50,8 +50,8 @@ def coco_ap(
   found: they are left out, and in their image results beyond the other objects of the category are ignored.
 
   Args:
-    ground_truth: a COCO JSON file, or what it holds. `area`, `bbox`, `iscrowd` and annotation ids are filled
-      in where they lack.
+    ground_truth: a COCO JSON file, or what it holds. `area`, `bbox` (of what has a mask), `iscrowd` and
+      annotation ids are filled in where they lack or are none.
     results: `Results.to_coco` of every image, in one list: image_id, category_id, score, bbox (x, y, width,
       height in pixels), segmentation (RLE). May be empty.
     iou_types: what to evaluate.
@@ -244,16 +244,18 @@ def _annotation(given: Mapping[str, Any], image: ImageEntry) -> dict[str, Any] |
     return None
   if mask is not None and not rle_ops.area(mask):
     return None
-  if mask is not None and given.get("bbox") is None:
+  try:
+    box = _box(given.get("bbox"))
+  except ValueError:
+    if mask is None:
+      raise
     x1, y1, x2, y2 = rle_ops.bounds(mask).tolist()
     box = [x1, y1, x2 - x1, y2 - y1]
-  else:
-    box = _box(given.get("bbox"))
   area = box[2] * box[3] if mask is None else rle_ops.area(mask)
   if area <= 0:
     return None
-  if given.get("area") is not None:
-    area = numbers([given["area"]], "area", MOST_PIXELS).item()
+  with contextlib.suppress(ValueError):
+    area = numbers([given.get("area")], "area", MOST_PIXELS).item()
   shapes = {"bbox": box} if mask is None else {"bbox": box, "segmentation": mask}
   return shapes | {"area": float(area), "iscrowd": int(given.get("iscrowd", 0))}
 

@@ -344,7 +344,7 @@ def broken(change):
     ),
     (lambda d: d["annotations"][3].update(category_id=[1]), "annotation 4: its category_id must be a whole"),
     (lambda d: d["annotations"][3].update(iscrowd="x"), "annotation 4: its iscrowd must be 0 or 1, got 'x'"),
-    (lambda d: d.update(categories=7), "no list 'categories'"),
+    (lambda d: d.update(categories=7), "'categories' must be a list, got 7"),
     (lambda d: d["images"][1].pop("file_name"), "image 11 has no file_name"),
     (lambda d: d["images"][1].update(height=0), "image 11 has no height and width"),
     (lambda d: d["annotations"][3].update(image_id=99), "annotation 4 is of image 99"),

@@ -163,6 +163,13 @@ def test_two_categories_of_one_name_are_one():
   assert coco_ap(data, found(1, 2, (A, 0.9)))["segm"]["AP"] == pytest.approx(51 / 101)
 
 
+@pytest.mark.parametrize("nothing", [None, [], [1], [0, 0, 5, float("nan")], "x", float("nan"), 10**400])
+def test_what_the_mask_says_is_filled_in(nothing):
+  results = found(1, 1, (A, 0.9)) + found(2, 2, (B, 0.3))
+  out = coco_ap(dataset(bbox=nothing, area=nothing, iscrowd=None), results)
+  assert [out[t][key] for t in out for key in ("AP", "AP_small")] == pytest.approx([1.0] * 4)
+
+
 def test_numbers_as_text_and_a_byte_order_mark(tmp_path):
   data, results = dataset(area="400"), found(1, 1, (A, 0.9)) + found(2, 2, (B, 0.8))
   for entry in (*data["images"], *data["categories"], *data["annotations"]):
@@ -193,13 +200,11 @@ def test_an_object_that_no_mask_can_match_is_left_out(fields, caplog):
     ({}, [{"image_id": 9, "category_id": 1}], r"number 0 has image_id 9"),
     ({}, [{"image_id": 1, "category_id": 9}], r"number 0 has category_id 9"),
     ({"segmentation": None, "bbox": [0, 0, 5, 5]}, [], r"image 1, annotation 0 has no mask; .*--iou bbox"),
-    ({"bbox": [1]}, [], r"annotation 0: bbox must be"),
+    ({"segmentation": [], "bbox": [1]}, [], r"annotation 0: bbox must be"),
     ({"segmentation": {"size": [40, 50], "counts": [3]}}, [], "annotation 0: the RLE's runs add up to 3"),
     ({"image_id": 4}, [], "annotation 0 is of image 4"),
-    ({"bbox": [0, 0, 5, float("inf")]}, [], r"annotation 0: bbox .* must be finite"),
-    ({"bbox": [0, 0, 5, None]}, [], r"annotation 0: bbox .* must be finite"),
-    ({"area": float("nan")}, [], r"annotation 0: area must be finite"),
-    ({"area": "big"}, [], r"annotation 0: area must be a list of numbers"),
+    ({"segmentation": [], "bbox": [0, 0, 5, float("inf")]}, [], r"annotation 0: bbox .* must be finite"),
+    ({"segmentation": [], "bbox": [0, 0, 5, None]}, [], r"annotation 0: bbox .* must be finite"),
     ({"category_id": 9}, [], r"annotation 0 has no category_id that is listed, got 9"),
     ({}, [7], "number 0 must be an object, got int"),
     ({}, [{"image_id": [1], "category_id": 1}], r"number 0: its image_id must be a whole number, got \[1\]"),
