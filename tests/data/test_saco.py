@@ -1,5 +1,7 @@
 """SA-Co files to records: pairs of one image together, negatives, boxes in either unit, open pairs."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -96,3 +98,32 @@ def test_damaged_masks_name_the_pair(tmp_path, images):
   path = scenes.write_json(tmp_path, data)
   with pytest.raises(RecordError, match=r"image 101 \(a\.png\), annotation 3: the RLE's runs add up to 0"):
     load_saco(path, images)[0]
+
+
+def test_numbers_of_other_exporters(tmp_path, images):
+  data = scenes.saco_dataset()
+  for entry in (*data["images"], *data["annotations"]):
+    entry.update({key: f"{v}.0" for key, v in entry.items() if isinstance(v, int)})
+  for annotation in data["annotations"]:
+    annotation["bbox"] = [str(v * 60) for v in annotation["bbox"]]  # no longer in units of the sides
+  data["images"][1]["is_instance_exhaustive"] = "0"
+  path = tmp_path / "text.json"
+  path.write_text(json.dumps(data), encoding="utf-8-sig")
+  records, expected = load_records(path, images), load_saco(scenes.saco_dataset(), images)
+  for one, other in zip(records, expected, strict=True):
+    assert (one.id, one.size) == (other.id, other.size)
+    assert [(p.phrase, p.image_id, p.masks) for p in one.prompts] == [
+      (p.phrase, p.image_id, p.masks) for p in other.prompts
+    ]
+  assert [p.exhaustive for p in records[0].prompts] == [True, False, True]
+  assert not records._normalised and expected._normalised
+
+
+def test_an_object_without_a_pixel_goes_and_its_pair_is_open(images):
+  data = scenes.saco_dataset()
+  data["annotations"][0]["segmentation"] = {"size": [60, 80], "counts": [4800]}
+  data["annotations"][2]["segmentation"] = [[]]
+  records = load_saco(data, images)
+  red, green, blue = records[0].prompts
+  assert [(len(p.boxes), p.exhaustive) for p in (red, green, blue)] == [(1, False), (1, True), (0, True)]
+  assert green.masks == (None,) and records.left_out == {"a mask without a pixel": 1} and records.has_masks
