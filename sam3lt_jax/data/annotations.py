@@ -273,7 +273,7 @@ def _object(
   annotation: Mapping[str, Any], size: tuple[int, int], normalised: bool
 ) -> tuple[np.ndarray | None, Rle | None, list[str]]:
   """(box, mask, why a part of it or all was left out); no box: the object is left out."""
-  mask, gone = rle_ops.from_segmentation(annotation.get("segmentation"), size)
+  mask, gone = rle_ops.read(annotation.get("segmentation"), size)
   reasons = ["a polygon of under three corners"] * gone
   if mask is not None:
     if rle_ops.area(mask):

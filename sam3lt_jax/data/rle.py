@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from sam3lt_jax.data.numbers import brief, numbers, wholes
+from sam3lt_jax.data.numbers import brief, image_size, numbers, wholes
 
 Rle = dict[str, Any]
 _LONGEST = 4e6  # pixels of outline, which is walked step by step: an absurd corner would take for ever
@@ -56,7 +56,17 @@ def jsonable(rle: Rle) -> Rle:
   return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def from_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Rle | None, int]:
+def from_segmentation(segmentation: Any, size: tuple[int, int], allow_empty: bool = False) -> Rle:
+  """As `read`, of what has to be a mask; ValueError where there is none or (not `allow_empty`) no pixel."""
+  rle, _ = read(segmentation, size)
+  if rle is None:
+    raise ValueError(f"segmentation must be polygons or an RLE, got {brief(segmentation)}")
+  if not allow_empty and not area(rle):
+    raise ValueError("the mask holds no pixel")
+  return rle
+
+
+def read(segmentation: Any, size: tuple[int, int]) -> tuple[Rle | None, int]:
   """An annotation's `segmentation` to RLE.
 
   Args:
@@ -72,6 +82,7 @@ def from_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Rle | N
     ValueError: saying what is wrong with it: another form, another size, runs that do not cover the image,
       coordinates that no image has.
   """
+  size = image_size(*size, "a mask")
   if isinstance(segmentation, Mapping):
     return _from_runs(segmentation, size), 0
   if segmentation is None:

@@ -141,7 +141,7 @@ class CgF1:
     if not isinstance(size, (list, tuple)) or len(size) != 2:
       raise ValueError(f"{name}: an RLE's size must be [height, width], got {brief(size)}")
     try:
-      return rle_ops.from_segmentation(given, image_size(*size, "an RLE"))[0]
+      return rle_ops.from_segmentation(given, image_size(*size, "an RLE"), allow_empty=True)
     except ValueError as e:
       raise ValueError(f"{name}: {e}") from e
 

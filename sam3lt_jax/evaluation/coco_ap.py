@@ -181,13 +181,10 @@ class _Truth:
         if iou_type == "bbox":
           shape = {"bbox": _box(result.get("bbox"))}
         else:
-          shape = {
-            "segmentation": rle_ops.from_segmentation(result.get("segmentation"), self.images[i].size)[0]
-          }
+          size = self.images[i].size
+          shape = {"segmentation": rle_ops.from_segmentation(result.get("segmentation"), size, True)}
       except ValueError as e:
         raise ValueError(f"{where}: {e}") from e
-      if None in shape.values():
-        raise ValueError(f"{where} has no mask")
       chosen.append({"image_id": i, "category_id": category, "score": score} | shape)
     return chosen
 
@@ -239,7 +236,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 def _annotation(given: Mapping[str, Any], image: ImageEntry) -> dict[str, Any] | None:
   """What pycocotools reads of an annotation, its mask if there is one; None: nothing can be found of it."""
-  mask, gone = rle_ops.from_segmentation(given.get("segmentation"), image.size)
+  mask, gone = rle_ops.read(given.get("segmentation"), image.size)
   if mask is None and gone and given.get("bbox") is None:
     return None
   if mask is not None and not rle_ops.area(mask):

@@ -87,6 +87,25 @@ def test_rle_strings_are_read_as_pycocotools_writes_them():
       np.testing.assert_array_equal(flat.reshape(mask.shape, order="F"), mask)
 
 
+def test_what_has_to_be_a_mask():
+  mask = scenes.mask_of("box", 40, 0, 80, 30)
+  np.testing.assert_array_equal(rle_ops.decode(rle_ops.from_segmentation([GOOD], (60, 80))), mask)
+  empty = {"size": [60, 80], "counts": [4800]}
+  assert rle_ops.area(rle_ops.from_segmentation(empty, (60, 80), allow_empty=True)) == 0
+  for segmentation, size, message in (
+    (empty, (60, 80), "holds no pixel"),
+    ([[]], (60, 80), r"must be polygons or an RLE, got \[\[\]\]"),
+    ([GOOD], (2**32, 1), "a mask has no height and width in pixels"),
+    (
+      {"size": [2**32 + 20, 80], "counts": [1600]},
+      (2**32 + 20, 80),
+      "a mask has no height and width in pixels",
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      rle_ops.from_segmentation(segmentation, size)
+
+
 def test_box_without_a_mask(images):
   for missing in (None, [], [[]], [[], []]):
     prompt = load_coco(one_annotation(segmentation=missing, bbox=[70, -5, 20, 15]), images)[0].prompts[0]

@@ -122,7 +122,7 @@ def test_masks():
     form = mutate_json(rng, rng.choice(forms))
     if isinstance(form, dict) and isinstance(form.get("counts"), str) and rng.random() < 0.7:
       form["counts"] = mutate_bytes(rng, form["counts"].encode("utf-8", "replace"))
-    found = check(seed, rle_ops.from_segmentation, form, (60, 80))
+    found = check(seed, rle_ops.read, form, (60, 80))
     if found and found[0] is not None:
       decoded = rle_ops.decode(found[0])
       assert decoded.shape == (60, 80) and decoded.sum() == rle_ops.area(found[0])

@@ -210,7 +210,11 @@ def test_an_object_that_no_mask_can_match_is_left_out(fields, caplog):
     ({}, [{"image_id": [1], "category_id": 1}], r"number 0: its image_id must be a whole number, got \[1\]"),
     ({}, [{"image_id": 1, "category_id": 1}], r"number 0: score must be finite .*got \[None\]"),
     ({}, [{"image_id": 1, "category_id": 1, "score": float("nan")}], "number 0: score must be finite"),
-    ({}, [{"image_id": 1, "category_id": 1, "score": 0.5}], "number 0 has no mask"),
+    (
+      {},
+      [{"image_id": 1, "category_id": 1, "score": 0.5}],
+      "number 0: segmentation must be polygons or an RLE, got None",
+    ),
     (
       {},
       [{"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": {"size": [9, 9], "counts": "0"}}],
