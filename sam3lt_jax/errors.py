@@ -1,8 +1,9 @@
-"""A user's mistake that names the argument."""
+"""A user's mistake that names the argument, and how a message shows a name that came from outside."""
 
 from __future__ import annotations
 
 import contextlib
+import unicodedata
 from collections.abc import Iterator
 
 
@@ -31,3 +32,18 @@ def renamed(theirs: str, ours: str) -> Iterator[None]:
     if e.argument == theirs:
       e.argument = ours
     raise
+
+
+def shown(name: object) -> str:
+  """A name (of a file, a phrase) for a message, terminal or log: one line, whatever is in it.
+
+  What would not be printed as a character stands as its escape: line ends, ESC, marks that turn the writing
+  round, and the bytes of a file's name that are no UTF-8. Python's own `repr` does the same, in quotes.
+  """
+  text = str(name)
+  if text.isprintable():
+    return text
+  return "".join(
+    c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+    for c in text
+  )

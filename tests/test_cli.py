@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from sam3lt_jax import cli
+from sam3lt_jax import cli, errors
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.cli import progress, segment
 from sam3lt_jax.config import Sam3LiteTextConfig
@@ -191,6 +193,59 @@ def test_one_broken_photo_does_not_stop_the_others(fake, folder, capsys):
   assert "truncated" in mistake(capsys, "segment", "cut.jpg", "truck")
 
 
+def test_a_folder_is_listed_as_a_job_lists_it(fake, folder, capsys):
+  """Hidden files are no photos, nor is a folder with a photo's name; what is none is named, the rest done."""
+  (folder / "a").mkdir()
+  (folder / "a/folder.jpg").mkdir()
+  for name, data in {
+    "good.jpg": (folder / "photo.jpg").read_bytes(),
+    "._good.jpg": b"\0\5\x16\7\0\2\0\0Mac OS X        ",
+    "head.jpg": (folder / "photo.jpg").read_bytes()[:300],
+    "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200),
+    "zero.png": b"",
+  }.items():
+    (folder / "a" / name).write_bytes(data)
+  os.mkfifo("a/pipe.jpg")
+  assert cli.main(["segment", "a", "truck"]) == 2
+  out, err = capsys.readouterr()
+  assert "a/good.jpg" in out and len(fake.calls) == 1
+  assert err.splitlines() == [
+    "sam3lt: error: image 'a/head.jpg' is damaged or truncated: Truncated File Read",
+    "sam3lt: error: image 'a/phone.heic' is HEIC, a format that Pillow does not read without a plugin: "
+    "convert it to JPEG or PNG",
+    "sam3lt: error: image 'a/pipe.jpg' is a named pipe, no file",
+    "sam3lt: error: image 'a/zero.png' is empty (0 bytes)",
+    "sam3lt: 4 of 5 photos failed",
+  ]
+  os.remove("a/good.jpg")
+  assert cli.main(["segment", "a", "truck"]) == 2 and len(fake.loaded) == 1  # no model is loaded for nothing
+
+
+@pytest.mark.parametrize(
+  "name", ["two\nlines.jpg", "\x1b[31mred.jpg", os.fsdecode(b"latin-\xe9.jpg"), "‮gpj.x.jpg"]
+)
+def test_names_are_shown_in_one_plain_line(fake, folder, name):
+  """To a terminal that takes UTF-8 and nothing else; what is written has the name as it is."""
+  os.rename("photo.jpg", name)
+  (folder / ("cut" + name)).write_bytes(b"no image")
+  code = (
+    "import sys, tests.test_cli as t, types; from sam3lt_jax import cli;"
+    "m = types.ModuleType('sam3lt_jax.predictor'); m.Predictor = t.FakePredictor; t.FakePredictor.calls = [];"
+    "t.FakePredictor.loaded = []; sys.modules[m.__name__] = m; sys.exit(cli.main(sys.argv[1:]))"
+  )
+  here = pathlib.Path(__file__).parent.parent
+  done = subprocess.run(
+    [sys.executable, "-c", code, "segment", name, "cut" + name, "truck"],
+    env=os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(here)}, capture_output=True,
+  )  # fmt: skip
+  out, err = done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
+  assert done.returncode == 2 and "1 of 2 photos failed" in err, err
+  plain = errors.shown(name)
+  assert out.startswith(f"{plain}  80x60") and f"{plain[:-4]}_overlay.jpg" in out
+  assert f"cut{plain}" in err and all(line.isprintable() for line in [*out.splitlines(), *err.splitlines()])
+  assert os.path.exists(f"sam3lt_out/{name[:-4]}.json")
+
+
 def test_table_is_cut_and_labels_are_one_line():
   n = 50
   masks = np.ones((n, 4, 5), bool)
@@ -210,7 +265,7 @@ def test_table_is_cut_and_labels_are_one_line():
     ("none/photo.JPG truck", "no such photo: none/photo.JPG"),
     ("*.webp truck", "no such photo: *.webp"),
     ("http://x.org/a.jpg truck", "addresses are not fetched"),
-    ("notes.txt truck", "not an image: notes.txt"),
+    ("notes.txt truck", "image 'notes.txt' is not an image in a format that Pillow reads"),
     ("photo.jpg wheel", "not an image: wheel (if it is a phrase: --text 'wheel')"),
     ("photo.jpg truck --box 1,2,3", "--box: must be x1,y1,x2,y2"),
     ("photo.jpg truck --box 1,2,3,nan", "--box: must be x1,y1,x2,y2"),
@@ -244,7 +299,7 @@ def test_more_segment_mistakes(fake, folder, capsys):
   (folder / "void").mkdir()
   assert "no photos in the folder void" in mistake(capsys, "segment", "void", "truck")
   (folder / "empty.jpg").write_bytes(b"")
-  assert "not an image: empty.jpg" in mistake(capsys, "segment", "empty.jpg", "truck")
+  assert "image 'empty.jpg' is empty (0 bytes)" in mistake(capsys, "segment", "empty.jpg", "truck")
 
 
 def test_main_help_and_mistakes(folder, capsys):

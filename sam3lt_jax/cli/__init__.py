@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import logging
 import os
 import re
@@ -27,7 +28,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, shown
 
 # verb -> (module, what it does in one line)
 VERBS = {
@@ -80,6 +81,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs `sam3lt` with `argv` (default: the process's own) and returns the exit code."""
   argv = list(sys.argv[1:] if argv is None else argv)
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")  # no name that a file can have ends a verb
   try:
     with warnings.catch_warnings(), _logging_in_one_line():
       warnings.showwarning = _show_warning
@@ -164,19 +168,24 @@ def is_users_mistake(e: BaseException) -> bool:
 def error_line(e: BaseException) -> str:
   message = str(e).strip() or type(e).__name__
   if isinstance(e, OSError) and e.strerror and e.filename is not None:
-    message = f"{e.strerror}: {e.filename}"  # without [Errno 2]
-  return f"{PROGRAM}: error: {message}"
+    message = f"{e.strerror}: {shown(e.filename)}"  # without [Errno 2]
+  return f"{PROGRAM}: error: {_printable(message)}"
+
+
+def _printable(message: object) -> str:
+  """As `shown`, of a message that may have several lines of its own."""
+  return "\n".join(map(shown, str(message).split("\n")))
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-  print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+  print(f"{PROGRAM}: warning: {_printable(message)}", file=sys.stderr)
 
 
 class _LogLine(logging.Handler):
   """What the library logs, as warnings are shown."""
 
   def emit(self, record: logging.LogRecord) -> None:
-    print(f"{PROGRAM}: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+    print(f"{PROGRAM}: {record.levelname.lower()}: {_printable(record.getMessage())}", file=sys.stderr)
 
 
 @contextlib.contextmanager

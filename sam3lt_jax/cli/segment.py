@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
 from sam3lt_jax.cli.arguments import add_model, fraction, make_folder
 from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.errors import shown
+from sam3lt_jax.jobs.sources import images_in, is_image
 
 if TYPE_CHECKING:
   from sam3lt_jax.predictor import Predictor
   from sam3lt_jax.processing.results import Results
 
-_IMAGE_SUFFIXES = set(
-  ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif .ppm .pgm .jp2 .tga .ico".split()
-)
 _ROWS = 20  # of the table, a photo
 RANDOM = "random:"
 RANDOM_WARNING = "RANDOM WEIGHTS: no trained model was loaded; the masks and scores below mean nothing"
@@ -97,22 +96,21 @@ def sort_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
   """
   photos, phrases = [], []
   for given in inputs:
-    suffix = os.path.splitext(given)[1].lower()
     if os.path.isdir(given):
-      inside = sorted(n for n in os.listdir(given) if os.path.splitext(n)[1].lower() in _IMAGE_SUFFIXES)
+      inside = images_in(given, recursive=False)
       if not inside:
-        raise UserError(f"no photos in the folder {given} (if it is a phrase: --text {given!r})")
+        raise UserError(f"no photos in the folder {shown(given)} (if it is a phrase: --text {given!r})")
       photos += [os.path.join(given, name) for name in inside]
     elif os.path.exists(given):
       photos.append(given)
     elif given.startswith(("http://", "https://")):
-      raise UserError(f"addresses are not fetched: download {given} and give the file")
-    elif suffix in _IMAGE_SUFFIXES:
+      raise UserError(f"addresses are not fetched: download {shown(given)} and give the file")
+    elif is_image(given):
       folder, name = os.path.split(given)
       siblings = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
       near = difflib.get_close_matches(name, siblings, n=1)
-      hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
-      raise UserError(f"no such photo: {given}{hint}")
+      hint = f"; did you mean {shown(os.path.join(folder, near[0]))}?" if near else ""
+      raise UserError(f"no such photo: {shown(given)}{hint}")
     elif not given.strip():
       raise UserError("a phrase is empty")
     else:
@@ -123,61 +121,76 @@ def sort_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
   return photos, phrases
 
 
-def _check_photos(photos: Sequence[str], given: Sequence[str]) -> None:
-  """Reads the files' heads, before a model is loaded for nothing."""
-  from PIL import Image
+def _bad_photos(photos: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+  """Photo -> why it is none, by the files' heads, before a model is loaded for nothing.
 
+  Raises:
+    UserError: what was typed as a phrase has a file's name.
+  """
+  from sam3lt_jax.processing.images import check_file
+
+  bad = {}
   for photo in photos:
     try:
-      with Image.open(photo):
-        pass
-    except Image.UnidentifiedImageError:
-      hint = (
-        "" if os.path.splitext(photo)[1] or photo not in given else f" (if it is a phrase: --text {photo!r})"
-      )
-      raise UserError(f"not an image: {photo}{hint}") from None
-    except Image.DecompressionBombError:
-      pass  # load_image says it better
+      check_file(photo)
+    except (OSError, ValueError, MemoryError) as e:
+      if photo in given and not os.path.splitext(photo)[1]:
+        raise UserError(f"not an image: {shown(photo)} (if it is a phrase: --text {photo!r})") from e
+      bad[photo] = error_line(e)
+  return bad
 
 
 def run(args: argparse.Namespace) -> int:
   photos, phrases = sort_inputs(args.inputs)
-  _check_photos(photos, args.inputs)
+  photos = list(dict.fromkeys(photos))
+  bad = _bad_photos(photos, args.inputs)
   phrases = list(dict.fromkeys([*phrases, *args.text]))
   if any(not phrase.strip() for phrase in phrases):
     raise UserError("a phrase is empty")
   if not phrases and not args.box:
     raise UserError(f"nothing to look for: give a phrase or --box (see {PROGRAM} segment --help)")
   make_folder(args.out)
+  for why in bad.values():
+    print(why, file=sys.stderr)
+  names = {photo: name for photo, name in zip(photos, _output_names(photos)) if photo not in bad}
+  failed = len(photos) - len(names)
+  if names:
+    failed += _segment_all(args, names, phrases)
+  if failed and len(photos) > 1:
+    print(f"{PROGRAM}: {failed} of {len(photos)} photos failed", file=sys.stderr)
+  return 2 if failed else 0
+
+
+def _segment_all(args: argparse.Namespace, names: dict[str, str], phrases: list[str]) -> int:
+  """Segments photos (path -> name of what is written of it); returns how many failed."""
   predictor = _load(args)
   random = args.model.startswith(RANDOM)
-  profile = predictor.model.config.profile
-  report = _Report(args, phrases, profile)
+  report = _Report(args, phrases, predictor.model.config.profile)
   failed = 0
-  with busy("", total=len(photos)) as progress:
-    for i, (photo, name) in enumerate(zip(photos, _output_names(photos))):
-      progress.describe(f"{photo} (the first photo compiles the model, too)" if i == 0 else photo)
+  with busy("", total=len(names)) as progress:
+    for i, (photo, name) in enumerate(names.items()):
+      label = shown(photo)
+      progress.describe(f"{label} (the first photo compiles the model, too)" if i == 0 else label)
       try:
         start = time.perf_counter()
         image, results = _segment(predictor, photo, phrases, args)
         seconds = time.perf_counter() - start
         paths = _write(args, report, name, photo, image, results)
       except Exception as e:
-        if len(photos) == 1 or not is_users_mistake(e):
+        if not is_users_mistake(e):
           raise
         progress.say(error_line(e), file=sys.stderr)
         failed += 1
         continue
       progress.advance()
       if not args.json:
-        progress.say(f"{table(photo, results, seconds, report.threshold)}\n  wrote {', '.join(paths)}")
+        found = table(label, results, seconds, report.threshold)
+        progress.say(f"{found}\n  wrote {', '.join(map(shown, paths))}")
   if args.json:
     print(json.dumps(report.everything()))
   if random:
     print(f"{PROGRAM}: {RANDOM_WARNING.replace('below', 'above')}", file=sys.stderr)
-  if failed:
-    print(f"{PROGRAM}: {failed} of {len(photos)} photos failed", file=sys.stderr)
-  return 2 if failed else 0
+  return failed
 
 
 def _load(args: argparse.Namespace) -> Predictor:

@@ -98,15 +98,7 @@ class Record:
       RecordError: "image missing", "image damaged" or "image size".
     """
     try:
-      image = image_ops.load_image(self.image() if callable(self.image) else self.image)
-      if image.shape[:2] != tuple(self.size) == image.shape[1::-1] and isinstance(
-        self.image, (str, os.PathLike)
-      ):
-        from PIL import Image
-
-        with Image.open(self.image) as stored:
-          if stored.size == tuple(self.size)[::-1]:
-            image = image_ops.load_image(stored)
+      image = image_ops.load_image(self.image() if callable(self.image) else self.image, self.size)
     except FileNotFoundError as e:
       raise RecordError("image missing", f"{self}: no such image {os.fspath(self.image)!r}") from e
     except (OSError, ValueError) as e:

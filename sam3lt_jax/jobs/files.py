@@ -10,7 +10,9 @@ and a put there, and what needs more than that (`ledger`) says how it does witho
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob as local_glob
+import heapq
 import os
 import re
 import shutil
@@ -110,6 +112,14 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
     return f.read(-1 if size is None else size)
 
 
+def size(path: str) -> int:
+  """Bytes of `path`. Raises OSError."""
+  if not is_remote(path):
+    return os.path.getsize(path)
+  fs, inner = filesystem(path)
+  return fs.size(inner)
+
+
 def read_several(paths: Sequence[str]) -> list[bytes | None]:
   """The contents of files of one file system, those of URLs read at once; None for one that is not there."""
   if paths and is_remote(paths[0]):
@@ -178,8 +188,9 @@ def _size(entry: os.DirEntry) -> tuple[str, tuple[int, float]]:
 def walk(folder: str, recursive: bool = True) -> Iterator[str]:
   """Files under `folder` as "a/b.jpg", relative to it and unsorted. What begins with a dot is left out.
 
-  Linked folders are followed, but not into one that they lie in. Raises OSError for a folder that cannot be
-  read: leaving it out would lose its images without a word.
+  Linked folders are followed, and every folder is listed once, by its own name if it has one in here: links
+  may lead back, or to each other. Raises OSError for a folder that cannot be read: leaving it out would lose
+  its images without a word.
   """
   if is_remote(folder):
     fs, inner = filesystem(folder)
@@ -189,26 +200,48 @@ def walk(folder: str, recursive: bool = True) -> Iterator[str]:
       if name and not any(part.startswith(".") for part in name.split("/")):
         yield name
     return
-  stack: list[tuple[str, str, tuple]] = [(folder, "", ())]
-  while stack:
-    path, prefix, above = stack.pop()
-    with os.scandir(path) as entries:
-      for entry in entries:
-        if entry.name.startswith("."):
-          continue
-        if not entry.is_dir():
-          yield prefix + entry.name
-        elif recursive:
-          stat = entry.stat()
-          identity = (stat.st_dev, stat.st_ino)
-          if identity not in above:
-            stack.append((entry.path, f"{prefix}{entry.name}/", (*above, identity)))
+  listed: set[str] = set()
+  linked = [(0, "")]  # the folder itself, and those that links lead to
+  while linked:
+    # The shortest way first, then by name: the same one on every host.
+    prefix = heapq.heappop(linked)[1]
+    stack = [(prefix, os.path.realpath(os.path.join(folder, prefix)))]
+    while stack:
+      prefix, place = stack.pop()
+      if place in listed:
+        continue
+      listed.add(place)
+      with os.scandir(os.path.join(folder, prefix[:-1]) if prefix else folder) as entries:
+        for entry in entries:
+          if entry.name.startswith("."):
+            continue
+          if not _is_folder(entry):
+            yield prefix + entry.name
+          elif recursive and entry.is_symlink():
+            heapq.heappush(linked, (prefix.count("/"), f"{prefix}{entry.name}/"))
+          elif recursive:
+            stack.append((f"{prefix}{entry.name}/", os.path.join(place, entry.name)))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+  try:
+    return entry.is_dir()
+  except OSError:  # a link to itself: whoever opens it says so
+    return False
 
 
 def glob(pattern: str) -> list[str]:
-  """Files that `pattern` (with *, ?, [...] and **) names, sorted; local ones as they are written there."""
+  """Files that `pattern` (with *, ?, [...] and **) names, sorted; local ones as they are written there.
+
+  A pattern with ** is matched against `walk`.
+  """
   if not is_remote(pattern):
-    return sorted(path for path in local_glob.iglob(pattern, recursive=True) if not os.path.isdir(path))
+    before, *parts = re.split(r"/(?=[^/]*[*?[])", pattern, maxsplit=1)
+    if not parts or "**" not in (parts := parts[0].split("/")):
+      return sorted(path for path in local_glob.iglob(pattern) if not os.path.isdir(path))
+    root = before if before or not pattern.startswith("/") else "/"
+    found = walk(root) if os.path.isdir(root) else ()
+    return sorted(os.path.join(root, name) for name in found if _matches(name.split("/"), parts))
   fs, inner = filesystem(pattern)
   found = fs.glob(inner, detail=True)
   scheme = pattern.partition("://")[0]
@@ -216,6 +249,17 @@ def glob(pattern: str) -> list[str]:
     return sorted(path for path, about in found.items() if about["type"] == "file")
   root = pattern[: len(pattern) - len(inner.lstrip("/"))]
   return sorted(root + path.lstrip("/") for path, about in found.items() if about["type"] == "file")
+
+
+def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
+  """Whether a path's names are what a pattern's parts say; ** stands for any number of folders."""
+  if not parts:
+    return not names
+  if parts[0] == "**":
+    if len(parts) == 1:
+      return bool(names)
+    return any(_matches(names[i:], parts[1:]) for i in range(len(names)))
+  return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
 
 
 def make_folder(path: str) -> None:

@@ -260,7 +260,7 @@ class _CocoSink(_ResultsSink):
 def _file_name(item: Item) -> str:
   """COCO's own; a tar's member; else the id, which is the path in the source."""
   if "offset" in item.meta:
-    return split_member(item.uri)[1]
+    return split_member(item)[1]
   return item.meta.get("file_name", item.id)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from sam3lt_jax.jobs import files, results, sources
-from sam3lt_jax.processing.images import load_image
+from sam3lt_jax.errors import shown
+from sam3lt_jax.jobs import files, reading, results
+
+_log = logging.getLogger(__name__)
 
 
 class Overlays:
@@ -23,13 +26,20 @@ class Overlays:
       files.make_folder(self._folder)
 
   def draw(self, item: Any, record: dict[str, Any]) -> None:
-    """Writes the overlay of an image's record, if it is one of the sample. Raises CannotWrite."""
+    """Writes the overlay of an image's record, if it is one of the sample. Raises CannotWrite.
+
+    One that cannot be drawn (its file is gone meanwhile, say) is left out and logged.
+    """
     if item.id not in self._ids:
       return
     out = io.BytesIO()
-    image = load_image(sources.read_bytes(item))
-    drawn = results.to_results(record).sort().render(image, scale="auto")
-    drawn.save(out, "JPEG", quality=92, subsampling=0)
+    try:
+      image = reading.load_item(item)
+      drawn = results.to_results(record).sort().render(image, scale="auto")
+      drawn.save(out, "JPEG", quality=92, subsampling=0)
+    except (OSError, ValueError, EOFError, MemoryError) as e:
+      _log.warning("no overlay of %s: %s", shown(item.uri), shown(e))
+      return
     files.write_atomic(files.join(self._folder, file_name(item.id)), out.getvalue())
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from sam3lt_jax.engine import Asked, Engine
+from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import results
 from sam3lt_jax.jobs.reading import Failure, Pixels, Reader, Stopped
 from sam3lt_jax.kept import Kept
@@ -264,7 +265,7 @@ class Pipeline:
       if self.images >= FEWEST and self.failures > self._max_failures * self.images:
         raise TooManyFailures(
           f"{self.failures} of {self.images} images failed, more than the accepted share of"
-          f" {self._max_failures:g} (--max-failures); the last one: {item.uri}: {found.message}"
+          f" {self._max_failures:g} (--max-failures); the last one: {shown(item.uri)}: {found.message}"
         )
       return _Entry(shard, item, found)
     found = dataclasses.replace(found, pixels=None)  # 3 MB each, and `asked` has them

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files
 from sam3lt_jax.processing.prompts import Prompt
 
+_FARTHEST = 1e9  # pixels; no image's side is as long
 _KEYS = ("id", "image", "text", "boxes", "box_labels")
 
 
@@ -158,7 +159,7 @@ def _parse(line: str, place: str) -> tuple[str, tuple[Prompt, ...]]:
   except (ValueError, RecursionError) as e:
     raise ValueError(f"{place} is not JSON: {e}") from None
   if not isinstance(entry, dict):
-    raise ValueError(f"{place}: an object is expected, got {line.strip()[:60]}")
+    raise ValueError(f"{place}: an object is expected, got {shown(line.strip()[:60])}")
   if unknown := sorted(set(entry) - set(_KEYS)):
     raise ValueError(f"{place}: unknown key {unknown[0]!r}; accepted: {', '.join(_KEYS)}")
   item_id = entry.get("id", entry.get("image"))
@@ -189,8 +190,8 @@ def _boxes(value: Any, place: str) -> tuple[tuple[float, float, float, float], .
 
 
 def _box(box: Any, k: int, place: str) -> tuple[float, float, float, float]:
-  numbers = isinstance(box, list) and all(type(v) in (int, float) for v in box)
-  if not numbers or len(box) != 4 or not all(map(math.isfinite, box)):
+  numbers = isinstance(box, list) and all(type(v) in (int, float) and abs(v) < _FARTHEST for v in box)
+  if not numbers or len(box) != 4:
     raise ValueError(f"{place}: box {k} must be four numbers [x1, y1, x2, y2], got {box!r}")
   if box[0] >= box[2] or box[1] >= box[3]:
     raise ValueError(f"{place}: box {k} must have x1 < x2 and y1 < y2, got {box!r}")

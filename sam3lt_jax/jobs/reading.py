@@ -13,21 +13,31 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import io
+import fractions
 import multiprocessing
+import os
+import queue
+import re
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import sources
 from sam3lt_jax.processing import images
 
 MAX_PIXELS = 100_000_000  # 300 MB decoded, about what Pillow warns above (89 million)
 TRIES, PAUSE_S = 3, 0.5  # of reading a file whose storage answers with an error
+PATIENCE_S = 3.0  # for images that are in work when the job ends early
+_FINAL = (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError)
 _POLL_S = 0.2  # between looks at whether the job was told to stop
 
 
@@ -62,75 +72,128 @@ def read_image(item: Any, size: int, max_pixels: int = MAX_PIXELS) -> Pixels | F
     size: side of the model's input in pixels.
     max_pixels: images of more are refused before they are decoded.
   """
-  data = _read_bytes(item)
-  if isinstance(data, Failure):
-    return data
-  if not data:
-    return Failure("empty", "the file has 0 bytes")
   try:
-    with Image.open(io.BytesIO(data)) as head:
-      width, height = head.size
-  except Image.UnidentifiedImageError:
-    return Failure("not_an_image", "not an image in a format that Pillow reads")
-  except Exception as e:  # decoders raise whatever they like on damaged heads
-    return Failure("truncated", f"damaged or truncated: {_line(e)}")
-  if width * height > max_pixels:
-    return Failure("too_large", f"{width}x{height} pixels; the limit is {max_pixels} (--max-pixels)")
-  try:
-    image = images.load_image(data)
+    with pixel_limit(max_pixels):
+      image = load_item(item)
     return Pixels(images.resize_image(image, size), *image.shape[:2])
+  except images.ImageError as e:
+    if isinstance(e.__cause__, Image.DecompressionBombError):
+      many = re.search(r"\d+ pixels", str(e.__cause__))  # Pillow's words are all that tells how many
+      many = many[0] if many else "too many pixels"
+      return Failure("too_large", f"{many}; the limit is {max_pixels} (--max-pixels)")
+    return Failure(e.reason, _line(e.said.removeprefix(" is ").strip()))
+  except (FileNotFoundError, NotADirectoryError) as e:
+    return Failure("missing", _line(e))
+  except PermissionError as e:
+    return Failure("no_permission", _line(e))
   except MemoryError:
-    return Failure("too_large", f"{width}x{height} pixels, more than the memory holds")
-  except ValueError as e:
-    text = _line(e).partition(" bytes) is ")[2] or _line(e)
-    return Failure("truncated" if "damaged or truncated" in text else "other", text)
+    return Failure("too_large", "larger than the memory holds")
+  except OSError as e:
+    return Failure("other", _line(e))
+  except Exception as e:  # a name that no file can have, say
+    return Failure("other", f"{type(e).__name__}: {_line(e)}")
 
 
-def _read_bytes(item: Any) -> bytes | Failure:
+def load_item(item: Any) -> np.ndarray:
+  """An item's image, uint8 [H, W, 3], in the frame of the annotations that it comes from, if there are any.
+
+  Storage that answers with an error is asked again. Raises as `images.decode` and `sources.open_item`.
+  """
+  frame = item.meta.get("height"), item.meta.get("width")
   for left in reversed(range(TRIES)):
     try:
-      return sources.read_bytes(item)
-    except (FileNotFoundError, NotADirectoryError) as e:
-      return Failure("missing", _line(e))
-    except PermissionError as e:
-      return Failure("no_permission", _line(e))
-    except IsADirectoryError:
-      return Failure("not_an_image", "it is a folder")
-    except MemoryError:
-      return Failure("too_large", "the file is larger than the memory")
-    except EOFError as e:
-      return Failure("truncated", _line(e))
+      with sources.open_item(item) as file:
+        return images.decode(file, "image", frame)
     except OSError as e:
-      if not left or e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return Failure("other", _line(e))
+      if not left or isinstance(e, _FINAL) or e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        raise
       time.sleep(PAUSE_S)
-    except Exception as e:  # an archive's or a remote store's own exceptions
-      return Failure("other", f"{type(e).__name__}: {_line(e)}")
   raise AssertionError("unreachable")
 
 
-def _line(e: BaseException) -> str:
+def _line(e: BaseException | str) -> str:
   if isinstance(e, OSError) and e.strerror:
     return e.strerror
-  return " ".join((str(e) or type(e).__name__).split())[:300]
+  return shown(" ".join((str(e) or type(e).__name__).split())[:300])
 
 
 @contextlib.contextmanager
-def _own_pixel_limit() -> Iterator[None]:
-  """Pillow's limit, which is the process's, makes way for `max_pixels`, and comes back."""
-  before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def pixel_limit(pixels: int) -> Iterator[None]:
+  """Pillow's limit, which is the process's, is `pixels` meanwhile.
+
+  Pillow asks it wherever it learns a size, also that of an image within an icon, which it decodes before it
+  tells anyone. One inside another of the same limit changes nothing, so threads may overlap there.
+  """
+  # Pillow refuses above twice its limit, and warns above it.
+  before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, fractions.Fraction(pixels, 2)
   try:
     yield
   finally:
     Image.MAX_IMAGE_PIXELS = before
 
 
-def _start_worker() -> None:
-  """In a worker process: Ctrl-C is for the job, which ends its workers itself."""
-  import signal
-
+def _start_worker(job: connection.Connection) -> None:
+  """In a worker process. Ctrl-C is for the job, which ends its workers itself; so does its death."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  Image.MAX_IMAGE_PIXELS = None
+  warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+  def follow() -> None:
+    connection.wait([job])  # nothing is ever sent: the other end was closed
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
+
+
+class _Threads(futures.Executor):
+  """As `ThreadPoolExecutor`; but one that hangs in a read does not keep the process from ending."""
+
+  def __init__(self, workers: int):
+    self._queue: queue.SimpleQueue = queue.SimpleQueue()
+    self._threads = [
+      threading.Thread(target=self._work, name=f"sam3lt-read-{i}", daemon=True) for i in range(workers)
+    ]
+    for thread in self._threads:
+      thread.start()
+
+  def submit(self, function: Callable, /, *arguments: Any) -> futures.Future:
+    future: futures.Future = futures.Future()
+    self._queue.put((future, function, arguments))
+    return future
+
+  def _work(self) -> None:
+    while (work := self._queue.get()) is not None:
+      future, function, arguments = work
+      if future.set_running_or_notify_cancel():
+        try:
+          future.set_result(function(*arguments))
+        except BaseException as e:
+          future.set_exception(e)
+      del work, future
+
+  def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
+    """What has not begun is left. `wait`: for all that has, else for as long as most images take."""
+    with contextlib.suppress(queue.Empty):
+      while True:
+        self._queue.get_nowait()
+    for _ in self._threads:
+      self._queue.put(None)
+    end = time.monotonic() + PATIENCE_S
+    for thread in self._threads:
+      thread.join(None if wait else max(0.0, end - time.monotonic()))
+
+
+class _Processes(futures.ProcessPoolExecutor):
+  """Worker processes that end with the job, however it ends, and at once where it does not wait for them."""
+
+  def __init__(self, workers: int):
+    context = multiprocessing.get_context("forkserver")
+    # The workers have one end, this process alone the other, which the system closes when the process ends.
+    theirs, self._ours = context.Pipe(duplex=False)
+    super().__init__(workers, context, _start_worker, (theirs,))
+
+  def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
+    super().shutdown(wait=wait, cancel_futures=cancel_futures)
+    self._ours.close()
 
 
 class Stopped(Exception):
@@ -175,22 +238,23 @@ class Reader:
     self._pool: futures.Executor | None = None
     self._open = contextlib.ExitStack()
     self._queue: collections.deque[tuple[Any, Any, futures.Future | None]] = collections.deque()
+    self._awaited: futures.Future | None = None
     self.waited_s = 0.0
 
   def __enter__(self) -> Reader:
-    self._open.enter_context(_own_pixel_limit())
+    self._open.enter_context(pixel_limit(self._arguments[1]))
+    self._open.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     self._pool = self._new_pool()
     return self
 
   def __exit__(self, *exception) -> None:
-    self._pool.shutdown(wait=True, cancel_futures=True)
+    # Where images are left, one of them may be hanging in its read.
+    self._pool.shutdown(wait=self._awaited is None and not self._queue)
     self._open.close()
 
   def _new_pool(self) -> futures.Executor:
-    if not self._processes:
-      return futures.ThreadPoolExecutor(self._workers, thread_name_prefix="sam3lt-read")
-    context = multiprocessing.get_context("forkserver")
-    return futures.ProcessPoolExecutor(self._workers, mp_context=context, initializer=_start_worker)
+    return (_Processes if self._processes else _Threads)(self._workers)
 
   def stream(self, works: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any, Pixels | Failure | None]]:
     """(tag, item or None) in; (tag, item, what was read) out, in order. Without an item nothing is read.
@@ -223,27 +287,29 @@ class Reader:
   def _wait(self, item: Any, future: futures.Future) -> Pixels | Failure:
     start = time.perf_counter()
     try:
-      while True:
-        try:
-          return future.result(timeout=_POLL_S)
-        except futures.TimeoutError:
-          if future.done():  # the image's own TimeoutError, of a remote store
-            return Failure("other", "the storage did not answer in time")
-          if self._stop():
-            raise Stopped from None
-        except futures.BrokenExecutor:
-          return self._after_a_death(item)
+      return self._result(future)
+    except futures.BrokenExecutor:
+      return self._after_a_death(item)
     finally:
       self.waited_s += time.perf_counter() - start
 
+  def _result(self, future: futures.Future) -> Pixels | Failure:
+    self._awaited = future
+    while not futures.wait([future], _POLL_S).done:
+      if self._stop():
+        raise Stopped
+    self._awaited = None
+    return future.result()
+
   def _after_a_death(self, item: Any) -> Pixels | Failure:
     """A worker died of some image that was being read. This one is tried alone; all others start anew."""
-    self._pool.shutdown(wait=False, cancel_futures=True)
+    self._pool.shutdown(wait=False)
     self._pool = self._new_pool()
     try:
-      found = self._pool.submit(read_image, item, *self._arguments).result()
+      found = self._result(self._submit(item))
     except futures.BrokenExecutor:
       found = Failure("other", "the worker process that decoded it died")
+      self._pool.shutdown(wait=False)
       self._pool = self._new_pool()
     self._queue = collections.deque(
       (tag, later, None if later is None else self._submit(later)) for tag, later, _ in self._queue

@@ -250,7 +250,7 @@ class _Job:
             summary.stopped = "stopped"
         except TooManyFailures as e:
           summary.stopped, summary.too_many_failures = str(e), True
-      writer.close()
+        writer.close()
     finally:
       writer.abandon()
       for shard in self._open:

@@ -6,7 +6,7 @@
 | a glob, `photos/**/*.jpg` | path below the part without wildcards |
 | a list, `list.txt`: a path (relative to the list) or URL a line | the line |
 | COCO images, `instances.json`: each `file_name` in a folder of images | the image's id |
-| tar shards, `shard-{000000..000009}.tar`, a glob, one .tar, a folder of them | the sample's key |
+| tar shards, `shard-{000000..000009}.tar`, a glob, one .tar, a folder of them | the member without suffix |
 | one image file | as it was given |
 
 Hidden files and folders, and blank lines, are left out. A glob whose suffix is written out (`*.dat`) takes
@@ -14,20 +14,25 @@ such files as they are, other globs those with an image's suffix. All may be loc
 several may be given together. The order is the same on every host: folders by id, lists as they are written,
 COCO by image id, tars by name and then as their members lie.
 
-Source of the tar naming: webdataset (a sample is the run of members that share a path up to its first dot).
+Every image of a tar is an item, whatever the dots in its name, a second one of a WebDataset sample
+(`0001.jpg`, `0001.seg.png`) as well; of two that differ in their suffix alone the second is called by its
+whole name. Left out are macOS's companions of files, `._0001.jpg`, which are no images.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import errno
 import functools
+import io
 import itertools
 import os
+import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 from sam3lt_jax.jobs import files
 
@@ -127,16 +132,104 @@ def list_items(
   return items
 
 
+def images_in(folder: str, recursive: bool = True) -> list[str]:
+  """The images of a folder by their suffix, sorted; see `files.walk`."""
+  return sorted(filter(is_image, files.walk(folder, recursive)))
+
+
+def open_item(item: Item) -> BinaryIO:
+  """The encoded image, to be read as far as it is needed.
+
+  Raises:
+    ImageError: what is there is no regular file.
+    OSError: no such file, no permission, ...; while it is read, whatever a store's package raises, too.
+    EOFError: while it is read, of a tar cut short.
+  """
+  if "offset" in item.meta:
+    return _Window(split_member(item)[0], item.meta["offset"], item.meta["size"]).buffered()
+  if files.is_remote(item.uri):
+    return _Window(item.uri).buffered()
+  from sam3lt_jax.processing import images  # here, as it brings numpy and Pillow
+
+  return images.open_file(item.uri)
+
+
 def read_bytes(item: Item) -> bytes:
-  """The encoded image. Raises OSError (no such file, no permission, ...), EOFError of a tar cut short."""
-  if "offset" not in item.meta:
-    return files.read(item.uri)
-  tar, _ = split_member(item.uri)
-  size = item.meta["size"]
-  data = files.read(tar, item.meta["offset"], size)
-  if len(data) < size:
-    raise EOFError(f"{item.uri}: the tar file ends after {len(data)} of {size} bytes")
-  return data
+  """The encoded image, all of it. Raises as `open_item`."""
+  with open_item(item) as f:
+    return f.read()
+
+
+class _Window(io.RawIOBase):
+  """A file that is a part of another one, or all of it, local or not."""
+
+  _BLOCK = 1 << 22  # bytes that are asked for at once: most images in one request
+
+  def __init__(self, path: str, start: int = 0, size: int | None = None):
+    self._path, self._start, self._size, self._at = path, start, size, 0
+    self._promised = size is not None
+
+  def buffered(self) -> io.BufferedReader:
+    return io.BufferedReader(self, self._BLOCK)
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at}.get(whence)
+    base = self._length() if base is None else base
+    if base + offset < 0:
+      raise ValueError(f"a seek to before the beginning, {base + offset}")
+    self._at = base + offset
+    return self._at
+
+  def readinto(self, buffer: Any) -> int:
+    data = self._read(len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+  def readall(self) -> bytes:
+    blocks = []
+    while block := self._read(self._BLOCK):
+      blocks.append(block)
+    return b"".join(blocks)
+
+  def _length(self) -> int:
+    if self._size is None:
+      self._size = files.size(self._path)
+    return self._size
+
+  def _is_at_end(self) -> bool:
+    try:
+      return self._length() <= self._at
+    except Exception:
+      return False
+
+  def _read(self, count: int) -> bytes:
+    if self._size is not None:
+      count = min(count, self._size - self._at)
+    if count <= 0:
+      return b""
+    try:
+      data = files.read(self._path, self._start + self._at, count)
+    except Exception as e:  # the packages of stores have errors of their own
+      if not self._promised and self._is_at_end():
+        return b""  # nothing begins there, and some call that an error
+      number = getattr(e, "errno", None) or next((_ERRNO[k] for k in _ERRNO if isinstance(e, k)), errno.EIO)
+      said = getattr(e, "strerror", None) or (f"{type(e).__name__}: {e}" if str(e) else os.strerror(number))
+      raise OSError(number, said) from e
+    self._at += len(data)
+    if len(data) < count and self._promised:
+      raise EOFError(f"the tar file ends after {self._at} of {self._size} bytes")
+    if len(data) < count:
+      self._size = self._at
+    return data
+
+
+_ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 
 
 def _list_one(source: str, recursive: bool, images: str | None) -> _Part:
@@ -173,16 +266,20 @@ def _listed(folder: str, entry: str) -> Item:
   return Item(entry, files.absolute(files.join(folder, entry)))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
   return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _is_tar(name: str) -> bool:
+  return name.lower().endswith(".tar")
 
 
 def _folder(source: str, path: str, recursive: bool) -> _Part:
   images, archives = [], []
   for name in files.walk(path, recursive):
-    if _is_image(name):
+    if is_image(name):
       images.append(name)
-    elif name.endswith(".tar"):
+    elif _is_tar(name):
       archives.append(name)
   if images and archives:
     raise ValueError(
@@ -199,13 +296,13 @@ def _folder(source: str, path: str, recursive: bool) -> _Part:
 
 def _glob(source: str) -> _Part:
   found = files.glob(files.absolute(source))
-  if source.lower().endswith(".tar"):
+  if _is_tar(source):
     if not found:
       raise ValueError(f"no tar shards match {source}")
     return _tar_part(source, found)
   suffix = os.path.splitext(source)[1]
   if not suffix or files.is_pattern(suffix):
-    found = [path for path in found if _is_image(path)]
+    found = [path for path in found if is_image(path)]
   if not found:
     raise ValueError(f"no images match {source}")
   root = files.absolute(source)
@@ -263,21 +360,27 @@ def _coco_item(folder: str, which: int, row: tuple) -> Item:
 
 
 def _tar_part(source: str, paths: Sequence[str]) -> _Part:
-  """Rows (number of the tar, member, offset, bytes)."""
+  """Rows (number of the tar, member, offset or None, bytes, whether the id is the whole name)."""
   paths = [files.absolute(path) for path in paths]
-  rows = []
+  rows, taken = [], {}
   for number, path in enumerate(paths):
-    rows += [(number, *member) for member in tar_members(path, IMAGE_SUFFIXES)]
+    for member, offset, size in tar_members(path):
+      first = taken.setdefault(os.path.splitext(member)[0], member)
+      rows.append((number, member, offset, size, first != member))
   if not rows:
     raise ValueError(f"no images in the tar shards {source} ({len(paths)} read)")
   return _Part(source, rows, functools.partial(_tar_item, paths))
 
 
 def _tar_item(paths: list[str], row: tuple) -> Item:
-  number, member, offset, size = row
-  return Item(
-    key_of(member), f"{paths[number]}!{member}", None, {"offset": offset, "size": size}
-  )  # fmt: skip
+  number, member, offset, size, whole = row
+  path = paths[number]
+  item = Item(member if whole else os.path.splitext(member)[0], f"{path}!{member}")
+  if offset is not None:
+    item.meta.update(offset=offset, size=size)
+    if split_member(item) != (path, member):
+      item.meta["tar"] = len(path)
+  return item
 
 
 def _check_unique(items: Items) -> None:
@@ -289,14 +392,11 @@ def _check_unique(items: Items) -> None:
     seen.add(item.id)
 
 
-# ------------------------------------------------------------------ tar shards in WebDataset naming
-#
-# A sample is the members that share a path up to the first dot of the file name: `train/0001.jpg` and
-# `train/0001.json` are the sample `train/0001`. Its image is the first member whose whole suffix is an
-# image's: `0001.seg.png` is something else.
+# ------------------------------------------------------------------ tar shards
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_ARCHIVE = re.compile(r"\.tar!", re.IGNORECASE)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -324,44 +424,90 @@ def expand_braces(pattern: str) -> list[str]:
   return [path for value in values for path in expand_braces(f"{before}{value}{after}")]
 
 
-def key_of(member: str) -> str:
-  """The sample's key: the member's path up to the first dot of its file name."""
-  folder, slash, name = member.rpartition("/")
-  return f"{folder}{slash}{name.partition('.')[0]}"
+def split_member(item: Item) -> tuple[str, str]:
+  """(tar, member) of the item of a tar's member. Raises ValueError where it is none."""
+  mark = _ARCHIVE.search(item.uri)
+  end = item.meta.get("tar") or (mark.end() - 1 if mark else 0)
+  if item.uri[end : end + 1] != "!":
+    raise ValueError(f"{item.uri!r} names no member of a tar")
+  return item.uri[:end], item.uri[end + 1 :]
 
 
-def split_member(uri: str) -> tuple[str, str]:
-  """ "<tar>!<member>" -> (tar, member)."""
-  end = uri.index(".tar!") + len(".tar")
-  return uri[:end], uri[end + 1 :]
+def tar_members(path: str) -> list[tuple[str, int | None, int]]:
+  """(member, offset of its bytes, their number) of each image, in the order of the tar.
 
-
-def tar_members(path: str, suffixes: Collection[str]) -> Iterator[tuple[str, int, int]]:
-  """(member, offset of its bytes, their number) of each sample's image, in the order of the tar.
-
-  Only headers are read; of a URL, whole blocks, so that listing costs about as much as reading it.
+  A link has the bytes of what it names; None where they are not in the tar. Only headers are read; of a URL,
+  whole blocks, so that listing costs about as much as reading it. Several tars that were written one behind
+  the other are read to the last one's end.
 
   Raises:
-    ValueError: not a tar, damaged, cut short, or a sample's members do not lie together.
+    ValueError: not a tar, damaged, cut short, or it holds what cannot be read at its place.
     OSError: it cannot be opened.
   """
-  finished: set[str] = set()
-  last = None
   try:
-    with files.open_read(path) as f, tarfile.open(fileobj=f, mode="r:") as tar:
-      while (member := tar.next()) is not None:
-        tar.members.clear()  # it would keep every header
-        name = member.name.removeprefix("./")
-        key, base = key_of(name), name.rpartition("/")[2]
-        if not member.isreg() or base.startswith(".") or base[base.find(".") :].lower() not in suffixes:
-          continue
-        if key != last and key in finished:
-          raise ValueError(f"{path}: the id {key!r} occurs twice: its members do not lie together")
-        if key != last:
-          yield name, member.offset_data, member.size
-        last = key
-        finished.add(key)
+    with files.open_read(path) as f:
+      headers, start = _Headers(f), 0
+      found: list[tuple[str, int | None, int]] = []
+      links: list[tuple[int, str]] = []
+      while start is not None:
+        f.seek(start)
+        with tarfile.open(fileobj=headers, mode="r:") as tar:
+          _list_members(tar, start, found, links)
+        before, start = start, _next_tar(f, tar.offset)
+        if start == before:
+          raise tarfile.ReadError(f"no header at byte {start}")
   except FileNotFoundError:
     raise ValueError(f"no such tar shard: {path}") from None
-  except tarfile.TarError as e:
-    raise ValueError(f"{path} is not a whole tar file: {e}") from None
+  except (OSError, MemoryError):
+    raise
+  except Exception as e:  # of odd headers, tarfile raises what comes of them
+    raise ValueError(f"{path} is not a whole tar file: {str(e) or type(e).__name__}") from None
+  if links:
+    places = {name: (offset, size) for name, offset, size in found}
+    for row, target in links:
+      found[row] = (found[row][0], *places.get(target, (None, 0)))
+  return found
+
+
+class _Headers:
+  """A tar as tarfile sees it, which reads nothing large: a damaged header may tell of any size."""
+
+  _LARGEST = 1 << 16  # bytes of a long name, or of attributes
+
+  def __init__(self, file: BinaryIO):
+    self.seek, self.tell = file.seek, file.tell
+    self._file = file
+
+  def read(self, size: int) -> bytes:
+    if not 0 <= size <= self._LARGEST:
+      raise tarfile.ReadError(f"a header of {size} bytes")
+    return self._file.read(size)
+
+
+def _list_members(tar: tarfile.TarFile, start: int, found: list, links: list) -> None:
+  while (member := tar.next()) is not None:
+    tar.members.clear()  # it would keep every header
+    if tar.offset <= start or member.size < 0:
+      raise tarfile.ReadError(f"the header at byte {start} leads to {tar.offset}")
+    start = tar.offset
+    name = member.name.removeprefix("./")
+    base = name.rpartition("/")[2]
+    if member.isdir() or not is_image(base) or base.startswith("._"):
+      continue
+    if member.issparse():
+      raise tarfile.ReadError(f"{name} is stored as a sparse file: write the tar without --sparse")
+    if member.issym():
+      links.append((len(found), posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))))
+    elif member.islnk():
+      links.append((len(found), member.linkname.removeprefix("./")))
+    found.append((name, member.offset_data if member.isreg() else None, member.size))
+
+
+def _next_tar(file: BinaryIO, end: int) -> int | None:
+  """Where, after the header that ended a tar, something else than zeros begins: another tar, or damage."""
+  file.seek(end)
+  while block := file.read(1 << 16):
+    if kept := block.lstrip(b"\0"):
+      return (end + len(block) - len(kept)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    end += len(block)
+  return None

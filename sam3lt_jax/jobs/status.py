@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files, locks, shard_files
 from sam3lt_jax.jobs.plan import Plan
 
@@ -247,7 +248,7 @@ def table(status: Status) -> str:
   share = 100 * images["done"] / images["total"]
   model = status.settings.get("model")
   lines = [
-    status.directory + (f"  model {model}" if model else ""),
+    shown(status.directory) + (f"  model {model}" if model else ""),
     f"  shards   {', '.join(parts)} of {shards['total']:,}",
     f"  images   {images['done']:,} of {images['total']:,} ({share:.1f}%), {images['failed']:,} failed",
     f"  rate     {_speed(status)}",
@@ -261,7 +262,9 @@ def table(status: Status) -> str:
   lines += _failure_lines(status)
   lines += [f"  {'damaged' if i == 0 else '':<7}  {what}" for i, what in enumerate(status.damaged)]
   if status.damaged:
-    lines.append(f"           sam3lt status {status.directory} --repair sets them aside, to be done again")
+    lines.append(
+      f"           sam3lt status {shown(status.directory)} --repair sets them aside, to be done again"
+    )
   return "\n".join(lines)
 
 
@@ -281,8 +284,10 @@ def _failure_lines(status: Status) -> list[str]:
   for reason, count in status.failures.items():
     label = "" if lines else "failed"
     lines.append(f"  {label:<7}  {count:,} {reason}")
-    shown = [record for record in status.examples if record["error"] == reason]
-    lines += [f"             {record['id']}: {record.get('message', '')}" for record in shown]
+    examples = [record for record in status.examples if record["error"] == reason]
+    lines += [
+      f"             {shown(record['id'])}: {shown(record.get('message', ''))}" for record in examples
+    ]
   return lines
 
 

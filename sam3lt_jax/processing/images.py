@@ -7,9 +7,12 @@ in [-1, 1]); `preprocess` is all of them. Source: the original's `sam3_image_pro
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from typing import Any
+import stat
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -23,9 +26,31 @@ _UPRIGHT = {
   5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_NO_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+# The first bytes of what people call a photo and Pillow reads with a plugin at most.
+_FOREIGN = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
+_BETWEEN = 1 << 24  # pixels that `resize_image` may have between its passes, where the image itself has fewer
 
 
-def load_image(image: Any) -> np.ndarray:
+class ImageError(ValueError):
+  """An image that cannot be used: its message is `name` and, right behind it, `said`.
+
+  Attributes:
+    name: "image 'a.jpg'".
+    reason: "empty" (0 bytes), "not_an_image" (nor what is no regular file), "too_large" (over Pillow's limit
+      on pixels), "truncated" (or damaged inside) or "other".
+    said: " is ...", one sentence.
+  """
+
+  def __init__(self, name: str, reason: str, said: str):
+    super().__init__(name, reason, said)
+    self.name, self.reason, self.said = name, reason, said
+
+  def __str__(self) -> str:
+    return self.name + self.said
+
+
+def load_image(image: Any, frame: tuple[int, int] | None = None) -> np.ndarray:
   """Reads an image as RGB.
 
   Args:
@@ -38,85 +63,157 @@ def load_image(image: Any) -> np.ndarray:
         [0, 1]. A jax array or torch tensor is read through numpy.
       Transparency (RGBA, LA, palette) is composited over white, as transformers 5.23.0 does (the original
       rejects it); 16-bit grey is scaled to 8 bits; CMYK, palette, bilevel and grey are converted by Pillow.
+    frame: (height, width) in which a file's boxes and masks are given. Many label tools export those of the
+      pixels as stored: a file that has this size as stored, and not when turned upright, is left as stored.
 
   Returns:
     uint8 [H, W, 3].
 
   Raises:
-    FileNotFoundError: no such file.
-    ValueError: not an image, damaged or truncated, over Pillow's pixel limit, or an array of another layout
-      or type.
+    ImageError: (ValueError) a file that is not an image, damaged or truncated, or over Pillow's pixel limit.
+    OSError: a file that is not there or cannot be read.
+    ValueError: an array of another layout or type, or none of what is accepted.
+    MemoryError: the memory does not hold it.
   """
   if isinstance(image, (bytes, bytearray, memoryview)):
-    return _decode(io.BytesIO(image), f"image ({len(image)} bytes)")
+    return decode(io.BytesIO(image), f"image ({len(image)} bytes)", frame)
   if isinstance(image, (str, os.PathLike)):
     path = os.fspath(image)
-    if isinstance(path, str) and path.startswith(("http://", "https://", "data:")):
-      raise ValueError(f"image: addresses are not fetched, got {path[:80]!r}; download it and give the path")
-    if os.path.isdir(path):
-      raise ValueError(f"image {path!r} is a folder; accepted: {_ACCEPTED}")
-    with open(path, "rb") as f:
-      return _decode(f, f"image {path!r}")
+    with open_file(path) as f:
+      return decode(f, f"image {path!r}", frame)
   if isinstance(image, Image.Image):
-    return _to_rgb(image, "image")
+    with _named("image"):
+      image.load()  # Pillow decodes an opened file when it is first used
+      return _to_rgb(image, "image")
   if isinstance(image, (list, tuple)) or not hasattr(image, "__array__"):
     raise ValueError(f"image must be {_ACCEPTED}; got {type(image).__name__}")
   return _array_to_rgb(np.asarray(image))
 
 
-def _decode(file, name: str) -> np.ndarray:
-  try:
-    with Image.open(file) as image:
+def open_file(path: str | os.PathLike) -> BinaryIO:
+  """An image's file, for reading. A pipe or device is refused: it may be without an end, or never answer.
+
+  Raises:
+    ImageError: it is no regular file.
+    ValueError: an address.
+    OSError: it is not there or cannot be opened.
+  """
+  path = os.fspath(path)
+  if isinstance(path, str) and path.startswith(("http://", "https://", "data:")):
+    raise ValueError(f"image: addresses are not fetched, got {path[:80]!r}; download it and give the path")
+  mode = os.stat(path).st_mode
+  if not stat.S_ISREG(mode):
+    kind = _NO_FILE.get(stat.S_IFMT(mode), "a device")
+    raise ImageError(f"image {path!r}", "not_an_image", f" is {kind}, no file")
+  return open(path, "rb")
+
+
+def decode(file: BinaryIO, name: str, frame: tuple[int, int] | None = None) -> np.ndarray:
+  """An opened image file as RGB: the one place that decodes files.
+
+  Args:
+    file: with seek. Its beginning is looked at before the rest is read.
+    name: of the image, for messages.
+    frame: as of `load_image`.
+
+  Returns:
+    uint8 [H, W, 3].
+
+  Raises:
+    ImageError: see its reasons.
+    OSError: the file cannot be read. MemoryError: the memory does not hold the image.
+  """
+  with _named(name):
+    with _open(file, name) as image:
       image.load()
-      # Not ImageOps.exif_transpose, which writes all of EXIF back and stumbles over tags of an odd type.
-      turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
-      image = image if turn is None else image.transpose(turn)
-  except Image.DecompressionBombError as e:
-    raise ValueError(
-      f"{name} is larger than Pillow's safety limit ({e}). If you trust it, raise the limit first: "
-      "PIL.Image.MAX_IMAGE_PIXELS = 500_000_000 (or None for no limit)"
-    ) from e
+      turn = _turn(image)
+      if turn is not None:
+        upright = image.transpose(turn)
+        kept = frame is not None and upright.size != tuple(frame)[::-1] == image.size
+        image = image if kept else upright
+    return _to_rgb(image, name)
+
+
+def check_file(path: str | os.PathLike) -> None:
+  """Whether `path` begins as an image does; damage further on is not seen. Raises as `load_image`."""
+  with open_file(path) as f, _named(name := f"image {os.fspath(path)!r}"), _open(f, name):
+    pass
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
+  try:
+    return Image.open(file)
   except Image.UnidentifiedImageError as e:
-    empty = file.seek(0, io.SEEK_END) == 0
-    what = "is empty (0 bytes)" if empty else "is not an image in a format that Pillow reads"
-    raise ValueError(f"{name} {what}") from e
-  except MemoryError:
+    if file.seek(0, io.SEEK_END) == 0:
+      raise ImageError(name, "empty", " is empty (0 bytes)") from e
+    file.seek(0)
+    head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:] in _FOREIGN:
+      said = f" is {_FOREIGN[head[8:]]}, a format that Pillow does not read without a plugin"
+      raise ImageError(name, "not_an_image", f"{said}: convert it to JPEG or PNG") from e
+    raise ImageError(name, "not_an_image", " is not an image in a format that Pillow reads") from e
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+  """Whatever a decoder raises becomes one sentence with the image's name."""
+  try:
+    yield
+  except ImageError:
     raise
-  except Exception as e:  # decoders raise whatever they like
-    raise ValueError(f"{name} is damaged or truncated: {str(e) or type(e).__name__}") from e
-  return _to_rgb(image, name)
+  except Image.DecompressionBombError as e:
+    said = f" is larger than Pillow's safety limit ({e}). If you trust it, raise the limit first: "
+    said += "PIL.Image.MAX_IMAGE_PIXELS = 500_000_000 (or None for no limit)"
+    raise ImageError(name, "too_large", said) from e
+  except MemoryError as e:
+    raise MemoryError(f"{name} is larger than the memory holds") from e
+  except Exception as e:
+    # Decoders raise whatever they like; an error of the file system alone has a number.
+    if isinstance(e, OSError) and e.errno is not None:
+      raise
+    raise ImageError(name, "truncated", f" is damaged or truncated: {str(e) or type(e).__name__}") from e
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+  """What turns the stored pixels upright. EXIF that cannot be read says nothing.
+
+  Not `ImageOps.exif_transpose`, which writes all of EXIF back and stumbles over tags of an odd type.
+  """
+  try:
+    return _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+  except Exception:
+    return None
 
 
 def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
   if image.width == 0 or image.height == 0:
-    raise ValueError(f"{name} has no pixels, its size is {image.width}x{image.height}")
-  try:
-    image.load()  # Pillow decodes an opened file when it is first used
-  except MemoryError:
-    raise
-  except Exception as e:
-    raise ValueError(f"{name} is damaged or truncated: {str(e) or type(e).__name__}") from e
+    raise ImageError(name, "other", f" has no pixels, its size is {image.width}x{image.height}")
   if image.mode.startswith("I"):
     return _wide_grey_to_rgb(np.asarray(image), name)
   if image.mode == "F":
-    return _array_to_rgb(np.asarray(image), name)
+    try:
+      return _array_to_rgb(np.asarray(image), name)
+    except ValueError as e:
+      raise ImageError(name, "other", str(e).removeprefix(name)) from e
+  mode = image.mode
   try:
-    if image.mode in ("La", "RGBa"):  # premultiplied alpha converts to its plain mode only
-      image = image.convert(image.mode.upper())
+    if mode in ("La", "RGBa"):  # premultiplied alpha converts to its plain mode only
+      image = image.convert(mode.upper())
     if "A" in image.getbands() or image.info.get("transparency") is not None:
       image = image.convert("RGBA")
       white = Image.new("RGBA", image.size, (255, 255, 255, 255))
       image = Image.alpha_composite(white, image)
     return np.array(image.convert("RGB"))
   except ValueError as e:
-    raise ValueError(f"{name} has mode {image.mode!r}, which cannot be converted to RGB: {e}") from e
+    raise ImageError(name, "other", f" has mode {mode!r}, which cannot be converted to RGB: {e}") from e
 
 
 def _wide_grey_to_rgb(grey: np.ndarray, name: str) -> np.ndarray:
   """Modes "I;16*", and "I", as which older Pillow opens 16-bit PNG: 0..65535 to 0..255, rounded."""
   low, high = int(grey.min()), int(grey.max())
   if low < 0 or high > 65535:
-    raise ValueError(f"{name} is integer grey with values {low}..{high}; 0..65535 (16 bit) is accepted")
+    said = f" is integer grey with values {low}..{high}; 0..65535 (16 bit) is accepted"
+    raise ImageError(name, "other", said)
   grey = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
   return np.repeat(grey[..., None], 3, axis=-1)
 
@@ -164,12 +261,13 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
   """
   if image.shape[:2] == (size, size):
     return image
+  height, width = image.shape[:2]
   # Width first, as torchvision: it rounds between the passes, and Pillow, asked for both at once, turns them
-  # round for tall images, where up to a quarter of the values would then be one level off.
-  wide = Image.fromarray(np.ascontiguousarray(image)).resize(
-    (size, image.shape[0]), Image.Resampling.BILINEAR
-  )
-  return np.array(wide.resize((size, size), Image.Resampling.BILINEAR))
+  # round for tall images, where up to a quarter of the values would then be one level off. Of a strip, narrow
+  # and 17 times as high as `size` or more, the width alone would be made larger than the memory.
+  first = (size, height) if height * size <= max(height * width, _BETWEEN) else (width, size)
+  between = Image.fromarray(np.ascontiguousarray(image)).resize(first, Image.Resampling.BILINEAR)
+  return np.array(between.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def normalise(image: np.ndarray) -> np.ndarray:

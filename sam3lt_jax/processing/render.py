@@ -45,6 +45,7 @@ _FALLBACK_FONTS = (
 )
 _MIN_FONT = 9  # pixels; below that Pillow's font cannot be read
 _LEGIBLE = 400  # the least `_unit` of a picture on which labels leave something to see
+_JPEG_SIDE = 65_500  # the longest that libjpeg writes
 _UNKNOWN = "\U0010ffff"  # never assigned: shows a font's sign for a missing glyph
 
 
@@ -111,7 +112,8 @@ def render(
     opacity: of the fill, 0 (none) to 1.
     color_by: see `instance_colors`.
     scale: size of the drawing as a multiple of the photo's. "auto": 1, or for a photo too small to be written
-      on the least whole number that makes it large enough.
+      on the least whole number that makes it large enough, or for one with a longer side than any JPEG has
+      (65,500 pixels) the number that makes it fit; a strip stays as narrow as that leaves it.
     font: path of a TrueType font for scripts that the default fonts lack. Characters without a glyph are
       written without their accents, or else as "?".
 
@@ -136,7 +138,8 @@ def render(
     )
   colors = instance_colors(results.labels, color_by)
   if scale == "auto":
-    scale = min(64, math.ceil(_LEGIBLE / _unit(canvas.size)))
+    most = _JPEG_SIDE / max(canvas.size)
+    scale = min(64, math.ceil(_LEGIBLE / _unit(canvas.size)), math.floor(most) if most >= 1 else most)
   if scale != 1:
     results = _scaled(results, scale)
     canvas = canvas.resize(results.size[::-1], Image.Resampling.BICUBIC)
