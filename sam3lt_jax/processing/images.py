@@ -11,7 +11,7 @@ import contextlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,6 +29,7 @@ _UPRIGHT = {
 _NO_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 # The first bytes of what people call a photo and Pillow reads with a plugin at most.
 _FOREIGN = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
+_HEAD = 1 << 28  # bytes that may be read to learn what a file is: some formats, of few bytes, want all of it
 _BETWEEN = 1 << 24  # pixels that `resize_image` may have between its passes, where the image itself has fewer
 
 
@@ -140,9 +141,40 @@ def check_file(path: str | os.PathLike) -> None:
     pass
 
 
+class _Measured:
+  """A file of which no more is read than an image needs, whatever stands in it: the rest may be endless.
+
+  Attributes:
+    left: bytes that may still be read. least: what a read counts for, at least, as many small ones take long.
+  """
+
+  def __init__(self, file: BinaryIO):
+    self._file, self.left, self.least = file, _HEAD, _HEAD >> 20
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._file, name)
+
+  def read(self, size: int | None = -1) -> bytes:
+    return self._take(self._file.read, size)
+
+  def readline(self, size: int | None = -1) -> bytes:
+    return self._take(self._file.readline, size)
+
+  def _take(self, read: Callable[[int], bytes], size: int | None) -> bytes:
+    data = read(self.left + 1 if size is None or not 0 <= size <= self.left else size)
+    self.left -= max(len(data), self.least)
+    if self.left < 0:
+      raise OSError("what stands in it is no image's length")
+    return data
+
+
 def _open(file: BinaryIO, name: str) -> Image.Image:
   try:
-    return Image.open(file)
+    measured = _Measured(file)
+    image = Image.open(measured)
+    # No format has as many bytes a pixel.
+    measured.left, measured.least = _HEAD + 64 * image.width * image.height, 0
+    return image
   except Image.UnidentifiedImageError as e:
     if file.seek(0, io.SEEK_END) == 0:
       raise ImageError(name, "empty", " is empty (0 bytes)") from e
