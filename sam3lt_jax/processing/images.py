@@ -149,7 +149,7 @@ class _Measured:
   """
 
   def __init__(self, file: BinaryIO):
-    self._file, self.left, self.least = file, _HEAD, _HEAD >> 20
+    self._file, self.left, self.least = file, _HEAD, 256
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._file, name)
@@ -164,7 +164,7 @@ class _Measured:
     data = read(self.left + 1 if size is None or not 0 <= size <= self.left else size)
     self.left -= max(len(data), self.least)
     if self.left < 0:
-      raise OSError("what stands in it is no image's length")
+      raise OSError("more bytes than its image can have")
     return data
 
 

@@ -1,20 +1,33 @@
 """Reading ahead: every way an image can be bad has its code, order is kept, and memory is bounded."""
 
 import errno
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
 import threading
 import time
 
+import fsspec
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
-from sam3lt_jax.jobs import reading, sources
+from sam3lt_jax.data.records import Record
+from sam3lt_jax.jobs import files, reading, sources
 from sam3lt_jax.jobs.reading import Failure, Pixels, Reader, read_image
 from sam3lt_jax.processing import images
 from tests.jobs import pictures
 from tests.jobs.deadly import Deadly
 
 SIDE = 28
+
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +171,117 @@ def test_it_gives_up_waiting_when_told(photos, monkeypatch):
   with Reader(SIDE, workers=1, stop=stop.is_set) as reader, pytest.raises(reading.Stopped):
     list(reader.stream([(0, "item"), (1, "item")]))
   assert stop.is_set() and time.perf_counter() - start < 15
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_hung_read_ends_with_the_job_and_so_does_a_killed_one(processes, tmp_path):
+  """By SIGTERM in good order; after SIGKILL no decoder stays behind."""
+  for number in (signal.SIGTERM, signal.SIGKILL):
+    command = [sys.executable, "-m", "tests.jobs.hanging", str(int(processes)), str(tmp_path / "pids")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "reading\n"
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert (job.pid in pids) is not processes
+    start = time.monotonic()
+    job.send_signal(number)
+    assert job.wait(30) == (0 if number == signal.SIGTERM else -number)
+    assert time.monotonic() - start < 10
+    end = time.monotonic() + 10
+    while alive := [pid for pid in pids if is_alive(pid)]:
+      assert time.monotonic() < end, f"{alive} stayed behind after {number!r}"
+      time.sleep(0.05)
+    os.remove(tmp_path / "pids")
+
+
+def is_alive(pid):
+  try:
+    with open(f"/proc/{pid}/stat") as f:
+      return f.read().rpartition(")")[2].split()[0] not in "ZX"
+  except FileNotFoundError:
+    return False
+
+
+def test_what_is_no_file_is_a_failure(tmp_path):
+  os.mkfifo(tmp_path / "a.jpg")
+  with socket.socket(socket.AF_UNIX) as bound:
+    bound.bind(str(tmp_path / "b.jpg"))
+  (tmp_path / "c.jpg").symlink_to("/dev/zero")
+  (tmp_path / "d.jpg").symlink_to("d.jpg")
+  found = [read_image(item, SIDE) for item in items(tmp_path)]
+  assert [one.message for one in found] == [
+    "a named pipe, no file", "a socket, no file", "a device, no file", "Too many levels of symbolic links"
+  ]  # fmt: skip
+  assert [one.code for one in found] == [*["not_an_image"] * 3, "other"]
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size:UserWarning")
+def test_the_limit_holds_for_what_an_icon_has_inside(tmp_path):
+  """Pillow decodes it before it tells its size: 195 kB took 1.6 GB."""
+  out = io.BytesIO()
+  Image.new("1", (3000, 3000)).save(out, "PNG")
+  head = struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(out.getvalue()), 22)
+  (tmp_path / "a.ico").write_bytes(head + out.getvalue())
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    found = read_image(items(tmp_path)[0], SIDE, 8_999_999)
+  assert found == Failure("too_large", "9000000 pixels; the limit is 8999999 (--max-pixels)")
+  assert isinstance(read_image(items(tmp_path)[0], SIDE, 9_000_000), Pixels)
+
+
+def test_members_of_tars_and_objects_are_read_in_pieces(tmp_path, monkeypatch):
+  """As from a file, and asked for again only where the storage failed."""
+  photo = pictures.photo(3, 300, 400)
+  out = io.BytesIO()
+  Image.fromarray(photo).save(out, "PNG", compress_level=0)
+  data = out.getvalue()
+  with tarfile.open(tmp_path / "s.tar", "w") as tar:
+    for name in ("1.png", "2.png"):
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      tar.addfile(info, io.BytesIO(data))
+  fs = fsspec.filesystem("memory")
+  fs.pipe("/reading/a.png", data)
+  fs.pipe("/reading/empty.png", b"")
+  monkeypatch.setattr(sources._Window, "_BLOCK", 1 << 16)
+  wanted = images.resize_image(photo, SIDE)
+  remote = list(sources.list_items("memory://reading"))
+  for item in [*sources.list_items(tmp_path / "s.tar"), remote[0]]:
+    np.testing.assert_array_equal(read_image(item, SIDE).pixels, wanted)
+    with sources.open_item(item) as f:
+      assert f.seek(-10, 2) == len(data) - 10 and f.read() == data[-10:] and f.seek(5) == 5
+      assert f.read(9) == data[5:14] and f.read() == data[14:]
+  assert read_image(remote[1], SIDE).code == "empty"
+  assert read_image(sources.Item("x", "memory://reading/gone.png"), SIDE).code == "missing"
+  monkeypatch.setattr(reading, "PAUSE_S", 0)
+  tries, read = [], files.read
+
+  def hiccup(path, start=0, size=None):
+    tries.append(start)
+    if len(tries) in (1, 4):
+      raise RuntimeError("503")
+    return read(path, start, size)
+
+  monkeypatch.setattr(files, "read", hiccup)
+  assert isinstance(read_image(remote[0], SIDE), Pixels)
+  monkeypatch.setattr(files, "read", lambda *a: (_ for _ in ()).throw(TimeoutError()))
+  assert read_image(remote[0], SIDE) == Failure("other", "Connection timed out")
+
+
+def test_the_frame_of_the_annotations_is_kept(tmp_path):
+  """Where a COCO source has the size of the stored pixels, as in `data.Record.load_image`."""
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  Image.fromarray(pictures.photo(1, 30, 50)).save(tmp_path / "a.jpg", exif=exif)
+  sizes = {}
+  for height, width in ((30, 50), (50, 30)):
+    entry = {"id": 1, "file_name": "a.jpg", "height": height, "width": width}
+    (tmp_path / "c.json").write_text(json.dumps({"images": [entry], "annotations": []}))
+    [item] = sources.list_items(tmp_path / "c.json")
+    found = read_image(item, SIDE)
+    sizes[height, width] = (found.height, found.width)
+    record = Record(1, tmp_path / "a.jpg", (height, width), ())
+    np.testing.assert_array_equal(images.resize_image(record.load_image(), SIDE), found.pixels)
+  assert sizes == {(30, 50): (30, 50), (50, 30): (50, 30)}
 
 
 def test_bad_arguments():

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from sam3lt_jax.engine import Engine
-from sam3lt_jax.jobs import files, ledger, pipeline, run, setup
+from sam3lt_jax.jobs import files, ledger, pipeline, reading, run, setup
 from sam3lt_jax.jobs import results as job_results
+from sam3lt_jax.jobs.overlays import Overlays
 from sam3lt_jax.jobs.run import JobConfig, Progress, run_job
+from sam3lt_jax.jobs.sources import list_items
 from tests import tiny
 from tests.jobs import pictures
 
@@ -273,6 +275,19 @@ def test_overlays_of_a_sample(job, tmp_path):
   assert len(drawn) == 3 and {p.suffix for p in drawn} == {".jpg"}
   with Image.open(drawn[0]) as image:
     assert np.asarray(image).std() > 0
+
+
+def test_an_overlay_that_cannot_be_drawn_is_left_out(tmp_path, caplog, monkeypatch):
+  """Its file is gone meanwhile, or cut: the job has its results already."""
+  monkeypatch.setattr(reading, "PAUSE_S", 0)
+  [item, cut] = list_items(pictures.folder(tmp_path / "few", 2, bad=False))
+  overlays = Overlays(str(tmp_path / "out"), [item, cut], 2)
+  os.remove(item.uri)
+  os.truncate(cut.uri, 100)
+  for one in (item, cut):
+    overlays.draw(one, {"id": one.id, "uri": one.uri, "width": 5, "height": 4, "results": []})
+  assert not list((tmp_path / "out/overlays").iterdir())
+  assert "No such file" in caplog.text and "damaged or truncated" in caplog.text
 
 
 def test_coco_ids_stay(job, photos, tmp_path):

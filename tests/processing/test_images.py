@@ -2,13 +2,22 @@
 
 import io
 import os
+import resource
 import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sam3lt_jax.processing.images import load_image, normalise, preprocess, resize_image
+from sam3lt_jax.processing import images
+from sam3lt_jax.processing.images import (
+  ImageError,
+  check_file,
+  load_image,
+  normalise,
+  preprocess,
+  resize_image,
+)
 from tests.reference import import_torch_reference
 
 
@@ -184,8 +193,14 @@ def test_what_is_not_an_image(tmp_path):
     load_image(b"")
   with pytest.raises(FileNotFoundError, match="nowhere"):
     load_image(tmp_path / "nowhere.png")
-  with pytest.raises(ValueError, match="folder"):
-    load_image(tmp_path)
+  os.mkfifo(tmp_path / "pipe.jpg")
+  for path, kind in (
+    (tmp_path, "a folder"),
+    (tmp_path / "pipe.jpg", "a named pipe"),
+    ("/dev/zero", "a device"),
+  ):
+    with pytest.raises(ImageError, match=f"^image '.*' is {kind}, no file$"):
+      load_image(path)
   with pytest.raises(ValueError, match="not fetched"):
     load_image("https://example.com/a.jpg")
   for thing in (None, 3, [[1, 2], [3, 4]], object(), {"a": 1}):
@@ -277,5 +292,76 @@ def test_whatever_a_decoder_raises_is_one_sentence(monkeypatch, error):
     load_image(out.getvalue())
   assert caught.value.__cause__ is error
   error = MemoryError()
-  with pytest.raises(MemoryError):
+  with pytest.raises(MemoryError, match=r"^image \(\d+ bytes\) is larger than the memory holds"):
     load_image(out.getvalue())
+
+
+def test_a_strip_is_not_made_wide_first(monkeypatch):
+  """A picture of 1 x 1,500,000 pixels took 5.9 GB at 1008 px, for 1008 x 1,500,000 in between."""
+  between, resize = [], Image.Image.resize
+
+  def watch(self, size, *arguments):
+    between.append(size[0] * size[1])
+    return resize(self, size, *arguments)
+
+  monkeypatch.setattr(Image.Image, "resize", watch)
+  rows = np.arange(1_500_000, dtype=np.float64) * 256 // 1_500_000
+  strip = np.repeat(rows.astype(np.uint8)[:, None, None], 3, -1)
+  for image in (strip, strip.swapaxes(0, 1)):
+    squared = resize_image(image, 1008)
+    assert max(between) <= 1 << 24
+    expected = (np.arange(1008) + 0.5) * 256 / 1008 - 0.5
+    line = squared[:, 7, 1] if image is strip else squared[7, :, 1]
+    assert np.abs(line - expected).max() <= 1
+  # Photos go the way of torchvision, tall ones and those of more pixels than the bound, too.
+  between.clear()
+  resize_image(np.zeros((6000, 400, 3), np.uint8), 1008)
+  resize_image(np.zeros((20_000, 1100, 3), np.uint8), 1008)
+  assert between == [1008 * 6000, 1008**2, 1008 * 20_000, 1008**2]
+
+
+@pytest.mark.parametrize(
+  "head", [b"", b"\xff\xd8\xff\xe0", b"RIFF\xff\xff\xff\x7fWEBPVP8 ", b"/* XPM */", b"GIF89a\1\0\1\0"]
+)
+def test_a_file_is_read_as_far_as_an_image_goes(tmp_path, monkeypatch, head):
+  """3 GB that are no image were read whole, and searched for minutes where a JPEG seemed to begin."""
+  monkeypatch.setattr(images, "_HEAD", 1 << 24)
+  path = tmp_path / "a.jpg"
+  with open(path, "wb") as f:
+    f.write(head)
+    f.truncate(3_000_000_000)
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  for read in (load_image, check_file):
+    with pytest.raises(ImageError, match=r"a\.jpg' is (not an image|damaged or truncated)"):
+      read(path)
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning", "ignore:Metadata Warning:UserWarning")
+def test_exif_that_cannot_be_read_says_nothing(tmp_path):
+  """The pixels are sound: an orientation out of range or of an odd type, or EXIF that is none."""
+  out = io.BytesIO()
+  Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(out, "JPEG")
+  tags = (
+    struct.pack("<HHII", 0x112, 3, 1, 99),
+    struct.pack("<HHII", 0x112, 2, 1, 54),
+    struct.pack("<HHII", 0x112, 7, 9, 0),
+  )
+  exifs = [b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + tag + b"\0\0\0\0" for tag in tags]
+  for exif in (*exifs, b"Exif\0\0", b"Exif\0\0XX*\0\1\2", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+    data = out.getvalue()
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+    assert load_image(data).shape == (40, 60, 3)
+
+
+def test_the_frame_of_annotations(tmp_path):
+  """Label tools export the size of the pixels as stored: where only these have it, they are left so."""
+  stored = _photo(40, 60)
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  path = _saved(tmp_path, Image.fromarray(stored), "a.png", exif=exif)
+  upright = np.rot90(stored, -1)
+  for source in (path, path.read_bytes()):
+    np.testing.assert_array_equal(load_image(source, (40, 60)), stored)
+    for frame in ((60, 40), (41, 60), (None, None), ("40", "60"), None):
+      np.testing.assert_array_equal(load_image(source, frame), upright)

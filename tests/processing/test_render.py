@@ -263,6 +263,9 @@ def test_scale():
   assert render(picture, results, scale="auto").size == (64 * 8, 43 * 8)
   assert render(flat((600, 800), 0), discs((600, 800), []), scale="auto").size == (800, 600)
   assert render(picture, Results.empty(size), scale=2).size == (128, 86)
+  # What is drawn of a strip stays what a JPEG and the memory hold.
+  for size, drawn in (((1, 20_000), (60_000, 3)), ((200_000, 1), (1, 65_500)), ((131_000, 4), (2, 65_500))):
+    assert render(flat(size, 128), Results.empty(size), scale="auto").size == drawn
 
 
 @pytest.mark.parametrize(
