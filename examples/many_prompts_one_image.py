@@ -16,13 +16,14 @@ import scene
 from PIL import Image
 
 from sam3lt_jax import Predictor
+from sam3lt_jax.processing.images import load_image
 
 MODEL = "s0"
 PHRASES = ["red circle", "blue square", "shape"]
 
 
 def main(model: str = MODEL, photo: str | None = None) -> None:
-  image = scene.draw() if photo is None else Image.open(photo).convert("RGB")
+  image = scene.draw() if photo is None else Image.fromarray(load_image(photo))
   threshold = 0.1 if model.startswith("random:") else None
 
   predictor = Predictor.from_pretrained(model)

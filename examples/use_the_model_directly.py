@@ -9,15 +9,15 @@ import sys
 
 import jax
 import scene
-from PIL import Image
 
 from sam3lt_jax import Sam3Processor, from_pretrained
+from sam3lt_jax.processing.images import load_image
 
 MODEL = "s0"
 
 
 def main(model: str = MODEL, photo: str | None = None) -> None:
-  image = scene.draw() if photo is None else Image.open(photo).convert("RGB")
+  image = scene.draw() if photo is None else load_image(photo)
   network, variables = from_pretrained(model)
   network, variables = network.fuse(variables)  # the same function, a little faster
   # Random weights have no files, so the configuration has to do.
