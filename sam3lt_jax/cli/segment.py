@@ -49,7 +49,7 @@ written to the output folder for photo.jpg:
   photo_masks.png     label map: 0 background, i + 1 instance i; smaller instances on top
   photo.json          COCO data set: images, categories, annotations (RLE masks, boxes, scores)
 
-exit codes: 0 all photos are done; 2 a mistake in the call, or photos failed: each is named, the others are done.
+exit codes: 0 all photos are done; 2 a mistake in the call, or a photo failed: it is named, the rest is done.
 """
 
 

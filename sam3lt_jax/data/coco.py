@@ -16,8 +16,9 @@ import numpy as np
 
 from sam3lt_jax.data import annotations as annotation_ops
 from sam3lt_jax.data.annotations import LeftOut
-from sam3lt_jax.data.numbers import brief, printable
+from sam3lt_jax.data.numbers import brief
 from sam3lt_jax.data.records import Prompt, Record
+from sam3lt_jax.errors import shown
 
 _PHRASE_KEYS = ("phrase", "caption")
 _NONE = np.zeros((0, 4), np.float32)
@@ -118,7 +119,7 @@ class CocoRecords(Sequence):
     """Raises RecordError ("annotation damaged") where an annotation makes no sense."""
     image = self._images[index]
     absent, not_listed = self._lists[index]
-    source = f"{self.name}, image {image.id} ({printable(image.names[-1])})"
+    source = f"{self.name}, image {image.id} ({shown(image.names[-1])})"
     groups: dict[str, list[Mapping[str, Any]]] = {}
     written: dict[str, str] = {}
     described: set[int] = set()  # categories of annotations under a phrase of their own

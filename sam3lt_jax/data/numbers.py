@@ -31,11 +31,6 @@ def brief(value: Any) -> str:
   return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def printable(name: str) -> str:
-  """A name out of a file, with what would disturb a terminal escaped."""
-  return name if name.isprintable() else repr(name)[1:-1]
-
-
 def whole(value: Any, what: str, least: int = -LARGEST_ID, most: int = LARGEST_ID) -> int:
   """A whole number: 12, 12.0 or "12".
 

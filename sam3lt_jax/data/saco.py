@@ -14,8 +14,9 @@ from typing import Any
 
 from sam3lt_jax.data import annotations as annotation_ops
 from sam3lt_jax.data.annotations import ImageEntry, LeftOut
-from sam3lt_jax.data.numbers import brief, flag, numbers, printable
+from sam3lt_jax.data.numbers import brief, flag, numbers
 from sam3lt_jax.data.records import Prompt, Record
+from sam3lt_jax.errors import shown
 
 _MOST_NORMALISED = 1.5  # a bbox value above it is in pixels
 
@@ -46,7 +47,7 @@ class SaCoRecords(Sequence):
       if pairs and pairs[0][0].size != entry.size:
         (h, w), (height, width) = entry.size, pairs[0][0].size
         raise ValueError(
-          f"{name}: image {entry.id} says {printable(entry.names[0])} is {w}x{h} pixels, an entry before it "
+          f"{name}: image {entry.id} says {shown(entry.names[0])} is {w}x{h} pixels, an entry before it "
           f"says {width}x{height}"
         )
       pairs.append((entry, phrase.strip(), exhaustive))
@@ -70,7 +71,7 @@ class SaCoRecords(Sequence):
     return Record(first.id, first.path(self._folder), first.size, prompts, self._source(first))
 
   def _source(self, entry: ImageEntry) -> str:
-    return f"{self.name}, image {entry.id} ({printable(entry.names[-1])})"
+    return f"{self.name}, image {entry.id} ({shown(entry.names[-1])})"
 
   def _prompt(
     self, entry: ImageEntry, phrase: str, exhaustive: bool, left_out: list[tuple[str, str]]

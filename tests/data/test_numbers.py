@@ -94,4 +94,3 @@ def test_what_is_shown_is_one_short_printable_line():
     b"x" * 99,
   ):
     assert N.brief(value).isprintable() and len(N.brief(value)) <= 60
-  assert N.printable("a b.png") == "a b.png" and N.printable("a\n\x1b.png") == r"a\n\x1b.png"
