@@ -311,10 +311,10 @@ def table(photo: str, results: Results, seconds: float, threshold: float) -> str
   lines = [f"{photo}  {width}x{height}  {seconds:.1f} s  {found}"]
   if not len(results):
     return f"{lines[0]} (a lower --threshold finds more)" if threshold > 0 else lines[0]
-  shown = [" ".join(label.split()) for label in results.labels[:_ROWS]]
-  room = max(5, *(len(label) for label in shown))
+  labels = [shown(" ".join(label.split())) for label in results.labels[:_ROWS]]
+  room = max(5, *(len(label) for label in labels))
   lines.append(f"  {'#':>3}  score  {'label':<{room}}  {'x1':>7} {'y1':>7} {'x2':>7} {'y2':>7}  area %")
-  for i, (label, area) in enumerate(zip(shown, results.areas)):
+  for i, (label, area) in enumerate(zip(labels, results.areas)):
     box = " ".join(f"{v:7.1f}" for v in results.boxes[i])
     share = 100 * area / (height * width)
     lines.append(f"  {i:>3}  {results.scores[i]:5.3f}  {label:<{room}}  {box}  {share:6.2f}")

@@ -101,7 +101,7 @@ class Record:
       image = image_ops.load_image(self.image() if callable(self.image) else self.image, self.size)
     except FileNotFoundError as e:
       raise RecordError("image missing", f"{self}: no such image {os.fspath(self.image)!r}") from e
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, MemoryError) as e:
       raise RecordError("image damaged", f"{self}: {e}") from e
     if image.shape[:2] != tuple(self.size):
       raise RecordError(

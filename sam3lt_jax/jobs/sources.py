@@ -34,6 +34,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files
 
 IMAGE_SUFFIXES = frozenset(
@@ -96,7 +97,7 @@ class Items(Sequence):
 
   def place(self, i: int) -> str:
     """Where item `i` was found, for a message."""
-    return f"{self[i].uri} (from {self._parts[bisect.bisect_right(self._ends, i)].place})"
+    return shown(f"{self[i].uri} (from {self._parts[bisect.bisect_right(self._ends, i)].place})")
 
 
 def list_items(
@@ -237,7 +238,9 @@ def _list_one(source: str, recursive: bool, images: str | None) -> _Part:
     raise ValueError(f"source must be {_ACCEPTED}, got an empty string")
   suffix = os.path.splitext(source)[1].lower()
   if source.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-    raise ValueError(f"{source}: a compressed tar cannot be read at any place; unpack it to a .tar first")
+    raise ValueError(
+      f"{shown(source)}: a compressed tar cannot be read at any place; unpack it to a .tar first"
+    )
   if suffix == ".tar" and "{" in source and not files.exists(source):
     return _tar_part(source, expand_braces(source))
   if files.is_pattern(source) and not files.exists(source):
@@ -246,7 +249,7 @@ def _list_one(source: str, recursive: bool, images: str | None) -> _Part:
   if files.is_folder(path):
     return _folder(source, path, recursive)
   if not files.exists(path):
-    raise ValueError(f"source {source} does not exist; accepted: {_ACCEPTED}")
+    raise ValueError(f"source {shown(source)} does not exist; accepted: {_ACCEPTED}")
   if suffix == ".tar":
     return _tar_part(source, [path])
   if suffix == ".txt":
@@ -255,7 +258,7 @@ def _list_one(source: str, recursive: bool, images: str | None) -> _Part:
     return _coco(source, path, images)
   if suffix in IMAGE_SUFFIXES:
     return _Part(source, [source], functools.partial(_listed, ""), unique=True)
-  raise ValueError(f"source {source} is none of those accepted: {_ACCEPTED}")
+  raise ValueError(f"source {shown(source)} is none of those accepted: {_ACCEPTED}")
 
 
 def _plain(root: str, name: str) -> Item:
@@ -283,14 +286,15 @@ def _folder(source: str, path: str, recursive: bool) -> _Part:
       archives.append(name)
   if images and archives:
     raise ValueError(
-      f"the folder {source} holds images ({min(images)}) and tar shards ({min(archives)}); "
-      f"say which: {files.join(source, '**', '*.jpg')} or {files.join(source, '**', '*.tar')}"
+      f"the folder {shown(source)} holds images ({shown(min(images))}) and tar shards"
+      f" ({shown(min(archives))}); say which: {shown(files.join(source, '**', '*.jpg'))} or"
+      f" {shown(files.join(source, '**', '*.tar'))}"
     )
   if archives:
     return _tar_part(source, [files.join(path, name) for name in sorted(archives)])
   if not images:
     below = " or its subfolders" if recursive else ""
-    raise ValueError(f"no images in the folder {source}{below} ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    raise ValueError(f"no images in the folder {shown(source)}{below} ({' '.join(sorted(IMAGE_SUFFIXES))})")
   return _Part(source, sorted(images), functools.partial(_plain, path), unique=True)
 
 
@@ -298,13 +302,13 @@ def _glob(source: str) -> _Part:
   found = files.glob(files.absolute(source))
   if _is_tar(source):
     if not found:
-      raise ValueError(f"no tar shards match {source}")
+      raise ValueError(f"no tar shards match {shown(source)}")
     return _tar_part(source, found)
   suffix = os.path.splitext(source)[1]
   if not suffix or files.is_pattern(suffix):
     found = [path for path in found if is_image(path)]
   if not found:
-    raise ValueError(f"no images match {source}")
+    raise ValueError(f"no images match {shown(source)}")
   root = files.absolute(source)
   while files.is_pattern(root):
     root = files.folder_of(root)
@@ -318,13 +322,15 @@ def _list_file(source: str, path: str) -> _Part:
     try:
       entry = line.decode("utf-8").strip()
     except UnicodeDecodeError:
-      raise ValueError(f"{source}, line {number}: not UTF-8; a list holds a path or URL a line") from None
+      raise ValueError(
+        f"{shown(source)}, line {number}: not UTF-8; a list holds a path or URL a line"
+      ) from None
     if "\0" in entry:
-      raise ValueError(f"{source}, line {number}: a zero byte; a list holds a path or URL a line")
+      raise ValueError(f"{shown(source)}, line {number}: a zero byte; a list holds a path or URL a line")
     if entry:
       rows.append(entry)
   if not rows:
-    raise ValueError(f"the list {source} names no image; it holds a path or URL a line")
+    raise ValueError(f"the list {shown(source)} names no image; it holds a path or URL a line")
   return _Part(source, rows, functools.partial(_listed, files.folder_of(path)))
 
 
@@ -347,8 +353,8 @@ def _beside(source: str, images: str | None, folder: str, names: tuple[str, ...]
   if images:
     return images, -1
   raise ValueError(
-    f"the images of {source} are not beside it, nor in a folder images there (its first is {names[-1]}); "
-    "say where they are: --images DIR"
+    f"the images of {shown(source)} are not beside it, nor in a folder images there (its first is"
+    f" {shown(names[-1])}); say where they are: --images DIR"
   )
 
 
@@ -368,7 +374,7 @@ def _tar_part(source: str, paths: Sequence[str]) -> _Part:
       first = taken.setdefault(os.path.splitext(member)[0], member)
       rows.append((number, member, offset, size, first != member))
   if not rows:
-    raise ValueError(f"no images in the tar shards {source} ({len(paths)} read)")
+    raise ValueError(f"no images in the tar shards {shown(source)} ({len(paths)} read)")
   return _Part(source, rows, functools.partial(_tar_item, paths))
 
 
@@ -408,19 +414,21 @@ def expand_braces(pattern: str) -> list[str]:
   match = _BRACES.search(pattern)
   if match is None:
     if "{" in pattern or "}" in pattern:
-      raise ValueError(f"{pattern}: a brace without its pair; accepted: shard-{{000000..000009}}.tar")
+      raise ValueError(f"{shown(pattern)}: a brace without its pair; accepted: shard-{{000000..000009}}.tar")
     return [pattern]
   before, inside, after = pattern[: match.start()], match[1], pattern[match.end() :]
   if numbers := _RANGE.fullmatch(inside):
     low, high = map(int, numbers.groups())
     if low > high:
-      raise ValueError(f"{pattern}: the range {{{inside}}} runs backwards")
+      raise ValueError(f"{shown(pattern)}: the range {{{shown(inside)}}} runs backwards")
     width = len(numbers[1]) if numbers[1].startswith("0") else 0
     values = [f"{value:0{width}d}" for value in range(low, high + 1)]
   elif "," in inside:
     values = inside.split(",")
   else:
-    raise ValueError(f"{pattern}: {{{inside}}} is neither a range {{000..009}} nor a list {{a,b}}")
+    raise ValueError(
+      f"{shown(pattern)}: {{{shown(inside)}}} is neither a range {{000..009}} nor a list {{a,b}}"
+    )
   return [path for value in values for path in expand_braces(f"{before}{value}{after}")]
 
 
@@ -457,11 +465,11 @@ def tar_members(path: str) -> list[tuple[str, int | None, int]]:
         if start == before:
           raise tarfile.ReadError(f"no header at byte {start}")
   except FileNotFoundError:
-    raise ValueError(f"no such tar shard: {path}") from None
+    raise ValueError(f"no such tar shard: {shown(path)}") from None
   except (OSError, MemoryError):
     raise
   except Exception as e:  # of odd headers, tarfile raises what comes of them
-    raise ValueError(f"{path} is not a whole tar file: {str(e) or type(e).__name__}") from None
+    raise ValueError(f"{shown(path)} is not a whole tar file: {shown(e) or type(e).__name__}") from None
   if links:
     places = {name: (offset, size) for name, offset, size in found}
     for row, target in links:

@@ -239,6 +239,7 @@ def test_members_of_tars_and_objects_are_read_in_pieces(tmp_path, monkeypatch):
       info = tarfile.TarInfo(name)
       info.size = len(data)
       tar.addfile(info, io.BytesIO(data))
+  cut = list(sources.list_items(tmp_path / "s.tar"))[1]
   fs = fsspec.filesystem("memory")
   fs.pipe("/reading/a.png", data)
   fs.pipe("/reading/empty.png", b"")
@@ -250,6 +251,9 @@ def test_members_of_tars_and_objects_are_read_in_pieces(tmp_path, monkeypatch):
     with sources.open_item(item) as f:
       assert f.seek(-10, 2) == len(data) - 10 and f.read() == data[-10:] and f.seek(5) == 5
       assert f.read(9) == data[5:14] and f.read() == data[14:]
+  os.truncate(tmp_path / "s.tar", cut.meta["offset"] + 100_000)
+  said = f"damaged or truncated: the tar file ends after 100000 of {len(data)} bytes"
+  assert read_image(cut, SIDE) == Failure("truncated", said)
   assert read_image(remote[1], SIDE).code == "empty"
   assert read_image(sources.Item("x", "memory://reading/gone.png"), SIDE).code == "missing"
   monkeypatch.setattr(reading, "PAUSE_S", 0)
