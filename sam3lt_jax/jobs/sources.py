@@ -452,6 +452,8 @@ def tar_members(path: str) -> list[tuple[str, int | None, int]]:
     ValueError: not a tar, damaged, cut short, or it holds what cannot be read at its place.
     OSError: it cannot be opened.
   """
+  if not files.is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
+    raise ValueError(f"{shown(path)} is no regular file; accepted: a tar")
   try:
     with files.open_read(path) as f:
       headers, start = _Headers(f), 0

@@ -218,6 +218,9 @@ def test_bad_tars(tmp_path):
   (tmp_path / "no.tar").write_bytes(b"not a tar" * 100)
   with pytest.raises(ValueError, match=r"no\.tar is not a whole tar file"):
     list_items(tmp_path / "no.tar")
+  os.mkfifo(tmp_path / "pipe.tar")
+  with pytest.raises(ValueError, match=r"pipe\.tar is no regular file"):
+    list_items(tmp_path / "pipe.tar")
   with pytest.raises(ValueError, match=r"x\.tar\.gz: a compressed tar"):
     list_items("x.tar.gz")
   items = list_items(tmp_path / "a.tar")
