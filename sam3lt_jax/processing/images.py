@@ -180,10 +180,35 @@ def _open(file: BinaryIO, name: str) -> Image.Image:
       raise ImageError(name, "empty", " is empty (0 bytes)") from e
     file.seek(0)
     head = file.read(12)
+    if head.startswith(b"\xff\xd8\xff") and (image := _plain_jpeg(file)):
+      return image
     if head[4:8] == b"ftyp" and head[8:] in _FOREIGN:
       said = f" is {_FOREIGN[head[8:]]}, a format that Pillow does not read without a plugin"
       raise ImageError(name, "not_an_image", f"{said}: convert it to JPEG or PNG") from e
     raise ImageError(name, "not_an_image", " is not an image in a format that Pillow reads") from e
+
+
+def _plain_jpeg(file: BinaryIO) -> Image.Image | None:
+  """A JPEG opened without its metadata, of which Pillow reads more than anybody asks for.
+
+  A resolution of an odd type, say, makes it take a sound photo for none. None where that is not what it was.
+  """
+  file.seek(0)
+  data = file.read(_HEAD)
+  kept, exif, at = [data[:2]], b"", 2
+  while data[at : at + 1] == b"\xff" and (marker := data[at + 1 : at + 2]) not in (b"", b"\xda"):
+    end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if not b"\xe1" <= marker <= b"\xed":  # JFIF's and Adobe's say what the colours are
+      kept.append(data[at:end])
+    elif data[at + 4 : end].startswith(b"Exif\0\0"):
+      exif = data[at + 4 : end]
+    at = end
+  try:
+    image = Image.open(io.BytesIO(b"".join([*kept, data[at:]])))
+  except Image.UnidentifiedImageError:
+    return None
+  image.info["exif"] = exif
+  return image
 
 
 @contextlib.contextmanager

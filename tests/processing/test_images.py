@@ -263,8 +263,22 @@ def test_resize_is_within_one_level_of_torchvision(shape, side):
 
 @pytest.mark.parametrize(
   "tag, kind, count, value",
-  [(0x11A, 2, 3, b"72\0\0"), (0x10F, 11, 1, struct.pack("<f", 5)), (0x128, 2, 2, b"2\0\0\0")],
-  ids=["XResolution as text", "Make as float", "ResolutionUnit as text"],
+  [
+    (0x11A, 2, 3, b"72\0\0"),
+    (0x10F, 11, 1, struct.pack("<f", 5)),
+    (0x128, 2, 2, b"2\0\0\0"),
+    (0x11A, 7, 1, b"H\0\0\0"),
+    (0x11A, 4, 1, b"H\0\0\0"),
+    (0x11A, 1, 1, b"H\0\0\0"),
+  ],
+  ids=[
+    "XResolution as text",
+    "Make as float",
+    "ResolutionUnit as text",
+    "XResolution as a byte of anything",
+    "XResolution as a number",
+    "XResolution as a byte",
+  ],
 )
 def test_exif_tags_of_an_odd_type_are_nobodys_business(tag, kind, count, value):
   """Only the orientation is read; to write EXIF back, which nobody needs, would fail."""
