@@ -117,19 +117,31 @@ def _line(e: BaseException | str) -> str:
   return shown(" ".join((str(e) or type(e).__name__).split())[:300])
 
 
+class _Limits:
+  """Those of all that read now, the lowest of which is Pillow's own, and what Pillow's was before."""
+
+  lock, now, before = threading.Lock(), [], None
+
+
 @contextlib.contextmanager
 def pixel_limit(pixels: int) -> Iterator[None]:
   """Pillow's limit, which is the process's, is `pixels` meanwhile.
 
   Pillow asks it wherever it learns a size, also that of an image within an icon, which it decodes before it
-  tells anyone. One inside another of the same limit changes nothing, so threads may overlap there.
+  tells anyone.
   """
-  # Pillow refuses above twice its limit, and warns above it.
-  before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, fractions.Fraction(pixels, 2)
+  limit = fractions.Fraction(pixels, 2)  # Pillow refuses above twice its own, and warns above it
+  with _Limits.lock:
+    if not _Limits.now:
+      _Limits.before = Image.MAX_IMAGE_PIXELS
+    _Limits.now.append(limit)
+    Image.MAX_IMAGE_PIXELS = min(_Limits.now)
   try:
     yield
   finally:
-    Image.MAX_IMAGE_PIXELS = before
+    with _Limits.lock:
+      _Limits.now.remove(limit)
+      Image.MAX_IMAGE_PIXELS = min(_Limits.now, default=_Limits.before)
 
 
 def _start_worker(job: connection.Connection) -> None:

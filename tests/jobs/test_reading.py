@@ -1,5 +1,6 @@
 """Reading ahead: every way an image can be bad has its code, order is kept, and memory is bounded."""
 
+import contextlib
 import errno
 import io
 import json
@@ -106,6 +107,14 @@ def test_the_limit_is_the_jobs_and_pillows_comes_back(tmp_path, monkeypatch):
   with Reader(SIDE, workers=1) as reader:
     [(_, _, found)] = reader.stream([("tag", items(tmp_path)[0])])
     assert isinstance(found, Pixels)
+  assert Image.MAX_IMAGE_PIXELS == 100
+  # Of several jobs in a process the lowest limit holds, whichever ends first.
+  with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+    first.enter_context(reading.pixel_limit(5000))
+    second.enter_context(reading.pixel_limit(6000))
+    assert Image.MAX_IMAGE_PIXELS == 2500
+    first.close()
+    assert Image.MAX_IMAGE_PIXELS == 3000
   assert Image.MAX_IMAGE_PIXELS == 100
 
 
