@@ -10,6 +10,7 @@ and a put there, and what needs more than that (`ledger`) says how it does witho
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import glob as local_glob
 import heapq
@@ -226,8 +227,10 @@ def walk(folder: str, recursive: bool = True) -> Iterator[str]:
 def _is_folder(entry: os.DirEntry) -> bool:
   try:
     return entry.is_dir()
-  except OSError:  # a link to itself: whoever opens it says so
-    return False
+  except OSError as e:
+    if e.errno != errno.ELOOP:
+      raise
+    return False  # a link to itself: whoever opens it says so
 
 
 def glob(pattern: str) -> list[str]:

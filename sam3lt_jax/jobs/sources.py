@@ -400,6 +400,7 @@ def _check_unique(items: Items) -> None:
 
 # ------------------------------------------------------------------ tar shards
 
+_MOST_SHARDS = 1_000_000  # that a range names
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _ARCHIVE = re.compile(r"\.tar!", re.IGNORECASE)
@@ -421,6 +422,8 @@ def expand_braces(pattern: str) -> list[str]:
     low, high = map(int, numbers.groups())
     if low > high:
       raise ValueError(f"{shown(pattern)}: the range {{{shown(inside)}}} runs backwards")
+    if high - low >= _MOST_SHARDS:
+      raise ValueError(f"{shown(pattern)}: the range {{{inside}}} has more than {_MOST_SHARDS:,} shards")
     width = len(numbers[1]) if numbers[1].startswith("0") else 0
     values = [f"{value:0{width}d}" for value in range(low, high + 1)]
   elif "," in inside:

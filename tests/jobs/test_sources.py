@@ -311,8 +311,8 @@ def test_links_list_every_picture_once(tmp_path):
 def test_braces():
   assert expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
   assert expand_braces("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
-  for bad in ("a{0..1.tar", "{3..1}.tar", "{a}.tar"):
-    with pytest.raises(ValueError, match=r"brace|backwards|neither"):
+  for bad in ("a{0..1.tar", "{3..1}.tar", "{a}.tar", "{0..999999999999}.tar"):
+    with pytest.raises(ValueError, match=r"brace|backwards|neither|more than 1,000,000 shards"):
       expand_braces(bad)
 
 
@@ -356,8 +356,9 @@ def test_a_folder_that_may_not_be_read_is_not_left_out(tmp_path, monkeypatch):
     return scandir(path)
 
   monkeypatch.setattr(os, "scandir", refuse)
-  with pytest.raises(PermissionError, match="/b"):
-    list_items(tmp_path)
+  for source in (tmp_path, f"{tmp_path}/**/*.jpg"):
+    with pytest.raises(PermissionError, match="/b"):
+      list_items(source)
 
 
 def test_object_store(bucket, tmp_path):
