@@ -24,10 +24,15 @@ _EXPORTS = {
   "Sam3LiteTextConfig": "config",
   "Sam3LiteTextOutput": "model",
   "Sam3Processor": "processing.processor",
+  "Sam3Tracker": "tracker",
+  "Sam3TrackerOutput": "tracker",
   "TextFeatures": "features",
+  "TrackerConfig": "config",
+  "TrackerProfile": "config",
   "VisionFeatures": "features",
   "from_pretrained": "checkpoints",
   "save_pretrained": "checkpoints",
+  "tracker_from_pretrained": "checkpoints",
 }
 __all__ = sorted([*_EXPORTS, "__version__"])
 

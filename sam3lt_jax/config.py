@@ -1,4 +1,4 @@
-"""Every number of the model, and the two reference profiles.
+"""Every number of the models, and the two reference profiles.
 
 A variant is data: `Sam3LiteTextConfig.s0()`, `.s1()`, `.l()`, or any other numbers read from a
 transformers `config.json` (the schema itself is in `config_schema.py`).
@@ -263,6 +263,102 @@ class MaskDecoderConfig:
   num_upsampling_stages: int = 3
   num_attention_heads: int = 8
   num_groups: int = 8  # GroupNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackerProfile:
+  """Where the two references' trackers disagree on images, one explicit field a point.
+
+  Attributes:
+    name: "original", "transformers" or anything else for a mixture; no code branches on it.
+    no_memory_on_image: the image map gets the vector that stands for "no memory", which the weights were
+      trained with. False: transformers 5.23.0 adds it to a level that nothing reads.
+    zero_tokens: slots of padding points (label -10) are tokens of zeros which take part in attention.
+      False: they are masked.
+    tokens_without_points: a prompt without a point or box gets two tokens that say so. False: none.
+    hole_area: holes of up to so many cells of the 288 x 288 mask are filled before it is enlarged.
+    logit_limit: low-resolution logits are handed back within +-this, for the next round; None: as they are.
+  """
+
+  name: str
+  no_memory_on_image: bool
+  zero_tokens: bool
+  tokens_without_points: bool
+  hole_area: int
+  logit_limit: float | None
+
+  @classmethod
+  def original(cls) -> TrackerProfile:
+    """The authors' image predictor (facebookresearch/sam3, `sam1_task_predictor.py`)."""
+    return cls("original", True, False, False, 256, 32.0)
+
+  @classmethod
+  def transformers(cls) -> TrackerProfile:
+    """transformers 5.23.0, `Sam3TrackerModel` with `Sam3TrackerProcessor`."""
+    return cls("transformers", False, True, True, 0, None)
+
+  @classmethod
+  def named(cls, name: str | TrackerProfile) -> TrackerProfile:
+    """`"original"` or `"transformers"` to its profile; a `TrackerProfile` passes through."""
+    if isinstance(name, TrackerProfile):
+      return name
+    _check_choice("profile", name, ("original", "transformers"))
+    return cls.original() if name == "original" else cls.transformers()
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """What tracks an object through frames: memory attention, memory encoder, object pointers."""
+
+  num_layers: int = 4
+  intermediate_size: int = 2048
+  rope_theta: float = 10000.0
+  hidden_size: int = 64  # of what is remembered
+  num_maps: int = 7  # frames that are told apart by age, the prompted ones being one
+  fuser_layers: int = 2
+  fuser_intermediate_size: int = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackerConfig:
+  """SAM 3's tracker: its own neck on the image model's trunk, prompt encoder, mask decoder, and memory.
+
+  `memory` is None for the weights of an image tracker alone, which answers clicks and follows nothing.
+  """
+
+  hidden_size: int = 256
+  patch_size: int = 14  # of the trunk
+  scale_factors: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
+  mask_input_channels: int = 16
+  num_layers: int = 2
+  num_attention_heads: int = 8
+  intermediate_size: int = 2048
+  attention_downsample_rate: int = 2
+  num_multimask_outputs: int = 3
+  iou_head_hidden_size: int = 256
+  stability_offset: float = 0.05
+  stability_threshold: float = 0.98
+  memory: MemoryConfig | None = MemoryConfig()
+  profile: TrackerProfile = TrackerProfile.original()
+
+  def __post_init__(self):
+    for part in (self, *([self.memory] if self.memory else [])):
+      for field in dataclasses.fields(part):
+        if field.name not in ("memory", "profile"):
+          typed(field.name, getattr(part, field.name), field.default)
+    inner = self.hidden_size // max(self.attention_downsample_rate, 1)
+    if self.hidden_size % 8 or not self.num_attention_heads or inner % self.num_attention_heads:
+      raise ArgumentError(
+        "hidden_size",
+        f" must be a multiple of 8 and, divided by attention_downsample_rate, of num_attention_heads, got "
+        f"{self.hidden_size}, {self.attention_downsample_rate} and {self.num_attention_heads}",
+      )
+
+  def replace(self, **changes) -> TrackerConfig:
+    """A copy with fields replaced; `profile` may be a name."""
+    if "profile" in changes:
+      changes["profile"] = TrackerProfile.named(changes["profile"])
+    return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)

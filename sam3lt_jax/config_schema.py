@@ -14,9 +14,12 @@ from sam3lt_jax.config import (
   DetrEncoderConfig,
   GeometryEncoderConfig,
   MaskDecoderConfig,
+  MemoryConfig,
   Profile,
   Sam3LiteTextConfig,
   TextConfig,
+  TrackerConfig,
+  TrackerProfile,
   VisionConfig,
   typed,
 )
@@ -133,6 +136,106 @@ def from_schema(data: Mapping[str, Any], profile: str | Profile | None) -> Sam3L
   )
 
 
+# ---------------------------------------------------------------- the tracker
+
+_TRACKER_TYPES = ("sam3_tracker", "sam3_tracker_video", "sam3_video")
+# Ours -> where transformers has it, under `prompt_encoder_config`, `mask_decoder_config` or at the top.
+_TRACKER_FIELDS = {
+  "hidden_size": "mask_decoder_config.hidden_size",
+  "patch_size": "prompt_encoder_config.patch_size",
+  "mask_input_channels": "prompt_encoder_config.mask_input_channels",
+  "num_layers": "mask_decoder_config.num_hidden_layers",
+  "num_attention_heads": "mask_decoder_config.num_attention_heads",
+  "intermediate_size": "mask_decoder_config.mlp_dim",
+  "attention_downsample_rate": "mask_decoder_config.attention_downsample_rate",
+  "num_multimask_outputs": "mask_decoder_config.num_multimask_outputs",
+  "iou_head_hidden_size": "mask_decoder_config.iou_head_hidden_dim",
+  "stability_offset": "mask_decoder_config.dynamic_multimask_stability_delta",
+  "stability_threshold": "mask_decoder_config.dynamic_multimask_stability_thresh",
+}
+_MEMORY_FIELDS = {
+  "num_layers": "memory_attention_num_layers",
+  "intermediate_size": "memory_attention_feed_forward_hidden_size",
+  "hidden_size": "memory_encoder_output_channels",
+  "num_maps": "num_maskmem",
+  "fuser_layers": "memory_fuser_num_layers",
+  "fuser_intermediate_size": "memory_fuser_intermediate_dim",
+}
+
+
+def tracker_to_schema(config: TrackerConfig, detector: Sam3LiteTextConfig) -> dict[str, Any]:
+  """transformers' `Sam3TrackerVideoConfig`; the trunk's part comes from the detector that it runs beside."""
+  vision = to_schema(detector)["vision_config"]
+  side, D = detector.vision.image_size, config.hidden_size
+  grid = side // config.patch_size
+  parts: dict[str, dict] = {
+    "prompt_encoder_config": {"image_size": side, "hidden_size": D},
+    "mask_decoder_config": {},
+  }
+  for ours, theirs in _TRACKER_FIELDS.items():
+    part, name = theirs.split(".")
+    parts[part][name] = getattr(config, ours)
+  m = config.memory or MemoryConfig()
+  flat = {theirs: getattr(m, ours) for ours, theirs in _MEMORY_FIELDS.items()}
+  kind = "sam3_tracker_video" if config.memory else "sam3_tracker"
+  for name, part in parts.items():
+    part["model_type"] = f"{kind}_{name.removesuffix('_config')}"
+  flat |= {
+    "image_size": side,
+    "memory_attention_hidden_size": D,
+    "memory_attention_rope_feat_sizes": [grid, grid],
+    "memory_encoder_hidden_size": D,
+    "mask_downsampler_embed_dim": D,
+    "memory_fuser_embed_dim": D,
+    "rope_parameters": {"rope_type": "axial", "rope_theta": m.rope_theta},
+  }
+  return {
+    "model_type": kind,
+    "architectures": ["Sam3TrackerVideoModel" if config.memory else "Sam3TrackerModel"],
+    "vision_config": vision | {"fpn_hidden_size": D, "scale_factors": list(config.scale_factors)},
+    **parts,
+    **(flat if config.memory else {}),
+    "sam3lt_jax": {"profile": dataclasses.asdict(config.profile)},
+  }
+
+
+def tracker_from_schema(data: Any, memory: bool) -> TrackerConfig:
+  """Reads `Sam3TrackerConfig`, `Sam3TrackerVideoConfig` or the tracker's part of `Sam3VideoConfig`.
+
+  memory: whether the weights hold what remembers; without it the sizes of that are left out.
+
+  Raises:
+    ValueError: another kind of model, or a field of the wrong kind.
+  """
+  data = _object("config", data)
+  if data.get("model_type") not in _TRACKER_TYPES:
+    raise ValueError(
+      f"config: model_type {data.get('model_type')!r:.80} has no tracker; accepted:"
+      f" {', '.join(_TRACKER_TYPES)}"
+    )
+  data = _object("tracker_config", data.get("tracker_config")) or data
+
+  def picked(fields: Mapping[str, str]) -> dict[str, Any]:
+    found = {}
+    for ours, theirs in fields.items():
+      part, _, name = theirs.rpartition(".")
+      where = _object(part, data.get(part)) if part else data
+      found[ours] = where.get(name)
+    return found
+
+  own = picked(_TRACKER_FIELDS)
+  vision = _object("vision_config", data.get("vision_config"))
+  own["scale_factors"] = vision.get("scale_factors")
+  config = _pick(TrackerConfig, own, "tracker_config")
+  extra = picked(_MEMORY_FIELDS)
+  extra["rope_theta"] = _object("rope_parameters", data.get("rope_parameters")).get("rope_theta")
+  config = dataclasses.replace(
+    config, memory=_pick(MemoryConfig, extra, "tracker_config") if memory else None
+  )
+  ours = _object("sam3lt_jax", data.get("sam3lt_jax"))
+  return config.replace(profile=_profile(ours["profile"], TrackerProfile)) if "profile" in ours else config
+
+
 def _object(name: str, value: Any) -> Mapping[str, Any]:
   if not isinstance(value, (Mapping, type(None))):
     raise ValueError(f"config: {name} must be an object, got {value!r:.80}")
@@ -155,10 +258,10 @@ def _pick(cls, data: Mapping[str, Any] | None, where: str):
   return cls(**values)
 
 
-def _profile(data: Any) -> Profile:
+def _profile(data: Any, kind: type = Profile) -> Any:
   """The profile that `to_schema` wrote, every field of it."""
-  fields = {field.name for field in dataclasses.fields(Profile)}
+  fields = {field.name for field in dataclasses.fields(kind)}
   if not isinstance(data, Mapping) or set(data) != fields:
     got = sorted(data) if isinstance(data, Mapping) else data
     raise ValueError(f"sam3lt_jax.profile must hold exactly {sorted(fields)}, got {got}")
-  return Profile(**data)
+  return kind(**data)

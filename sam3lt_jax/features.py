@@ -1,6 +1,6 @@
-"""What passes from the encoders to the detector, and may be kept for other prompts or other images.
+"""What passes from the encoders to the detector and the tracker, and may be kept for other prompts or images.
 
-Axes: B images, P prompts, T text tokens, N boxes, D detector width, h, w rows and columns of a map.
+Axes: B images, P prompts, T text tokens, N boxes or points, D width, h, w rows and columns of a map.
 """
 
 from __future__ import annotations
@@ -73,3 +73,38 @@ class Detections:
   scores: jax.Array
   boxes: jax.Array
   masks: jax.Array
+
+
+@flax.struct.dataclass
+class TrackerFeatures:
+  """What an image becomes for the tracker: all that does not depend on the prompt.
+
+  Attributes:
+    image: [B, h, w, D], the coarsest map of the tracker's neck, one cell a token (72 x 72 at 1008 px).
+    fine: [B, 4h, 4w, D / 8] and [B, 2h, 2w, D / 4], the finer maps as the mask decoder adds them.
+  """
+
+  image: jax.Array
+  fine: tuple[jax.Array, jax.Array]
+
+
+@flax.struct.dataclass
+class Clicks:
+  """What is asked of the tracker: one object a row.
+
+  Attributes:
+    points: float32 [P, N, 2], x and y from 0 to 1 of the image. A box is two of them, its corners.
+    labels: int32 [P, N], 1 on the object, 0 off it, 2 and 3 a box's top-left and bottom-right corner, -1
+      no point (a token of its own), -10 padding as transformers has it.
+    valid: bool [P, N], False for a slot that holds nothing.
+    masks: float32 [P, 4h, 4w], logits of a mask to start from; None: no prompt has one.
+    has_mask: bool [P], which prompts have one.
+    image_index: int32 [P], which image each prompt is for; None: as many prompts for each, image by image.
+  """
+
+  points: jax.Array
+  labels: jax.Array
+  valid: jax.Array
+  masks: jax.Array | None = None
+  has_mask: jax.Array | None = None
+  image_index: jax.Array | None = None

@@ -216,11 +216,9 @@ class Sam3LiteText(nn.Module):
     """pixel_values [B, S, S, 3] in [-1, 1] -> `VisionFeatures`, to be reused over many prompts."""
     return self.prepare(self.neck_maps(pixel_values, deterministic), deterministic)
 
-  def neck_maps(
-    self, pixel_values: jax.Array, deterministic: bool = True, taps: Taps = None
-  ) -> tuple[jax.Array, ...]:
-    """pixel_values [B, S, S, 3] in [-1, 1] -> the neck's maps [B, h, w, D] of 4, 2 and 1 times the token grid
-    (288, 144, 72 at 1008 px): the first half of `get_vision_features`, for losses on the maps themselves.
+  def trunk_map(self, pixel_values: jax.Array, deterministic: bool = True, taps: Taps = None) -> jax.Array:
+    """pixel_values [B, S, S, 3] in [-1, 1] -> the trunk's last map [B, h, w, D_trunk], one cell a token,
+    which the necks of the detector and of a `Sam3Tracker` read.
     """
     v = self.config.vision
     pixel_values = jnp.asarray(pixel_values)
@@ -237,7 +235,19 @@ class Sam3LiteText(nn.Module):
         f"pixel_values must be square with a side that is a multiple of {v.patch_size} (at least"
         f" {2 * v.patch_size}), got {shape[1]} x {shape[2]}"
       )
-    return self.vision_encoder(pixel_values, deterministic, taps)
+    return self.vision_encoder.backbone(pixel_values, deterministic, taps)
+
+  def neck_maps(
+    self, pixel_values: jax.Array, deterministic: bool = True, taps: Taps = None
+  ) -> tuple[jax.Array, ...]:
+    """pixel_values [B, S, S, 3] in [-1, 1] -> the neck's maps [B, h, w, D] of 4, 2 and 1 times the token grid
+    (288, 144, 72 at 1008 px): the first half of `get_vision_features`, for losses on the maps themselves.
+    """
+    return self.vision_encoder.neck(self.trunk_map(pixel_values, deterministic, taps), taps)
+
+  def read_trunk(self, trunk_map: jax.Array) -> VisionFeatures:
+    """`trunk_map` -> `VisionFeatures`: the second half of `get_vision_features`."""
+    return self.prepare(self.vision_encoder.neck(trunk_map))
 
   def prepare(self, maps: tuple[jax.Array, ...], deterministic: bool = True) -> VisionFeatures:
     """`neck_maps` -> what all prompts about an image share, about a quarter of a prompt's work, done once."""

@@ -9,6 +9,7 @@ from sam3lt_jax.checkpoints.errors import CheckpointError, CheckpointMismatchErr
 from sam3lt_jax.checkpoints.pretrained import from_pretrained, open_checkpoint
 from sam3lt_jax.checkpoints.save import save_pretrained
 from sam3lt_jax.checkpoints.summary import PartSize, parameter_summary
+from sam3lt_jax.checkpoints.tracker import open_tracker, tracker_from_pretrained
 
 __all__ = [
   "CheckpointError",
@@ -16,6 +17,8 @@ __all__ = [
   "PartSize",
   "from_pretrained",
   "open_checkpoint",
+  "open_tracker",
   "parameter_summary",
   "save_pretrained",
+  "tracker_from_pretrained",
 ]

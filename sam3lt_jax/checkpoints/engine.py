@@ -277,8 +277,11 @@ def export_tensors(
       problems.missing.append(f"{key}: {', '.join(absent)} absent")
       continue
     values = [leaves[parts[i]] for i in range(len(rule.targets))]
-    if (entry := _entry(key, rule, values, problems)) is not None:
+    entry = _entry(key, rule, values, problems)
+    if entry is not None:
       entries[key] = entry
+    if rule.twin is not None and entry is not None:
+      entries[rule.twin] = dataclasses.replace(entry, key=rule.twin)
     if rule.counter is not None:
       counter = layout.prefix + fill(rule.counter, fields)
       zero = np.zeros((), np.int64)

@@ -19,6 +19,7 @@ from sam3lt_jax.config import Profile, Sam3LiteTextConfig
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Sam3LiteText, Variables
+  from sam3lt_jax.tracker import Sam3Tracker
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _QUIET_SECONDS = 2.0  # a progress bar for what takes longer
@@ -86,13 +87,13 @@ class Opened:
   """A checkpoint whose model is known and whose weights are not yet read, so that something may compile.
 
   Attributes:
-    model: what the weights are for.
+    model: what the weights are for; a `Sam3Tracker` where that was asked for.
     shapes: its variables as `jax.ShapeDtypeStruct`s.
     path: the file or directory; the name of the configuration for random weights.
     random: whether the weights are drawn.
   """
 
-  model: Sam3LiteText
+  model: Sam3LiteText | Sam3Tracker
   shapes: Variables
   path: str
   random: bool
@@ -116,7 +117,7 @@ def open_checkpoint(
   **hub: Any,
 ) -> Opened:
   """The first half of `from_pretrained`, with its arguments and errors: all but reading the weights."""
-  dtypes = {"dtype": _dtype("dtype", dtype), "param_dtype": _dtype("param_dtype", param_dtype or jnp.float32)}
+  dtypes = checked_dtypes(dtype, param_dtype)
   if profile is not None:
     profile = Profile.named(profile)
   if config is not None and not isinstance(config, Sam3LiteTextConfig):
@@ -186,7 +187,7 @@ def _open_tensors(
       "model.fuse"
     )
   with contextlib.ExitStack() as stack:
-    stack.enter_context(_readable(path))
+    stack.enter_context(readable(path))
     tensors = stack.enter_context(readers.open_tensors(path))
     layout = tables.detect(tensors, path)
     filled, _ = engine.assign(layout, {key: t.shape for key, t in tensors.items()})
@@ -214,21 +215,27 @@ def _open_tensors(
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
+def readable(path: str) -> Iterator[None]:
+  """A file that may not be read is said so in one sentence."""
   try:
     yield
   except PermissionError as e:
     raise CheckpointError(f"{e.filename or path} cannot be read: permission denied") from e
 
 
-def _directory_config(path: str, profile: Profile | None) -> Sam3LiteTextConfig | None:
+def sizes_file(path: str) -> str | None:
   """The `config.json` in a directory, or beside a file in transformers' layout."""
   directory = path if os.path.isdir(path) else os.path.dirname(path)
   file = os.path.join(directory, "config.json")
   if not os.path.lexists(file):
     return None
   readers.check_file(file)
-  return Sam3LiteTextConfig.from_json(file, profile)
+  return file
+
+
+def _directory_config(path: str, profile: Profile | None) -> Sam3LiteTextConfig | None:
+  file = sizes_file(path)
+  return None if file is None else Sam3LiteTextConfig.from_json(file, profile)
 
 
 def _own_config(directory: str, profile: Profile | None) -> Sam3LiteTextConfig:
@@ -236,6 +243,11 @@ def _own_config(directory: str, profile: Profile | None) -> Sam3LiteTextConfig:
   if config is None:
     raise CheckpointError(f"{directory} has no config.json beside its variables; pass config=")
   return config
+
+
+def checked_dtypes(dtype: Any, param_dtype: Any) -> dict[str, Any]:
+  """What layers compute in and parameters are stored in. Raises ValueError for another kind."""
+  return {"dtype": _dtype("dtype", dtype), "param_dtype": _dtype("param_dtype", param_dtype or jnp.float32)}
 
 
 def _dtype(name: str, value: Any) -> Any:

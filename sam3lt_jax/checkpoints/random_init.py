@@ -16,8 +16,10 @@ from sam3lt_jax.config import (
   DetrEncoderConfig,
   GeometryEncoderConfig,
   MaskDecoderConfig,
+  MemoryConfig,
   Sam3LiteTextConfig,
   TextConfig,
+  TrackerConfig,
   VisionConfig,
 )
 
@@ -53,6 +55,20 @@ RANDOM_CONFIGS: dict[str, Callable[[], Sam3LiteTextConfig]] = {
 }
 
 
+def tracker_config(model: Sam3LiteTextConfig) -> TrackerConfig:
+  """A tracker for one of these models: SAM 3's, or one as small as the model."""
+  width = model.vision.fpn_hidden_size
+  if width == TrackerConfig().hidden_size:
+    return TrackerConfig()
+  memory = MemoryConfig(
+    num_layers=2, intermediate_size=2 * width, hidden_size=width // 4, fuser_intermediate_size=2 * width
+  )
+  return TrackerConfig(
+    hidden_size=width, patch_size=model.vision.patch_size, num_attention_heads=4, intermediate_size=2 * width,
+    iou_head_hidden_size=width, memory=memory,
+  )  # fmt: skip
+
+
 def random_leaf(path: str, shape: tuple[int, ...], dtype: Any, seed: int) -> np.ndarray:
   """One leaf. Depends on its path, shape and `seed` only, not on what else the model has."""
   rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
@@ -64,6 +80,8 @@ def random_leaf(path: str, shape: tuple[int, ...], dtype: Any, seed: int) -> np.
     mean, scale = 1.0, (0.1 if name == "scale" else 0.0)
   elif name == "layer_scale":
     mean = 0.1
+  elif name == "positional_embedding":
+    scale = 1.0  # the tracker's random frequencies
   elif name == "embedding" and "text_encoder" not in path:
     scale = 1.0  # queries, reference points, labels: what torch.nn.Embedding starts with
   value = rng.standard_normal(shape, dtype=np.float32)

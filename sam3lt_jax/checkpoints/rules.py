@@ -75,6 +75,7 @@ TRANSFORMS: dict[str, Transform] = {
     lambda x: tuple(part.T for part in np.split(x, 3)),
     lambda y: np.concatenate([part.T for part in y]),
   ),
+  "split_four_rows": Transform((4, "D"), lambda x: tuple(np.split(x, 4)), np.concatenate),
   "split_bias": Transform(("3N",), lambda x: tuple(np.split(x, 3)), np.concatenate),
   "drop_class_row": Transform((1, "1+N", "D"), lambda x: (x[:, 1:],), _class_row),
   "squeeze_table": Transform((1, 1, "L", "D"), lambda x: (x[0, 0],), lambda y: y[0][None, None]),
@@ -88,13 +89,14 @@ class Rule:
 
   Leaf templates start with the collection; without one they mean `params/`. `counter` is a key that the
   references keep beside this one and nothing reads (BatchNorm's number of batches): ignored when loading,
-  written as an int64 zero when saving.
+  written as an int64 zero when saving. `twin` is a key without fields that holds the same once more.
   """
 
   source: str
   targets: str | tuple[str, ...]
   transform: str = "same"
   counter: str | None = None
+  twin: str | None = None
 
   def __post_init__(self):
     targets = (self.targets,) if isinstance(self.targets, str) else self.targets
@@ -153,7 +155,7 @@ class Layout:
 
   Attributes:
     name: "transformers" or "original".
-    text_kind: "mobileclip" or "clip", the text tower that the rules are for.
+    text_kind: "mobileclip" or "clip", the text tower that the rules are for; "" for the tracker.
     rules: every key that holds parameters or statistics.
     ignored: (pattern, why) of keys that hold nothing of ours. Anchored.
     aliases: (pattern, replacement) applied to a key before it is looked up: prefixes of wrapping models.
@@ -176,7 +178,8 @@ class Layout:
   @functools.cached_property
   def _ignored_patterns(self) -> tuple[re.Pattern[str], ...]:
     counters = tuple(r.counter_pattern for r in self.rules if r.counter_pattern is not None)
-    return tuple(re.compile(pattern) for pattern, _ in self.ignored) + counters
+    twins = tuple(re.compile(re.escape(r.twin)) for r in self.rules if r.twin is not None)
+    return tuple(re.compile(pattern) for pattern, _ in self.ignored) + counters + twins
 
 
 # ------------------------------------------------------------------ of one layer: torch's names and ours

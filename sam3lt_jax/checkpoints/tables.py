@@ -1,6 +1,6 @@
 """The layouts that a checkpoint can come in, each for both text towers, and how to tell them apart.
 
-The rules lie in `table_transformers.py` and `table_original.py`; `engine.py` applies them.
+The rules lie in `table_transformers.py`, `table_original.py`, `table_tracker.py`; `engine.py` applies them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Iterable
 
-from sam3lt_jax.checkpoints import table_original, table_transformers
+from sam3lt_jax.checkpoints import table_original, table_tracker, table_transformers
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.rules import Layout, substitute
 
@@ -99,4 +99,78 @@ def detect(keys: Iterable[str], where: str) -> Layout:
   shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
   raise CheckpointError(
     f"{where} holds no SAM3-LiteText detector: none of its {len(keys)} keys is in a known layout ({shown})"
+  )
+
+
+# ---------------------------------------------------------------- the tracker
+
+_TRACKER_WRAPPERS = _WRAPPERS[:1]
+_TRACKER_ALIASES = {
+  "original": (
+    (r"^(detector\.)?inst_interactive_predictor\.model\.", "tracker."),  # inside an image model
+    (r"^backbone\.vision_backbone\.sam2_convs\.", "detector.backbone.vision_backbone.sam2_convs."),
+  ),
+  # A directory of a tracker alone names its own trunk and neck `vision_encoder`.
+  "transformers": (
+    (r"^vision_encoder\.neck\.", "tracker_neck."),
+    (r"^(?!detector_model\.|tracker_neck\.|tracker_model\.|vision_encoder\.)", "tracker_model."),
+  ),
+}
+_TRACKER_IGNORED = {
+  "original": ((r"(?!tracker\.|detector\.backbone\.vision_backbone\.sam2_convs\.).*", "the image model"),),
+  "transformers": (
+    (r"(detector_model|vision_encoder)\..*", "the image model"),
+    (r"(.*\.)?(inv_freq|original_inv_freq|position_ids)", "derived from the sizes"),
+  ),
+}
+_TRACKER_MARKS = {
+  "original": r"(tracker|(detector\.)?inst_interactive_predictor\.model)\.sam_mask_decoder\.",
+  "transformers": r"(tracker_model\.)?mask_decoder\.(obj_score_token|transformer)\.",
+}
+# SAM 3.1 follows sixteen objects in one pass, with other sizes and another memory.
+_MULTIPLEX = r"(tracker\.model|.*(interactive|propagation)_convs)\."
+WHERE_TRACKERS_ARE = (
+  "SAM 3's tracker fits every SAM3-LiteText model: it is in the authors' .pt files of SAM3-LiteText and of "
+  "SAM 3, and in the directory 'facebook/sam3' (transformers), not in transformers' SAM3-LiteText directories"
+)
+
+
+@functools.cache
+def tracker_layout(name: str) -> Layout:
+  """The layout `name` ("transformers" or "original") of a tracker, memory included.
+
+  Raises:
+    ValueError: another name.
+  """
+  rules = {
+    "transformers": table_tracker.TRANSFORMERS_IMAGE + table_tracker.TRANSFORMERS_MEMORY,
+    "original": table_tracker.ORIGINAL_IMAGE + table_tracker.ORIGINAL_MEMORY,
+  }
+  if name not in rules:
+    raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {name!r}")
+  return Layout(
+    name,
+    "",
+    rules[name],
+    _WRAPPERS_IGNORED + _TRACKER_IGNORED[name],
+    _TRACKER_WRAPPERS + _TRACKER_ALIASES[name],
+  )
+
+
+def detect_tracker(keys: Iterable[str], where: str) -> Layout:
+  """The layout of the tracker among `keys`. `where` names the file in the error.
+
+  Raises:
+    CheckpointError: there is none, or it is SAM 3.1's; says where to find one.
+  """
+  names = [substitute(key, _TRACKER_WRAPPERS) for key in keys]
+  if foreign := next((key for key in names if re.match(_MULTIPLEX, key)), None):
+    raise CheckpointError(
+      f"{where} holds SAM 3.1's tracker ({foreign}), which is another model; {WHERE_TRACKERS_ARE}"
+    )
+  for name, mark in _TRACKER_MARKS.items():
+    if any(re.match(mark, key) for key in names):
+      return tracker_layout(name)
+  raise CheckpointError(
+    f"{where} holds no tracker: none of its {len(names)} keys belongs to one; {WHERE_TRACKERS_ARE}"
   )

@@ -71,14 +71,17 @@ class Dense(nn.Module):
     return y
 
 
-class PatchConv(nn.Module):
-  """Convolution whose stride is its kernel, without bias: a matrix product over patches.
+def repeat_rows(x: jax.Array, rows: int) -> jax.Array:
+  """x [B, ...] -> [rows, ...], each row as many times in a row as it takes; rows is a multiple of B."""
+  return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0)
 
-  `kernel` [p, p, D_in, features].
-  """
+
+class PatchConv(nn.Module):
+  """Convolution whose stride is its kernel: a product over patches. `kernel` [p, p, D_in, features]."""
 
   features: int
   patch: int
+  use_bias: bool = False
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
@@ -92,7 +95,11 @@ class PatchConv(nn.Module):
     )
     x = x.astype(self.dtype).reshape(B, H // p, p, W // p, p, D)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // p, W // p, p * p * D)
-    return _dot(x, kernel.astype(self.dtype).reshape(p * p * D, -1))
+    y = _dot(x, kernel.astype(self.dtype).reshape(p * p * D, -1))
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+      y = y + bias.astype(self.dtype)
+    return y
 
 
 class DoublingConv(nn.Module):
@@ -117,27 +124,32 @@ class DoublingConv(nn.Module):
 
 
 class Conv(nn.Module):
-  """Square convolution with stride 1 and bias. `kernel` [k, k, D_in, features].
+  """Square convolution with bias. `kernel` [k, k, D_in, features]; [k, k, 1, features] where `depthwise`.
 
-  padding: "SAME" (zeros) or "VALID".
+  padding: "SAME" (zeros), "VALID", or so many zeros on each side.
   """
 
   features: int
   kernel_size: int
-  padding: str = "SAME"
+  padding: str | int = "SAME"
+  stride: int = 1
+  depthwise: bool = False
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x: [B, H, W, D_in] -> [B, H', W', features]."""
-    kernel, bias = self._params(x.shape[-1])
+    D = x.shape[-1]
+    kernel, bias = self._params(1 if self.depthwise else D)
     x = x.astype(self.dtype)
     if self.kernel_size == 1:
       y = _dot(x, kernel[0, 0])
     else:
+      padding = self.padding if isinstance(self.padding, str) else ((self.padding, self.padding),) * 2
       y = jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-      )
+        x, kernel, (self.stride, self.stride), padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=D if self.depthwise else 1,
+      )  # fmt: skip
     return y + bias
 
   def of_doubled(self, x: jax.Array) -> jax.Array:
@@ -246,10 +258,12 @@ class ReluMlp(nn.Module):
 class Attention(nn.Module):
   """Multi-head attention with separate query, key and value inputs.
 
-  Source: the detector's attention in both references. Raises ValueError if num_heads does not divide D.
+  Source: the detector's and the tracker's attention in both references. Raises ValueError if num_heads does
+  not divide the inner width.
   """
 
   num_heads: int
+  inner: int | None = None  # width of queries, keys and values, all heads together; None: D
   dropout: float = 0.0  # of attention weights
   out_name: str = "o_proj"
   remat: bool = False  # see `ops.attention.attend`
@@ -268,15 +282,17 @@ class Attention(nn.Module):
   ) -> jax.Array:
     """query: [B, T, D]; key, value: [B, S, D]; mask: bool [B, 1, 1 or T, S]; bias: see `attend`.
 
+    An input with fewer rows serves several of the others' each, and is projected once (see `repeat_rows`).
     Returns [B, T, D] in dtype.
     """
-    D = query.shape[-1]
-    if D % self.num_heads:
-      raise ValueError(f"num_heads must divide the width, got {self.num_heads} heads for width {D}")
+    D, rows = query.shape[-1], max(len(query), len(key))
+    inner = self.inner or D
+    if inner % self.num_heads:
+      raise ValueError(f"num_heads must divide the width, got {self.num_heads} heads for width {inner}")
 
     def project(name, x):
-      x = Dense(D, name=name, dtype=self.dtype, param_dtype=self.param_dtype)(x)
-      return x.reshape(*x.shape[:-1], self.num_heads, D // self.num_heads)
+      x = Dense(inner, name=name, dtype=self.dtype, param_dtype=self.param_dtype)(x)
+      return repeat_rows(x.reshape(*x.shape[:-1], self.num_heads, inner // self.num_heads), rows)
 
     q, k, v = project("q_proj", query), project("k_proj", key), project("v_proj", value)
     dropping = self.dropout > 0 and not deterministic
@@ -288,7 +304,7 @@ class Attention(nn.Module):
       dropout_key=self.make_rng("dropout") if dropping else None,
       remat=self.remat,
     )  # fmt: skip
-    out = out.reshape(*query.shape[:-1], D)
+    out = out.reshape(*out.shape[:2], inner)
     return Dense(D, name=self.out_name, dtype=self.dtype, param_dtype=self.param_dtype)(out)
 
 

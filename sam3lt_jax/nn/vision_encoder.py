@@ -236,11 +236,13 @@ class VisionEncoder(nn.Module):
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    self.backbone = VitTrunk(**self.trunk, **kw)
+    self.neck = Neck(**self.pyramid, **kw)
+
   def __call__(
     self, pixels: jax.Array, deterministic: bool = True, taps: Taps = None
   ) -> tuple[jax.Array, ...]:
     """pixels: [B, S, S, 3] -> three maps [B, h, w, C], finest first (4, 2 and 1 times the token grid)."""
-    kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    x = VitTrunk(**self.trunk, name="backbone", **kw)(pixels, deterministic, taps)
-    return Neck(**self.pyramid, name="neck", **kw)(x, taps)
+    return self.neck(self.backbone(pixels, deterministic, taps), taps)

@@ -44,3 +44,21 @@ def centre_code(boxes: jax.Array, features: int) -> jax.Array:
   """Normalised cxcywh boxes [..., 4] -> [..., 2 * features + 2]: code of y, of x, then raw h and w."""
   y, x = (sine_code(boxes[..., i] * TWO_PI, features) for i in (1, 0))
   return jnp.concatenate([y, x, boxes[..., 3:4], boxes[..., 2:3]], axis=-1)
+
+
+def fourier_code(xy: jax.Array, matrix: jax.Array) -> jax.Array:
+  """Places in [0, 1] [..., 2] by a matrix [2, features / 2] -> [..., features]: sines, then cosines.
+
+  Source: Segment Anything's random spatial frequencies.
+  """
+  x, y = jnp.moveaxis(2.0 * xy - 1.0, -1, 0)[..., None]
+  angles = TWO_PI * (x * matrix[0] + y * matrix[1])  # no product of matrices, which TPUs round to bfloat16
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def frame_code(distance: jax.Array, features: int) -> jax.Array:
+  """Distances in time [...] -> [..., features]: sines, then cosines. Source: SAM 2's object pointers."""
+  half = features // 2
+  divisor = (TEMPERATURE ** (2.0 * (np.arange(half) // 2) / half)).astype(np.float32)
+  angles = distance[..., None] / divisor
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

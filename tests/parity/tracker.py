@@ -1,0 +1,139 @@
+"""The authors' tracker at a tiny size: weights, inputs and recorded outputs, in our names and layouts."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sam3lt_jax.checkpoints import engine, tables
+from sam3lt_jax.checkpoints.tracker import tracker_leaves
+from sam3lt_jax.config import MemoryConfig, TrackerConfig
+from sam3lt_jax.features import Clicks, TrackerFeatures
+from sam3lt_jax.tracker import Sam3Tracker
+from tests.checkpoints.common import fixture
+
+NECK = "detector.backbone.vision_backbone.sam2_convs"
+
+
+@functools.cache
+def sizes() -> dict[str, Any]:
+  return json.loads(str(fixture("tracker")["config_json"]))
+
+
+def config(**changes: Any) -> TrackerConfig:
+  c = sizes()
+  memory = MemoryConfig(
+    num_layers=c["memory_attention_layers"], intermediate_size=c["memory_attention_ffn"],
+    hidden_size=c["memory_width"], num_maps=c["memory_maps"], fuser_layers=c["memory_fuser_layers"],
+    fuser_intermediate_size=c["memory_fuser_ffn"],
+  )  # fmt: skip
+  return TrackerConfig(
+    hidden_size=c["width"], patch_size=c["patch_size"], num_layers=c["mask_decoder_layers"],
+    num_attention_heads=c["mask_decoder_heads"], intermediate_size=c["mask_decoder_ffn"],
+    iou_head_hidden_size=c["iou_head_width"], memory=memory,
+  ).replace(**changes)  # fmt: skip
+
+
+def state_dict() -> dict[str, np.ndarray]:
+  """The weights under the authors' keys. The neck's fourth level, which nothing reads, was not recorded."""
+  state = {k.removeprefix("sd/"): v for k, v in fixture("tracker").items() if k.startswith("sd/")}
+  c = sizes()
+  for name, shape in (
+    ("conv_1x1", (c["width"], c["neck_trunk_width"], 1, 1)),
+    ("conv_3x3", (c["width"],) * 2 + (3, 3)),
+  ):
+    state[f"{NECK}.3.{name}.weight"] = np.full(shape, 0.5, np.float32)
+    state[f"{NECK}.3.{name}.bias"] = np.full(shape[:1], 0.5, np.float32)
+  return state
+
+
+@functools.cache
+def load() -> tuple[Sam3Tracker, dict]:
+  """(tracker, variables) through the real tables."""
+  tracker, state = Sam3Tracker(config()), state_dict()
+  leaves = tracker_leaves(tracker, sizes()["neck_trunk_width"])
+  layout = tables.detect_tracker(state, "the fixture")
+  return tracker, jax.tree.map(jnp.asarray, engine.unflatten(engine.load_tensors(layout, state, leaves)))
+
+
+def neck_maps(frames: np.ndarray | list[int]) -> list[np.ndarray]:
+  """x4, x2, x1 of some frames, float32 [B, h, w, D]."""
+  f = fixture("tracker")
+  return [
+    (f[f"features/{level}_int8"][frames] * f[f"features/{level}_scale"])
+    .astype(np.float32)
+    .transpose(0, 2, 3, 1)
+    for level in ("x4", "x2", "x1")
+  ]
+
+
+def features(frames: list[int]) -> TrackerFeatures:
+  tracker, variables = load()
+  x4, x2, x1 = neck_maps(frames)
+  fine = tracker.apply(variables, x4, x2, method=lambda m, *maps: m.mask_decoder.fine(*maps))
+  return TrackerFeatures(jnp.asarray(x1), fine)
+
+
+def cases() -> list[str]:
+  return sorted({k.split("/")[1] for k in fixture("tracker") if k.startswith("image/")})
+
+
+def case(name: str) -> dict[str, np.ndarray]:
+  prefix = f"image/{name}/"
+  return {k.removeprefix(prefix): v for k, v in fixture("tracker").items() if k.startswith(prefix)}
+
+
+def rows(name: str, slots: int) -> dict[str, np.ndarray]:
+  """A case's prompts: points and labels padded to `slots`, box corners first."""
+  c = case(name)
+  size = np.array([sizes()["image_width"], sizes()["image_height"]], np.float64)
+  P = len(c["all_ious"])
+  points, labels = np.zeros((P, 0, 2)), np.zeros((P, 0), np.int32)
+  if "box_xyxy" in c:
+    points = c["box_xyxy"].reshape(P, 2, 2)
+    labels = np.tile(np.array([2, 3], np.int32), (P, 1))
+  if "point_coords" in c:
+    points = np.concatenate([points, c["point_coords"].reshape(P, -1, 2)], axis=1)
+    labels = np.concatenate([labels, c["point_labels"].reshape(P, -1)], axis=1)
+  missing = slots - points.shape[1]
+  mask = c.get("mask_input", np.zeros((P, *c["all_masks"].shape[-2:]))).reshape(P, *c["all_masks"].shape[-2:])
+  return {
+    # What stands in an empty slot must not matter.
+    "points": np.pad(points / size, ((0, 0), (0, missing), (0, 0)), constant_values=np.nan).astype(
+      np.float32
+    ),
+    "labels": np.pad(labels, ((0, 0), (0, missing)), constant_values=1).astype(np.int32),
+    "valid": np.pad(np.ones(labels.shape, bool), ((0, 0), (0, missing))),
+    "masks": mask.astype(np.float32),
+    "has_mask": np.full(P, "mask_input" in c),
+    "image_index": np.full(P, int(c["frame"]), np.int32),
+  }
+
+
+def run_all(slots: int = 6) -> dict[str, dict[str, np.ndarray]]:
+  """Every case, all of them in one call: case -> stages."""
+  tracker, variables = load()
+  batch = {name: rows(name, slots) for name in cases()}
+  merged = {k: np.concatenate([b[k] for b in batch.values()]) for k in next(iter(batch.values()))}
+  frames = sorted(set(merged["image_index"]))
+  merged["image_index"] = np.searchsorted(frames, merged["image_index"]).astype(np.int32)
+
+  @jax.jit
+  def run(variables, features, clicks):
+    taps: dict = {}
+    decoded = tracker.apply(variables, features, clicks, taps, method="decode")
+    single = tracker.apply(variables, decoded, method="single")
+    return {**taps, **decoded._asdict(), "single": single}
+
+  stages = jax.tree.map(np.asarray, run(variables, features(frames), Clicks(**merged)))
+  out, start = {}, 0
+  for name, b in batch.items():
+    stop = start + len(b["labels"])
+    out[name] = {k: v[start:stop] for k, v in stages.items()}
+    start = stop
+  return out
