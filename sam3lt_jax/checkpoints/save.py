@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,15 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from sam3lt_jax import storage
+from sam3lt_jax import config_schema, storage
 from sam3lt_jax.checkpoints import engine, orbax_io, tables
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.pretrained import abstract_leaves
 from sam3lt_jax.checkpoints.readers import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
+from sam3lt_jax.checkpoints.tracker import FOLDER, tracker_leaves
 from sam3lt_jax.config import Sam3LiteTextConfig
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Sam3LiteText, Variables
+  from sam3lt_jax.tracker import Sam3Tracker
 
 FORMATS = ("orbax", "transformers")
 _TOKENIZER_FILES = (
@@ -36,6 +39,7 @@ def save_pretrained(
   variables: Variables,
   *,
   format: Literal["orbax", "transformers"] = "orbax",
+  tracker: tuple[Sam3Tracker, Variables] | None = None,
   tokenizer: Any = None,
   max_shard_size: int | str = "5GB",
   overwrite: bool = False,
@@ -52,14 +56,17 @@ def save_pretrained(
     format: "orbax" (ours: `config.json`, the variables, and their checksums in `checkpoint.json`) or
       "transformers", which `Sam3LiteTextModel` or, for SAM 3's text tower, `Sam3Model` loads, with processor
       and tokenizer files. BatchNorm's count of batches, which nothing reads, is written as 0.
+    tracker: (tracker, its variables), to go with the model. For "transformers" the directory is then one of
+      `Sam3VideoModel`, which `Sam3TrackerModel` and `Sam3TrackerVideoModel` load as well.
     tokenizer: where the tokenizer files come from: a directory that has them, a `tokenizer.json`, or an
       object with `save(path)`. Default: for "transformers" and CLIP's vocabulary the bundled one, else none.
     max_shard_size: bytes, or like "500MB": the weights of "transformers" are split beyond it.
     overwrite: replace a directory that is not empty.
 
   Raises:
-    CheckpointError: (ValueError) the target is not empty or no directory, fused blocks for "transformers", or
-      the disk is full: what stood at the target stays, and nothing of the save takes up room.
+    CheckpointError: (ValueError) the target is not empty or no directory, fused blocks or a tracker without
+      its memory for "transformers", or the disk is full: what stood at the target stays, and nothing of the
+      save takes up room.
     CheckpointMismatchError: `variables` are not those of `model`; lists every leaf.
     ValueError: another `format` or an unreadable `max_shard_size`.
   """
@@ -71,9 +78,17 @@ def save_pretrained(
       "format='transformers' has no place for fused RepMixer blocks (config.text.fused); save the unfused "
       "model"
     )
+  if format == "transformers" and tracker is not None and tracker[0].config.memory is None:
+    raise CheckpointError(
+      "format='transformers' keeps a detector beside a whole tracker; this one is of images alone "
+      "(config.memory is None)"
+    )
   target = _target(directory, overwrite)
   leaves = engine.flatten(variables)
   orbax_io.compare(leaves, abstract_leaves(model), "variables")
+  if tracker is not None:
+    width = model.config.vision.hidden_size
+    orbax_io.compare(engine.flatten(tracker[1]), tracker_leaves(tracker[0], width), "tracker")
   parent, name = os.path.split(target)
   several, leads = jax.process_count() > 1, jax.process_index() == 0
   mark = "all" if several else uuid.uuid4().hex[:8]  # all processes have to name the same directory
@@ -86,19 +101,29 @@ def save_pretrained(
   try:
     with storage.writing(target, "make room and save again", CheckpointError):
       if format == "orbax":
-        orbax_io.save(unfinished, variables)
+        _save_orbax(unfinished, variables, model.config.to_json(), leads)
+        if tracker is not None:
+          sizes = config_schema.tracker_to_schema(tracker[0].config, model.config)
+          _save_orbax(os.path.join(unfinished, FOLDER), tracker[1], sizes, leads)
       if leads:
-        if format == "orbax":
-          orbax_io.write_manifest(unfinished, orbax_io.VARIABLES, {})
-          model.config.to_json(os.path.join(unfinished, "config.json"))
-        else:
-          write_transformers(unfinished, model.config, leaves, limit)
+        if format == "transformers":
+          write_transformers(unfinished, model.config, leaves, limit, tracker)
         _write_tokenizer(unfinished, tokenizer, model.config, bundled=format == "transformers")
         _publish(unfinished, target)
   except BaseException:
     if leads:
       storage.remove(parent, os.path.basename(unfinished))
     raise
+
+
+def _save_orbax(directory: str, variables: Variables, sizes: Mapping[str, Any], leads: bool) -> None:
+  if leads:
+    os.makedirs(directory, exist_ok=True)
+  orbax_io.barrier(f"sam3lt-save-{os.path.basename(directory)}")
+  orbax_io.save(directory, variables)
+  if leads:
+    orbax_io.write_manifest(directory, orbax_io.VARIABLES, {})
+    _write_json(os.path.join(directory, "config.json"), sizes)
 
 
 def _target(directory: str | os.PathLike, overwrite: bool) -> str:
@@ -130,15 +155,32 @@ def _publish(unfinished: str, target: str) -> None:
 
 
 def write_transformers(
-  directory: str, config: Sam3LiteTextConfig, leaves: Mapping[str, Any], max_shard_bytes: int
+  directory: str,
+  config: Sam3LiteTextConfig,
+  leaves: Mapping[str, Any],
+  max_shard_bytes: int,
+  tracker: tuple[Sam3Tracker, Variables] | None = None,
 ) -> None:
   """Configuration, processor and weights as transformers keeps them, into an existing directory."""
   layout = tables.layout("transformers", config.text.kind)
+  sizes = config.to_json()
+  if tracker is not None:
+    layout = dataclasses.replace(layout, prefix="detector_model.")
+    sizes = {
+      "model_type": "sam3_video",
+      "architectures": ["Sam3VideoModel"],
+      "low_res_mask_size": 4 * (config.vision.image_size // config.vision.patch_size),
+      "detector_config": sizes,
+      "tracker_config": config_schema.tracker_to_schema(tracker[0].config, config),
+    }
   entries = engine.export_tensors(layout, leaves)
+  if tracker is not None:
+    of_tracker = tables.tracker_layout("transformers")
+    entries |= engine.export_tensors(of_tracker, engine.flatten(tracker[1]), where="the tracker")
   dtypes = {e.dtype.name for e in entries.values() if engine.is_floating(e.dtype)}
   # What from_pretrained(dtype="auto") gives its parameters. BatchNorm statistics stay float32 in any case.
   dtype = next((name for name in ("bfloat16", "float16") if name in dtypes), "float32")
-  _write_json(os.path.join(directory, "config.json"), config.to_json() | {"dtype": dtype})
+  _write_json(os.path.join(directory, "config.json"), sizes | {"dtype": dtype})
   _write_processor(directory, config)
   _write_shards(directory, entries, max_shard_bytes)
 

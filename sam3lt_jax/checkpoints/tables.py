@@ -110,8 +110,10 @@ _TRACKER_ALIASES = {
     (r"^(detector\.)?inst_interactive_predictor\.model\.", "tracker."),  # inside an image model
     (r"^backbone\.vision_backbone\.sam2_convs\.", "detector.backbone.vision_backbone.sam2_convs."),
   ),
-  # A directory of a tracker alone names its own trunk and neck `vision_encoder`.
+  # On the hub keys are those of `Sam3VideoModel`. `save_pretrained` of transformers 5.23.0 puts one more
+  # `tracker_model.` before them; in memory a tracker alone names its own trunk and neck `vision_encoder`.
   "transformers": (
+    (r"^tracker_model\.(?=(tracker_model|tracker_neck|detector_model|vision_encoder)\.)", ""),
     (r"^vision_encoder\.neck\.", "tracker_neck."),
     (r"^(?!detector_model\.|tracker_neck\.|tracker_model\.|vision_encoder\.)", "tracker_model."),
   ),
@@ -125,7 +127,7 @@ _TRACKER_IGNORED = {
 }
 _TRACKER_MARKS = {
   "original": r"(tracker|(detector\.)?inst_interactive_predictor\.model)\.sam_mask_decoder\.",
-  "transformers": r"(tracker_model\.)?mask_decoder\.(obj_score_token|transformer)\.",
+  "transformers": r"(tracker_model\.)*mask_decoder\.(obj_score_token|transformer)\.",
 }
 # SAM 3.1 follows sixteen objects in one pass, with other sizes and another memory.
 _MULTIPLEX = r"(tracker\.model|.*(interactive|propagation)_convs)\."

@@ -1,0 +1,170 @@
+"""The tracker live against transformers 5.23.0 at a tiny size, through every directory that holds one."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam3lt_jax import from_pretrained, save_pretrained, tracker_from_pretrained
+from sam3lt_jax.features import Clicks
+from tests.reference import import_torch_reference, randomise_, tiny_config
+
+pytestmark = pytest.mark.torch
+
+SIZE, WIDTH = 112, 128  # transformers' memory is 64 wide, whatever the configuration says
+
+
+def _video_config():
+  ref = import_torch_reference()
+  detector = tiny_config("s0", image_size=SIZE, hidden_size=WIDTH)
+  vision = detector.to_dict()["vision_config"]
+  sizes = {"image_size": SIZE, "patch_size": 14}
+  tracker = ref.transformers.Sam3TrackerVideoConfig(
+    vision_config=vision,
+    prompt_encoder_config={"hidden_size": WIDTH, **sizes},
+    mask_decoder_config={
+      "hidden_size": WIDTH, "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": 32,
+    },
+    image_size=SIZE, memory_attention_hidden_size=WIDTH, memory_attention_num_layers=2,
+    memory_attention_feed_forward_hidden_size=64, memory_attention_rope_feat_sizes=[8, 8],
+    memory_encoder_hidden_size=WIDTH, mask_downsampler_embed_dim=WIDTH, memory_fuser_embed_dim=WIDTH,
+    memory_fuser_intermediate_dim=64,
+  )  # fmt: skip
+  return ref.transformers.Sam3VideoConfig(
+    detector_config=detector.to_dict(), tracker_config=tracker.to_dict(), low_res_mask_size=32
+  )
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+  """The same weights in a video directory and in those of both standalone trackers."""
+  ref = import_torch_reference()
+  from safetensors.torch import save_file
+
+  folder = tmp_path_factory.mktemp("trackers")
+  model = randomise_(ref.transformers.Sam3VideoModel(_video_config()).eval(), 0)
+  tracker = model.tracker_model
+  matrix = tracker.prompt_encoder.shared_embedding.positional_embedding
+  tracker.shared_image_embedding.positional_embedding.copy_(matrix)
+  model.save_pretrained(folder / "saved")  # keys `tracker_model.tracker_model.`, unlike those on the hub
+  model.config.save_pretrained(folder / "video")
+  tensors = {k: v.clone() for k, v in model.state_dict().items()}
+  save_file(tensors, folder / "video" / "model.safetensors", metadata={"format": "pt"})
+  for name, kind in (("image", "Sam3TrackerModel"), ("interactive", "Sam3TrackerVideoModel")):
+    alone = getattr(ref.transformers, kind).from_pretrained(folder / "video").eval()
+    alone.save_pretrained(folder / name)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def pair(directories):
+  """(transformers' tracker, our function of pixels, clicks and whether several masks are asked for)."""
+  ref = import_torch_reference()
+  reference = ref.transformers.Sam3TrackerModel.from_pretrained(directories / "video").eval()
+  model, variables = from_pretrained(directories / "video")
+  tracker, weights = tracker_from_pretrained(directories / "video", profile="transformers")
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def ours(pixels, clicks, multimask):
+    trunk = model.apply(variables, pixels, method="trunk_map")
+    features = tracker.apply(weights, trunk, method="get_image_features")
+    return tracker.apply(weights, features, clicks, multimask)
+
+  return reference, ours
+
+
+def _clicks(points=None, labels=None, boxes=None, masks=None, prompts=2):
+  """Of 2 images with `prompts` each, [2, P, ...], to our rows; a prompt without points has an empty slot."""
+  rows = 2 * prompts
+  xy = np.zeros((rows, 1, 2)) if points is None else points.reshape(rows, -1, 2)
+  kinds = np.ones((rows, 1), np.int32) if labels is None else labels.reshape(rows, -1)
+  valid = np.full(kinds.shape, points is not None)
+  if boxes is not None:
+    xy = np.concatenate([xy, boxes.reshape(rows, 2, 2)], axis=1)
+    kinds = np.concatenate([kinds, np.tile([2, 3], (rows, 1))], axis=1)
+    valid = np.concatenate([valid, np.ones((rows, 2), bool)], axis=1)
+  given = {} if masks is None else {"masks": jnp.asarray(masks), "has_mask": np.ones(rows, bool)}
+  return Clicks(
+    (xy / SIZE).astype(np.float32), kinds.astype(np.int32), valid,
+    image_index=np.repeat(np.arange(2, dtype=np.int32), prompts), **given,
+  )  # fmt: skip
+
+
+_RNG = np.random.default_rng(0)
+POINTS = _RNG.uniform(0, SIZE, (2, 2, 3, 2))
+BOXES = np.sort(_RNG.uniform(0, SIZE, (2, 2, 2, 2)), axis=2).reshape(2, 2, 4)
+MASKS = _RNG.normal(0, 8, (2, 32, 32)).astype(np.float32)
+CASES = {
+  "points": {"points": POINTS, "labels": np.array([[[1, 0, 1], [1, 1, 1]], [[0, 1, 1], [1, 1, 0]]])},
+  "padded points": {
+    "points": POINTS, "labels": np.array([[[1, -10, -10], [1, 1, -10]], [[0, 1, 1], [1, -1, 0]]]),
+  },
+  "boxes": {"boxes": BOXES},
+  "points and boxes": {
+    "points": POINTS, "labels": np.array([[[1, 0, -10], [1, 1, 1]], [[0, 1, 1], [1, 1, 0]]]), "boxes": BOXES,
+  },
+  "nothing": {"prompts": 1},
+  "mask": {"masks": MASKS, "prompts": 1},
+  "mask and points": {
+    "masks": MASKS, "points": POINTS[:, :1], "labels": np.ones((2, 1, 3), int), "prompts": 1,
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("multimask", [True, False], ids=["multimask", "single"])
+@pytest.mark.parametrize("name", CASES)
+def test_as_transformers(pair, name, multimask):
+  torch = import_torch_reference().torch
+  reference, ours = pair
+  case = CASES[name]
+  pixels = np.random.default_rng(1).uniform(-1, 1, (2, SIZE, SIZE, 3)).astype(np.float32)
+  asked = {
+    "input_points": case.get("points"), "input_labels": case.get("labels"), "input_boxes": case.get("boxes"),
+    "input_masks": None if "masks" not in case else case["masks"][:, None],
+  }  # fmt: skip
+  as_torch = {
+    k: torch.as_tensor(v, dtype=torch.long if k == "input_labels" else torch.float32)
+    for k, v in asked.items()
+    if v is not None
+  }
+  with torch.inference_mode():
+    want = reference(torch.as_tensor(pixels.transpose(0, 3, 1, 2)), **as_torch, multimask_output=multimask)
+  got = ours(pixels, _clicks(**case), multimask)
+  for field, tolerance in (("pred_masks", 5e-4), ("iou_scores", 1e-5), ("object_score_logits", 1e-4)):
+    theirs = getattr(want, field).numpy()
+    theirs = theirs.reshape(-1, *theirs.shape[2:])
+    difference = np.abs(np.asarray(getattr(got, field)) - theirs).max()
+    assert difference <= tolerance, f"{field}: {difference:.2e}, values to {np.abs(theirs).max():.3g}"
+
+
+def test_every_home_holds_the_same_tracker(directories):
+  whole, weights = tracker_from_pretrained(directories / "video")
+  for name in ("saved", "interactive", "image"):
+    tracker, own = tracker_from_pretrained(directories / name)
+    assert (tracker.config.memory is None) == (name == "image")
+    expected = {k: weights["params"][k] for k in own["params"]}
+    jax.tree.map(np.testing.assert_array_equal, own["params"], expected)
+    assert tracker.config.replace(memory=whole.config.memory) == whole.config
+  assert set(own["params"]) == {"neck", "prompt_encoder", "mask_decoder", "no_memory_embedding"}
+
+
+def test_written_for_transformers_it_loads_there_whole(directories, tmp_path):
+  ref = import_torch_reference()
+  model, variables = from_pretrained(directories / "video")
+  tracker = tracker_from_pretrained(directories / "video")
+  save_pretrained(tmp_path / "out", model, variables, format="transformers", tracker=tracker)
+  before = ref.transformers.Sam3VideoModel.from_pretrained(directories / "video").state_dict()
+  for kind in ("Sam3VideoModel", "Sam3TrackerModel", "Sam3TrackerVideoModel"):
+    cls = getattr(ref.transformers, kind)
+    loaded, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], kind
+    if kind == "Sam3VideoModel":
+      after = loaded.state_dict()
+      assert after.keys() == before.keys()
+      changed = [k for k in after if "num_batches" not in k and not ref.torch.equal(after[k], before[k])]
+      # Its class row, which nothing reads, and what transformers itself fills in are not ours to keep.
+      assert not changed, changed
