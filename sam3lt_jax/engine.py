@@ -3,6 +3,7 @@
     images uint8 -> encode -> `VisionFeatures` on the devices
     phrases      -> read   -> rows of a table on the devices
     both         -> detect -> `Detections` on the devices
+    images and clicks -> click -> `Clicked` on the devices, where there is a tracker
     of which     -> keep   -> scores and boxes on the host, the masks of what is kept on their way there
 
 `Predictor` is this with few rows, a batch job with many.
@@ -18,10 +19,12 @@ depend neither on neighbours nor on the number of devices. No device reads anoth
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,20 +33,24 @@ from jax.sharding import NamedSharding
 from sam3lt_jax import parallel
 from sam3lt_jax.config import BOX_ONLY_PHRASE
 from sam3lt_jax.errors import ArgumentError
-from sam3lt_jax.features import Detections, Prompts, VisionFeatures
+from sam3lt_jax.features import Clicks, Detections, Prompts, TrackerFeatures, VisionFeatures
 from sam3lt_jax.kept import Kept, MaskSource
 from sam3lt_jax.model import Sam3LiteText, Variables
+from sam3lt_jax.nn.tracker_mask_decoder import stability
 from sam3lt_jax.phrase_table import PhraseTable
 from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.prompts import Prompt, box_arrays
 from sam3lt_jax.programs import Ahead, Program, explain_memory
+from sam3lt_jax.tracker import Sam3Tracker
 
 # One rule for what runs together: the smallest of these that holds what there is, the last over and over.
 IMAGE_BUCKETS = (1, 8)  # images a device, where there is an accelerator
 PROMPT_BUCKETS = (1, 2, 4, 8, 16)  # prompts of an image, likewise
 BOX_BUCKETS = (8, 32, 128)  # example boxes of a prompt
 PHRASE_BATCHES = (8, 64)  # phrases that are encoded at once
+CLICK_BUCKETS = (1, 8, 64)  # objects of an image that are asked for by clicks, likewise
+POINT_BUCKETS = (4, 16, 64)  # points of an object
 MOST_PROMPTS = 32  # prompts a device at once, of all its images; each takes some 0.2 GB at 1008 px
 MEMORY_SHARE = 0.85  # of a device's, to be planned with
 
@@ -53,10 +60,16 @@ Tag = TypeVar("Tag")
 # ---------------------------------------------------------------- the programs
 
 
-def encode(model: Sam3LiteText, variables: Variables, pixels: jax.Array) -> VisionFeatures:
+def encode(
+  model: Sam3LiteText, tracker: Sam3Tracker | None, variables: tuple[Variables, Variables], pixels: jax.Array
+) -> VisionFeatures:
   """Images uint8 [R, S, S, 3]: a quarter of the bytes that float32 would take to the device."""
   pixels = (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5
-  return model.apply(variables, pixels, method="get_vision_features")
+  trunk = model.apply(variables[0], pixels, method="trunk_map")
+  vision = model.apply(variables[0], trunk, method="read_trunk")
+  if tracker is not None:
+    vision = vision.replace(tracker=tracker.apply(variables[1], trunk, method="get_image_features"))
+  return vision
 
 
 def read(model: Sam3LiteText, variables: Variables, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -73,6 +86,39 @@ def detect(model: Sam3LiteText, variables: Variables, vision: VisionFeatures, pr
   out = model.apply(variables, vision, prompts, method="detect")
   scores = postprocess.detection_scores(out.pred_logits, out.presence_logits)
   found = Detections(scores, out.pred_boxes, out.pred_masks)
+  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
+
+
+@flax.struct.dataclass
+class Clicked:
+  """What the tracker says of P prompts about each of R images, by mask token: see `Sam3Tracker.decode`.
+
+  Attributes:
+    masks: float32 [R, P, M, h, w] logits. ious: float32 [R, P, M].
+    object_score_logits: float32 [R, P]. single: int32 [R, P], which mask answers where one is asked for.
+    stability: float32 [R, P, M], see `nn.tracker_mask_decoder.stability`.
+  """
+
+  masks: jax.Array
+  ious: jax.Array
+  object_score_logits: jax.Array
+  single: jax.Array
+  stability: jax.Array
+
+
+def click(
+  tracker: Sam3Tracker, variables: Variables, features: TrackerFeatures, clicks: Clicks, offset: jax.Array
+) -> Clicked:
+  """P prompts about each of R images; `clicks` and the result have the leading axes [R, P].
+
+  offset: float32 [], of the stability that is handed out.
+  """
+  lead = clicks.valid.shape[:2]
+  flat = jax.tree.map(lambda x: x.reshape(lead[0] * lead[1], *x.shape[2:]), clicks)
+  decoded = tracker.apply(variables, features, flat, method="decode")
+  single = tracker.apply(variables, decoded, method="single")
+  stable = stability(decoded.masks, offset)
+  found = Clicked(decoded.masks, decoded.ious, decoded.object_score_logits[:, 0], single, stable)
   return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 
@@ -128,6 +174,7 @@ class Engine:
     prompt_buckets: Sequence[int] | None = None,
     box_buckets: Sequence[int] = BOX_BUCKETS,
     masks_on_device: bool | None = None,
+    tracker: tuple[Sam3Tracker, Variables] | None = None,
   ):
     """Args:
     variables: arrays, or `jax.ShapeDtypeStruct`s to compile with until `use_variables` brings them.
@@ -140,6 +187,7 @@ class Engine:
     box_buckets: boxes that a prompt is padded to, ascending.
     masks_on_device: enlarge masks with jax (True) or with numpy on the host (False). None: True where there
       is an accelerator.
+    tracker: and its variables, like `variables`: images are then encoded for it as well.
 
     Raises:
       ValueError: naming the argument.
@@ -155,6 +203,7 @@ class Engine:
     self.image_buckets = _ascending("image_buckets", image_buckets)
     self._prompt_buckets = _ascending("prompt_buckets", prompt_buckets)
     self._box_buckets = _ascending("box_buckets", box_buckets)
+    self._click_buckets = CLICK_BUCKETS[: 2 if on_cpu else None]
     masks_on_device = not on_cpu if masks_on_device is None else masks_on_device
     self.model, self.processor = model, processor
     self.mesh = mesh = parallel.make_mesh(model=model_parallel, devices=devices)
@@ -165,22 +214,49 @@ class Engine:
     def program(function: Callable, out: NamedSharding) -> Program:
       return Program(function.__name__, lambda *given: function(model, *given), mesh, out, model.dtype)
 
-    self._encode, self._detect = program(encode, self._split), program(detect, self._split)
-    self._read = program(read, everywhere)
+    self.tracker, self.tracker_variables = tracker or (None, None)
+    if tracker is not None:
+      self._check_tracker()
+    of_both = functools.partial(encode, model, self.tracker)
+    self._encode = Program("encode", lambda *given: of_both(*given), mesh, self._split, model.dtype)
+    self._detect, self._read = program(detect, self._split), program(read, everywhere)
+    of_tracker = functools.partial(click, self.tracker)
+    self._click = Program("click", lambda *given: of_tracker(*given), mesh, self._split, model.dtype)
     self.phrases = PhraseTable(self._read, processor, mesh, PHRASE_BATCHES[: 1 if on_cpu else None])
     self._masks = MaskSource(mesh, masks_on_device, processor.profile.mask_order)
+    # Both references enlarge a tracker's logits.
+    self.click_masks = MaskSource(mesh, masks_on_device, "upsample_then_sigmoid")
     self._ahead = Ahead()
     self.use_variables(variables)
+    if tracker is not None:
+      self.use_tracker_variables(self.tracker_variables)
 
   def use_variables(self, variables: Variables) -> None:
     """Other weights of the same shapes, as after a training step; nothing is compiled anew."""
+    self.variables = self._weights(variables)
+    self.phrases.forget()
+
+  def use_tracker_variables(self, variables: Variables) -> None:
+    """The same for the tracker."""
+    self.tracker_variables = self._weights(variables)
+
+  def _weights(self, variables: Variables) -> Variables:
     if self.mesh.shape["model"] > 1:
       where = parallel.fsdp_sharding(self.mesh, variables, "model")
     else:
       where = jax.tree.map(lambda _: parallel.replicated(self.mesh), variables)
     with explain_memory():
-      self.variables = jax.tree.map(_placed, variables, where)
-    self.phrases.forget()
+      return jax.tree.map(_placed, variables, where)
+
+  def _check_tracker(self) -> None:
+    v, leaf = self.model.config.vision, self.tracker_variables["params"]["neck"]["fpn_layers_2"]["proj1"]
+    width, patch = leaf["kernel"].shape[2], self.tracker.config.patch_size
+    if (width, patch) != (v.hidden_size, v.patch_size):
+      raise ArgumentError(
+        "tracker",
+        f" must be for this model's trunk ({v.hidden_size} wide, patches of {v.patch_size} pixels), got one"
+        f" for {width} and {patch}",
+      )
 
   @property
   def devices(self) -> list[jax.Device]:
@@ -210,7 +286,12 @@ class Engine:
     pixels, vision, asked = self._shapes(self._rows(images), prompts)
     self._ahead.compile(self._read, self.variables, *self.phrases.inputs([BOX_ONLY_PHRASE]))
     self._ahead.compile(self._detect, self.variables, vision, asked)
-    self._ahead.compile(self._encode, self.variables, pixels)
+    self._ahead.compile(self._encode, self._both, pixels)
+
+  @property
+  def _both(self) -> tuple[Variables, Variables | None]:
+    """Weights that an image is encoded with."""
+    return self.variables, self.tracker_variables
 
   def _shapes(self, R: int, prompts: int) -> tuple[Any, VisionFeatures, Prompts]:
     """Arguments of `encode` and `detect` for R images, so many prompts and no boxes; nothing is traced."""
@@ -246,13 +327,13 @@ class Engine:
     pixels, vision, asked = self._shapes(self.rows, prompts)
     self._ahead.compile(self._detect, self.variables, vision, asked)  # both at the same time
     try:
-      e = self._encode.compile(self.variables, pixels).memory_analysis()
+      e = self._encode.compile(self._both, pixels).memory_analysis()
       d = self._detect.compile(self.variables, vision, asked).memory_analysis()
     except jax.errors.JaxRuntimeError:  # not even a plan of it fits
       return float("inf")
     # While one runs, the outputs of the call before and the next images' features are there as well. The
     # weights are counted here: a program's analysis leaves out those that it does not use.
-    weights = sum(map(_bytes_here, jax.tree.leaves(self.variables)))
+    weights = sum(map(_bytes_here, jax.tree.leaves(self._both)))
     held = 2 * (e.output_size_in_bytes + d.output_size_in_bytes) + 2 * _bytes_here(pixels)
     return weights + held + max(e.temp_size_in_bytes, d.temp_size_in_bytes)
 
@@ -292,7 +373,7 @@ class Engine:
       # 4% more memory at their peak (S0, float32; `python -m tests.benchmarks.compare --parts memory start`).
       self._ahead.wait()
     padding = [np.zeros_like(pixels[0])] * (self._rows(len(pixels)) - len(pixels))
-    return self._run(self._encode, self._place(np.stack([*pixels, *padding])))
+    return self._run(self._encode, self._both, self._place(np.stack([*pixels, *padding])))
 
   def calls(self, asked: Sequence[Asked]) -> list[Call]:
     """How the prompts of up to R images are asked in few calls.
@@ -328,7 +409,46 @@ class Engine:
     """Starts one call on the features of `encode`, of the same images."""
     tokens, mask = self.phrases.tokens(self.variables, call.phrases)
     prompts = Prompts(tokens, mask, self._place(call.boxes), self._place(call.labels))
-    return self._run(self._detect, vision, prompts)
+    return self._run(self._detect, self.variables, vision.replace(tracker=None), prompts)
+
+  def click(
+    self, vision: VisionFeatures, clicks: Clicks, offset: float = 1.0
+  ) -> Iterator[tuple[int, Clicked]]:
+    """Starts prompts about the first image of `vision`, some at a time.
+
+    Args:
+      vision: of `encode`.
+      clicks: numpy arrays, one row an object, see `processing.clicks.clicks_of`.
+      offset: of the stability that is handed out.
+
+    Yields:
+      (how many of the prompts, in order, and their answers in row 0; rows and slots beyond are padding).
+    """
+    P, N = clicks.valid.shape
+    slots = _bucket(N, POINT_BUCKETS)
+    slots = max(slots, -(-N // slots) * slots)
+    rows = vision.image.shape[0]
+    padded = jax.tree.map(
+      lambda x: np.pad(x, ((0, 0), (0, slots - N), (0, 0))[: x.ndim]),
+      {"points": clicks.points, "labels": clicks.labels, "valid": clicks.valid},
+    )
+    if clicks.masks is not None:
+      padded |= {"masks": clicks.masks, "has_mask": clicks.has_mask}
+    start = 0
+    while start < P:
+      count = _bucket(P - start, self._click_buckets)
+      some = {name: x[start : start + count] for name, x in padded.items()}
+      own = len(some["valid"])
+
+      def of_rows(x, count=count, own=own):
+        out = np.zeros((rows, count, *x.shape[1:]), x.dtype)
+        out[0, :own] = x
+        return self._place(out)
+
+      asked = Clicks(**{name: of_rows(x) for name, x in some.items()})
+      bound = jax.device_put(np.float32(offset), parallel.replicated(self.mesh))
+      yield own, self._run(self._click, self.tracker_variables, vision.tracker, asked, bound)
+      start += own
 
   def keep(
     self,
@@ -399,10 +519,10 @@ class Engine:
     if last:
       yield tag, [Kept.join(mine, one.size) for mine, one in zip(parts, asked)]
 
-  def _run(self, program: Program, *arguments: Any) -> Any:
+  def _run(self, program: Program, weights: Any, *arguments: Any) -> Any:
     start = time.perf_counter()
     with explain_memory():
-      out = program(self.variables, *arguments)
+      out = program(weights, *arguments)
     self.on_start(start, min(jax.tree.leaves(out), key=lambda x: x.size))
     return out
 

@@ -8,6 +8,7 @@ nothing new once its bucket was used.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from sam3lt_jax import interactive
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.features import VisionFeatures
@@ -23,12 +25,14 @@ from sam3lt_jax.kept import Kept
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
+from sam3lt_jax.processing.clicks import clicks_of
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.prompts import Prompt
 from sam3lt_jax.processing.results import Results
 
 if TYPE_CHECKING:
   from sam3lt_jax.checkpoints.pretrained import Opened
+  from sam3lt_jax.tracker import Sam3Tracker
 
 
 class Predictor:
@@ -41,6 +45,11 @@ class Predictor:
       predictor.set_image("street.jpg")                       # encode once
       predictor.predict(text="wheel")                         # prompt many times
       predictor.predict(boxes=[[80, 200, 310, 400]], box_labels=[1])
+
+      predictor = Predictor.from_pretrained("s0", tracker="facebook/sam3")    # for clicks
+      predictor.set_image("street.jpg")
+      wheel = predictor.predict(points=[[210, 340]])          # one object a prompt
+      predictor.refine(wheel, 0, points=[[210, 340], [250, 300]], point_labels=[1, 0])
 
       for results in predictor.stream(paths, text="bus"):     # any number of photos, in order
         ...
@@ -60,10 +69,12 @@ class Predictor:
     processor: Sam3Processor | None = None,
     *,
     fuse: bool = True,
+    tracker: tuple[Sam3Tracker, Variables] | None = None,
     **options: Any,
   ):
     """Args:
     model, variables: from `from_pretrained`, or your own.
+    tracker: for clicks: a tracker and its variables, of `tracker_from_pretrained`.
     processor: default: one for the model's configuration. Its `image_size` is the size that runs.
     fuse: fold RepMixer blocks into plain convolutions.
     options: of `engine.Engine`: devices, image_buckets, prompt_buckets, box_buckets, masks_on_device,
@@ -77,7 +88,7 @@ class Predictor:
     if fuse:
       model, variables = model.fuse(variables)
     self.model = model
-    self.engine = Engine(model, variables, self.processor, **options)
+    self.engine = Engine(model, variables, self.processor, tracker=tracker, **options)
     self._image: tuple[VisionFeatures, tuple[int, int]] | None = None
 
   @classmethod
@@ -85,6 +96,7 @@ class Predictor:
     cls,
     source: str | os.PathLike,
     *,
+    tracker: str | os.PathLike | bool | None = None,
     config: Any = None,
     profile: Any = None,
     dtype: Any = "float32",
@@ -102,6 +114,7 @@ class Predictor:
     Args:
       source, config, profile, revision, token, cache_dir, local_files_only: see
         `sam3lt_jax.from_pretrained`.
+      tracker: for clicks: where SAM 3's tracker is, see `tracker_from_pretrained`; True: in `source` itself.
       dtype: what layers compute in, "float32" or "bfloat16".
       param_dtype: what parameters are stored in; default: `dtype`.
       image_size: side of the model's input in pixels, a multiple of 14; default: the configuration's (1008).
@@ -111,16 +124,24 @@ class Predictor:
     Raises:
       ValueError, ImportError, OSError: see `sam3lt_jax.from_pretrained`.
     """
-    from sam3lt_jax.checkpoints import open_checkpoint
+    from sam3lt_jax.checkpoints import open_checkpoint, open_tracker
 
-    opened = open_checkpoint(
-      source, config, profile, dtype, dtype if param_dtype is None else param_dtype, revision=revision,
-      token=token, cache_dir=cache_dir, local_files_only=local_files_only,
-    )  # fmt: skip
+    dtypes = dtype, dtype if param_dtype is None else param_dtype
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    opened = open_checkpoint(source, config, profile, *dtypes, revision=revision, **hub)
+    opened_tracker = None
+    if tracker is not None and tracker is not False:
+      same = tracker is True
+      opened_tracker = open_tracker(
+        source if same else tracker, None, None, *dtypes, revision=revision if same else None, **hub
+      )
+      options["tracker"] = opened_tracker.model, opened_tracker.shapes
     predictor = cls.without_weights(opened, image_size, **options)
     if compile_ahead:
       predictor.engine.compile_ahead()
     predictor.use_variables(opened.load())
+    if opened_tracker is not None:
+      predictor.engine.use_tracker_variables(opened_tracker.load())
     return predictor
 
   @classmethod
@@ -226,19 +247,113 @@ class Predictor:
     box_labels: Any = None,
     threshold: float | None = None,
     mask_threshold: float = 0.5,
+    *,
+    points: Any = None,
+    point_labels: Any = None,
+    box: Any = None,
+    mask: Any = None,
   ) -> Results:
-    """Prompts the image of `set_image`; arguments as in `__call__` for one image.
+    """Prompts the image of `set_image`: for all that matches, or for single objects.
+
+    Phrases and example `boxes` find everything like them. `points`, `box` and `mask` mean one object each,
+    and need a tracker; the two kinds do not mix.
+
+    Args:
+      text, boxes, box_labels, threshold, mask_threshold: as in `__call__` for one image.
+      points: (x, y) in pixels: [2] or [N, 2] on and off one object, [P, N, 2] for P objects.
+      point_labels: 1 (on the object) or 0 (off it), nested as `points`. None: all 1.
+      box: the outline of one object, (x1, y1, x2, y2) in pixels, or [P, 4] of several.
+      mask: to start from: bool [H, W] of the image, or `Results.logits` of an earlier answer, [h, w]; or P.
+
+    Returns:
+      `Results`. For single objects one instance each, in order; its score is the IoU with the true mask that
+      the model expects, its box lies around its mask. One point alone may mean a thing or a part of it: the
+      mask with the best score is taken (`SamPredictor` gives all three).
 
     Raises:
-      ValueError: no image was set, or as in `__call__`.
+      ValueError: no image was set, no tracker is loaded, or as in `__call__`.
     """
-    if self._image is None:
-      raise ValueError("no image is set: call set_image(image) before predict, or call the predictor itself")
+    vision, size = self.encoded()
+    pointing = {"points": points, "point_labels": point_labels, "box": box, "mask": mask}
+    if any(value is not None for value in pointing.values()):
+      finding = {"text": text, "boxes": boxes, "box_labels": box_labels, "threshold": threshold}
+      self._one_kind(pointing, finding)
+      clicks = clicks_of(size, 4 * vision.tracker.image.shape[1], points, point_labels, box, mask)
+      _, mask_threshold = self._thresholds(0.5, mask_threshold)
+      return interactive.results(
+        self.engine, interactive.answer(self.engine, vision, clicks, None), size, mask_threshold
+      )
     thresholds = self._thresholds(threshold, mask_threshold)
-    vision, size = self._image
     asked = self.engine.asked(None, size, prompts.prompts_of(text, boxes, box_labels))
     ((_, (kept,)),) = self.engine.run([(None, [asked])], *thresholds, vision=vision)
     return _results(kept, asked.prompts)
+
+  def refine(
+    self, results: Results, index: int, points: Any = None, point_labels: Any = None, box: Any = None,
+    mask_threshold: float = 0.5,
+  ) -> Results:  # fmt: skip
+    """`results` of the image of `set_image` with one instance made again, from its mask and from clicks.
+
+    Args:
+      results: found by a phrase, by boxes or by clicks.
+      index: which instance. Its label stays.
+      points, point_labels, box: as in `predict`, of one object. Of clicks that led to the instance, give
+        those that still count again.
+
+    Raises:
+      ValueError: as in `predict`; the results are of an image of another size.
+      IndexError: there is no such instance.
+    """
+    _, size = self.encoded()
+    if results.size != size:
+      raise ArgumentError("results", f" must be of this image, {size}, got results of {results.size}")
+    results[index]  # raises
+    index %= len(results)
+    start = results.masks[index] if results.logits is None else results.logits[index]
+    new = self.predict(
+      points=points, point_labels=point_labels, box=box, mask=start, mask_threshold=mask_threshold
+    )
+    if len(new) != 1:
+      raise ArgumentError("points", f" must be of one object, got {len(new)}")
+    arrays = {}
+    for name in ("boxes", "scores", "masks"):
+      arrays[name] = getattr(results, name).copy()
+      arrays[name][index] = getattr(new, name)[0]
+    logits = None
+    if results.logits is not None:
+      logits = results.logits.copy()
+      logits[index] = new.logits[0]
+    return dataclasses.replace(results, **arrays, logits=logits)
+
+  def encoded(self) -> tuple[VisionFeatures, tuple[int, int]]:
+    """The image of `set_image`, encoded, and its (height, width). Raises ValueError where there is none."""
+    if self._image is None:
+      raise ValueError("no image is set: call set_image(image) before predict, or call the predictor itself")
+    return self._image
+
+  def reset_image(self) -> None:
+    """Forgets the image of `set_image`."""
+    self._image = None
+
+  def need_tracker(self) -> None:
+    """Raises ValueError where there is none, with how to get one."""
+    if self.engine.tracker is None:
+      raise ValueError(
+        "no tracker is loaded, which points, outlines and masks need: "
+        "Predictor.from_pretrained(source, tracker='facebook/sam3'), or tracker=True where source has one"
+      )
+
+  def _one_kind(self, pointing: dict[str, Any], finding: dict[str, Any]) -> None:
+    """Raises ValueError where both kinds of prompt were given, or there is no tracker."""
+    both = [
+      next((name for name, value in kind.items() if value is not None), None) for kind in (pointing, finding)
+    ]
+    if both[1] is not None:
+      raise ValueError(
+        f"{both[0]} means one object, {both[1]} all that match: give one kind of prompt a call (boxes are "
+        "examples of what to find, box is the outline of one object)"
+      )
+    self.need_tracker()
 
   def _thresholds(self, threshold, mask_threshold) -> tuple[float, float]:
     if threshold is None:

@@ -63,7 +63,7 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
 
   def vision(images: int) -> Program:
     pixels = struct((ways * images, side, side, 3), jnp.uint8)
-    return Program(lambda *given: engine.encode(model, *given), (variables, pixels), (False, True))
+    return Program(lambda v, x: engine.encode(model, None, (v, None), x), (variables, pixels), (False, True))
 
   def detection(prompts: int) -> Program:
     function, arguments, _, _ = vision(1)

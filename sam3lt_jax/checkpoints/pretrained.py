@@ -131,7 +131,7 @@ def open_checkpoint(
     model, target = build(config, **dtypes)
 
     def read(place, device, bar):
-      bar.start(sum(_nbytes(x) for x in target.values()))
+      bar.start(random_init.total_bytes(target))
       return random_init.random_leaves(target, seed, place, bar.advance)
 
   elif found.kind == "orbax":
@@ -258,10 +258,6 @@ def _dtype(name: str, value: Any) -> Any:
   if dtype is None or dtype.name not in _DTYPES:
     raise ValueError(f"{name} must be one of {', '.join(_DTYPES)}, got {value!r}")
   return dtype
-
-
-def _nbytes(leaf: Any) -> int:
-  return int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize
 
 
 class _Bar:

@@ -88,6 +88,7 @@ def open_tracker(
     )
 
     def read(place, device, bar):
+      bar.start(random_init.total_bytes(target))
       return random_init.random_leaves(target, seed, place, bar.advance)
 
   elif found.kind == "orbax":

@@ -39,6 +39,8 @@ class Results:
     masks: bool [N, H, W], True on the instance. Instances may overlap.
     labels: tuple of N strings, the phrase each instance answers; "visual" for prompts of boxes alone.
     size: (height, width) of the image.
+    logits: float32 [N, h, w], the masks as the tracker gave them, to start from in a next round; None where
+      they do not come from clicks.
 
   Raises:
     ValueError: the arrays' shapes do not fit each other. (Of no instance, [0] is accepted for any shape.)
@@ -49,6 +51,7 @@ class Results:
   masks: np.ndarray
   labels: tuple[str, ...]
   size: tuple[int, int]
+  logits: np.ndarray | None = None
 
   def __post_init__(self):
     size = tuple(int(s) for s in self.size)
@@ -70,6 +73,8 @@ class Results:
           f"{name} must have shape {shape} for {n} labels and an image of size {size}, got {array.shape}"
         )
       object.__setattr__(self, name, array)
+    if self.logits is not None and (np.ndim(self.logits) != 3 or len(self.logits) != n):
+      raise ValueError(f"logits must have shape ({n}, h, w), got {np.shape(self.logits)}")
     object.__setattr__(self, "labels", labels)
     object.__setattr__(self, "size", size)
 
@@ -143,7 +148,8 @@ class Results:
 
   def _take(self, index: np.ndarray) -> Results:
     labels = tuple(self.labels[i] for i in index)
-    return Results(self.boxes[index], self.scores[index], self.masks[index], labels, self.size)
+    logits = None if self.logits is None else self.logits[index]
+    return Results(self.boxes[index], self.scores[index], self.masks[index], labels, self.size, logits)
 
   def with_label(self, *labels: str) -> Results:
     """The instances whose label is one of `labels`, order kept."""
