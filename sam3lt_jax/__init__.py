@@ -24,6 +24,7 @@ _EXPORTS = {
   "Sam3LiteTextConfig": "config",
   "Sam3LiteTextOutput": "model",
   "Sam3Processor": "processing.processor",
+  "SamAutomaticMaskGenerator": "everything",
   "SamPredictor": "interactive",
   "Sam3Tracker": "tracker",
   "Sam3TrackerOutput": "tracker",

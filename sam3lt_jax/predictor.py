@@ -325,6 +325,26 @@ class Predictor:
       logits[index] = new.logits[0]
     return dataclasses.replace(results, **arrays, logits=logits)
 
+  def generate_masks(self, image: Any, **options: Any) -> list[dict[str, Any]]:
+    """Everything in an image, without being asked for anything: the masks of a grid of points.
+
+    Args:
+      image: path, PIL image or array [H, W, 3].
+      options: `points_per_side=32`, `pred_iou_thresh=0.88`, `stability_score_thresh=0.95`, `crop_n_layers=0`,
+        `min_mask_region_area=0`, ...: see `everything.Options`; names and defaults are segment-anything's.
+
+    Returns:
+      A record a mask, best first, as segment-anything's: `segmentation` bool [H, W] (or RLE, with
+      `output_mode="coco_rle"`, which a large photo with many masks needs), `area`, `bbox` (x, y, width,
+      height), `predicted_iou`, `point_coords`, `stability_score`, `crop_box`.
+
+    Raises:
+      ValueError: no tracker is loaded, or naming the option.
+    """
+    from sam3lt_jax import everything
+
+    return everything.SamAutomaticMaskGenerator(self, **options).generate(image)
+
   def encoded(self) -> tuple[VisionFeatures, tuple[int, int]]:
     """The image of `set_image`, encoded, and its (height, width). Raises ValueError where there is none."""
     if self._image is None:

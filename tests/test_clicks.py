@@ -1,4 +1,4 @@
-"""Clicks, outlines and masks through `Predictor` and `SamPredictor`, on a tiny model and a random tracker."""
+"""Clicks, outlines and masks through `Predictor` and `SamPredictor`; a tiny model, the recorded tracker."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3lt_jax import Predictor, Sam3Tracker, SamPredictor, tracker_from_pretrained
-from sam3lt_jax.checkpoints import engine, random_init
-from sam3lt_jax.checkpoints.random_init import tracker_config
-from sam3lt_jax.checkpoints.tracker import tracker_leaves
+from sam3lt_jax import Predictor, SamPredictor, tracker_from_pretrained
 from sam3lt_jax.processing.clicks import mask_logits
 from tests import tiny
+from tests.parity import tracker as reference
 from tests.test_predictor import photo
 
 HEIGHT, WIDTH = 60, 90
@@ -23,11 +21,8 @@ POINT, OTHER = [30.0, 20.0], [70.0, 45.0]
 @pytest.fixture(scope="module")
 def predictor():
   config = tiny.config(vocab_size=49408)
-  tracker = Sam3Tracker(tracker_config(config))
-  leaves = tracker_leaves(tracker, config.vision.hidden_size)
-  variables = engine.unflatten(random_init.random_leaves(leaves, 0, lambda x: x, lambda n: None))
   with tiny.hurry():
-    made = Predictor(*tiny.load(config), tracker=(tracker, variables))
+    made = Predictor(*tiny.load(config), tracker=reference.load())
   return made.set_image(photo(HEIGHT, WIDTH))
 
 
