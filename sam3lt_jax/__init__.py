@@ -28,6 +28,7 @@ _EXPORTS = {
   "SamPredictor": "interactive",
   "Sam3Tracker": "tracker",
   "Sam3TrackerOutput": "tracker",
+  "Sam3TrackerProcessor": "processing.tracker_processor",
   "TextFeatures": "features",
   "TrackerConfig": "config",
   "TrackerProfile": "config",

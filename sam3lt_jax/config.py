@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from sam3lt_jax.errors import ArgumentError
 
-PADDING_LABEL = -10  # of a box slot that holds no box; real boxes have 1 or 0
+PADDING_LABEL = -10  # of a slot that holds no box or point; real ones have 1 or 0
+NOT_A_POINT = -1  # a point's label: its own token, whatever its place
 BOX_ONLY_PHRASE = "visual"  # what both references read where there are boxes and no phrase
 
 GeometryCls = Literal["always", "with_boxes", "with_any_boxes"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.features import Clicks, VisionFeatures
-from sam3lt_jax.ops.interpolation import interpolation_matrix
+from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.cleaning import clean
 from sam3lt_jax.processing.clicks import clicks_of
 from sam3lt_jax.processing.results import Results
@@ -64,12 +64,6 @@ def answer(engine: Engine, vision: VisionFeatures, clicks: Clicks, multimask: bo
   return Answer(*map(np.concatenate, zip(*parts)))
 
 
-def enlarge(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """float32 [..., h, w] logits -> [..., H, W], bilinear."""
-  rows, columns = (interpolation_matrix(inside, length) for inside, length in zip(logits.shape[-2:], size))
-  return np.matmul(np.matmul(rows, logits), columns.T)
-
-
 def results(engine: Engine, found: Answer, size: tuple[int, int], mask_threshold: float) -> Results:
   """Of an answer with one mask an object."""
   profile = engine.tracker.config.profile
@@ -77,7 +71,8 @@ def results(engine: Engine, found: Answer, size: tuple[int, int], mask_threshold
   bound = float(np.log(mask_threshold) - np.log1p(-mask_threshold))
   masks = np.empty((P, *size), bool)
   for p in range(P):
-    masks[p] = enlarge(clean(found.logits[p, 0], profile.hole_area), size) > bound
+    cleaned = clean(found.logits[p, 0], profile.hole_area)
+    masks[p] = postprocess.resize_masks(cleaned, size) > bound
   labels = ("object",) if P == 1 else tuple(f"object {p + 1}" for p in range(P))
   boxes = np.stack([mask_box(mask) for mask in masks])
   return Results(
@@ -168,7 +163,7 @@ class SamPredictor:
     found = answer(engine, vision, clicks, multimask_output)
     profile = engine.tracker.config.profile
     cleaned = np.stack([[clean(m, profile.hole_area) for m in of_one] for of_one in found.logits])
-    masks = enlarge(cleaned, size)
+    masks = postprocess.resize_masks(cleaned, size)
     masks = masks if return_logits else masks > 0
     out = masks, found.ious, limited(found.logits, profile.logit_limit)
     several = np.ndim(point_coords) == 3 or np.ndim(box) == 2 or len(found.ious) > 1

@@ -20,14 +20,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.config import PADDING_LABEL, TrackerConfig
+from sam3lt_jax.config import NOT_A_POINT, PADDING_LABEL, TrackerConfig
 from sam3lt_jax.features import Clicks, TrackerFeatures
 from sam3lt_jax.model_inputs import image_of_each_prompt
 from sam3lt_jax.nn.layers import Dense, Dtype, PatchConv, ReluMlp, Taps, embedding_init, repeat_rows, tap
 from sam3lt_jax.nn.memory_attention import MemoryAttention
 from sam3lt_jax.nn.memory_encoder import MemoryEncoder
 from sam3lt_jax.nn.neck import Neck
-from sam3lt_jax.nn.prompt_encoder import NOT_A_POINT, PromptEncoder
+from sam3lt_jax.nn.prompt_encoder import PromptEncoder
 from sam3lt_jax.nn.tracker_mask_decoder import Decoded, TrackerMaskDecoder, single_mask
 
 

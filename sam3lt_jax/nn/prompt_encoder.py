@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from sam3lt_jax.nn.layers import Conv, Dtype, LayerNorm, PatchConv, embedding_init, gelu
 from sam3lt_jax.ops import positions
 
-LABELS = 4  # of points: 0 negative, 1 positive, 2 top-left and 3 bottom-right corner of a box
-NOT_A_POINT = -1  # its own token, whatever its place
+KINDS = 4  # of points, by label: 0 negative, 1 positive, 2 top-left and 3 bottom-right corner of a box
+NOT_A_POINT = -1  # a label too: its own token, whatever its place
 ZERO_TOKEN = -10  # transformers' padding: a token of zeros that takes part in attention
 
 
@@ -67,7 +67,7 @@ class PromptEncoder(nn.Module):
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     table = {"embedding_init": embedding_init, **kw}
     self.shared_embedding = FourierPositions(self.features, self.param_dtype)
-    self.point_embed = [nn.Embed(1, self.features, **table) for _ in range(LABELS)]
+    self.point_embed = [nn.Embed(1, self.features, **table) for _ in range(KINDS)]
     self.not_a_point_embed = nn.Embed(1, self.features, **table)
     self.no_mask_embed = nn.Embed(1, self.features, **table)
     self.mask_embed = MaskEmbedding(self.features, self.mask_hidden, **kw)
@@ -84,7 +84,7 @@ class PromptEncoder(nn.Module):
     """
     code = self.shared_embedding(xy).astype(self.dtype)
     kinds = jnp.concatenate([kind.embedding for kind in self.point_embed]).astype(self.dtype)
-    token = code + jnp.where(labels[..., None] >= 0, kinds[jnp.clip(labels, 0, LABELS - 1)], 0)
+    token = code + jnp.where(labels[..., None] >= 0, kinds[jnp.clip(labels, 0, KINDS - 1)], 0)
     ends = self.not_a_point_embed.embedding.astype(self.dtype)  # [1, D]
     token = jnp.where(labels[..., None] == NOT_A_POINT, ends, token)
     token = jnp.where((labels[..., None] == ZERO_TOKEN) | ~valid[..., None], 0, token)

@@ -31,6 +31,7 @@ def clicks_of(
   masks: Any = None,
   *,
   names: tuple[str, str, str, str] = ("points", "point_labels", "box", "mask"),
+  accepted: Sequence[int] = (0, 1),
 ) -> Clicks:
   """One row an object.
 
@@ -43,6 +44,7 @@ def clicks_of(
     masks: to start from: bool [H, W] or [P, H, W] of the image, or logits [mask_side, mask_side] or
       [P, mask_side, mask_side] of an earlier answer.
     names: what the caller's user knows these four by.
+    accepted: labels that may be given, see `features.Clicks`.
 
   Returns:
     `Clicks` of numpy arrays, as many slots as the object with most points needs, box corners first.
@@ -55,7 +57,7 @@ def clicks_of(
     raise ValueError(f"nothing to look for: give {points_name}, {box_name} or {mask_name}")
   if points is None and labels is not None:
     raise ArgumentError(labels_name, f" were given without {points_name}")
-  rows = [] if points is None else _point_rows(points, labels, size, points_name, labels_name)
+  rows = [] if points is None else _point_rows(points, labels, size, points_name, labels_name, accepted)
   corners = None if boxes is None else _boxes(boxes, size, box_name)
   given = None if masks is None else _masks(masks, size, mask_side, mask_name)
   counts = {
@@ -85,7 +87,7 @@ def clicks_of(
 
 
 def _point_rows(
-  points: Any, labels: Any, size: tuple[int, int], name: str, labels_name: str
+  points: Any, labels: Any, size: tuple[int, int], name: str, labels_name: str, accepted: Sequence[int]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """(points [N, 2], labels [N]) of each object."""
   points = _plain(points, name, _POINTS)
@@ -116,18 +118,20 @@ def _point_rows(
       raise ArgumentError(name, f"{which} must be [[x, y], ...] in pixels, got {row!r:.80}") from None
     if not np.isfinite(xy).all():
       raise ArgumentError(name, f"{which} must be finite, got {xy.tolist()!r:.80}")
-    outside = (xy < 0) | (xy > (size[1], size[0]))
+    kind = [1] * len(xy) if labels is None else labels[p]
+    if len(kind) != len(xy):
+      raise ArgumentError(labels_name, f"{which} must be one a point: {len(xy)} expected, got {len(kind)}")
+    for label in kind:
+      if isinstance(label, (str, bytes)) or label not in accepted:
+        raise ArgumentError(labels_name, f"{which} must be 1 (on the object) or 0 (off it), got {label!r}")
+    outside = ((xy < 0) | (xy > (size[1], size[0]))) & np.isin(kind, (0, 1))[
+      :, None
+    ]  # of padding it means nothing
     if outside.any():
       k = int(np.flatnonzero(outside.any(axis=1))[0])
       raise ArgumentError(
         name, f"{which} must lie in the image of {size[1]}x{size[0]} pixels, got {xy[k].tolist()}"
       )
-    kind = [1] * len(xy) if labels is None else labels[p]
-    if len(kind) != len(xy):
-      raise ArgumentError(labels_name, f"{which} must be one a point: {len(xy)} expected, got {len(kind)}")
-    for label in kind:
-      if isinstance(label, (str, bytes)) or label not in (0, 1):
-        raise ArgumentError(labels_name, f"{which} must be 1 (on the object) or 0 (off it), got {label!r}")
     rows.append((xy, np.asarray(kind, np.int32)))
   if not rows:
     raise ArgumentError(name, f" must be {_POINTS}, got {points!r}")

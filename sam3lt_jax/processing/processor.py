@@ -194,7 +194,7 @@ class Sam3Processor:
     out = ProcessorOutput()
     sizes = None
     if images is not None:
-      pixels, sizes = zip(*(image_ops.preprocess(image, self.image_size) for image in _image_list(images)))
+      pixels, sizes = zip(*(image_ops.preprocess(image, self.image_size) for image in image_list(images)))
       out["pixel_values"] = np.stack(pixels)
     if original_sizes is not None:
       given = postprocess.check_sizes("original_sizes", original_sizes)
@@ -344,7 +344,7 @@ class Sam3Processor:
     return results if return_segmentation_scores else [r.segmentation for r in results]
 
 
-def _image_list(images: Any) -> list[Any]:
+def image_list(images: Any) -> list[Any]:
   """One image or several to a list; an array [B, H, W, C] is taken apart."""
   if isinstance(images, (list, tuple)):
     if not images:

@@ -1,0 +1,170 @@
+"""Sam3TrackerProcessor: images, points and boxes to the tracker's arrays, and its masks to the images' size.
+
+Arguments and conventions are those of transformers 5.23.0 (`processing_sam3_tracker.py`). Axes: B images, P
+objects of all images, N points, C masks of an object, S side of the model's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sam3lt_jax.config import NOT_A_POINT, PADDING_LABEL, TrackerConfig
+from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.features import Clicks
+from sam3lt_jax.processing import images as image_ops
+from sam3lt_jax.processing import postprocess
+from sam3lt_jax.processing.cleaning import clean
+from sam3lt_jax.processing.clicks import clicks_of
+from sam3lt_jax.processing.processor import ProcessorOutput, image_list
+
+_NAMES = ("input_points", "input_labels", "input_boxes", "input_masks")
+_LABELS = (0, 1, NOT_A_POINT, PADDING_LABEL)
+
+
+class Sam3TrackerProcessor:
+  """Prepares prompts for `Sam3Tracker` and reads its masks, with transformers' arguments.
+
+  Differences from transformers 5.23.0: `pixel_values` are channels-last; prompts come back as one `Clicks`
+  with a row an object, so that images may have different numbers of objects and objects different numbers of
+  points without padding that is attended; holes and specks are cleaned without a CUDA package; a point beyond
+  its image is an error.
+  """
+
+  def __init__(self, config: TrackerConfig | None = None, image_size: int = 1008):
+    """config: of the tracker; image_size: S, a multiple of its patch size."""
+    self.config = config or TrackerConfig()
+    patch = self.config.patch_size
+    if (
+      isinstance(image_size, bool)
+      or not isinstance(image_size, int)
+      or image_size < 2 * patch
+      or image_size % patch
+    ):
+      raise ArgumentError(
+        "image_size", f" must be a multiple of {patch}, at least {2 * patch}, got {image_size!r}"
+      )
+    self.image_size = image_size
+
+  def __call__(
+    self,
+    images: Any = None,
+    segmentation_maps: Any = None,
+    input_points: Any = None,
+    input_labels: Any = None,
+    input_boxes: Any = None,
+    input_masks: Any = None,
+    original_sizes: Any = None,
+  ) -> ProcessorOutput:
+    """Args (all optional):
+      images: one image or a list of B (what `images.load_image` takes), or an array [B, H, W, 3].
+      segmentation_maps: not supported.
+      input_points: [image][object][point][x, y] in pixels of the image.
+      input_labels: [image][object][point], 1 on the object, 0 off it, -1 no point, -10 padding. Default: 1.
+      input_boxes: [image][object][x1, y1, x2, y2] in pixels: the outline of each object.
+      input_masks: [image][object] logits of the model's mask size, or bool masks of the image's.
+      original_sizes: (height, width) an image, in place of images.
+
+    Returns:
+      A dictionary with attribute access: pixel_values float32 [B, S, S, 3] in [-1, 1], original_sizes int64
+      [B, 2], and, where there are prompts, clicks: `Clicks` of P objects, image by image, with image_index.
+
+    Raises:
+      ValueError: naming the argument, what was received and what is accepted.
+    """
+    if segmentation_maps is not None:
+      raise ValueError("segmentation_maps is not supported: this processor prepares images and prompts only")
+    given = dict(zip(_NAMES, (input_points, input_labels, input_boxes, input_masks)))
+    prompted = any(value is not None for value in given.values())
+    if images is None and original_sizes is None:
+      raise ValueError("give images, or original_sizes with prompts")
+    out = ProcessorOutput()
+    if images is not None:
+      pixels, sizes = zip(*(image_ops.preprocess(image, self.image_size) for image in image_list(images)))
+      out["pixel_values"] = np.stack(pixels)
+    else:
+      sizes = postprocess.check_sizes("original_sizes", original_sizes)
+    out["original_sizes"] = np.asarray(sizes, np.int64).reshape(-1, 2)
+    if prompted:
+      out["clicks"] = self._clicks(given, [tuple(int(n) for n in size) for size in sizes])
+    return out
+
+  def _clicks(self, given: dict[str, Any], sizes: list[tuple[int, int]]) -> Clicks:
+    for name, value in given.items():
+      if value is not None and len(value) != len(sizes):
+        raise ArgumentError(name, f" must have one entry an image: {len(sizes)} expected, got {len(value)}")
+    side = 4 * (self.image_size // self.config.patch_size)
+    rows = []
+    for i, size in enumerate(sizes):
+      own = [None if value is None else value[i] for value in given.values()]
+      if any(value is not None for value in own):
+        names = tuple(f"{name}[{i}]" for name in _NAMES)
+        rows.append((i, clicks_of(size, side, *own, names=names, accepted=_LABELS)))
+    if not rows:
+      raise ValueError("every image's prompts are None: leave them out, or give one")
+    return _joined(rows, side)
+
+  def post_process_masks(
+    self,
+    masks: Sequence[Any] | np.ndarray,
+    original_sizes: Any,
+    mask_threshold: float = 0.0,
+    binarize: bool = True,
+    max_hole_area: float = 0.0,
+    max_sprinkle_area: float = 0.0,
+    apply_non_overlapping_constraints: bool = False,
+  ) -> list[np.ndarray]:
+    """The model's masks in the size of their images.
+
+    Args:
+      masks: logits, one entry an original size: `pred_masks` [P, C, h, w] with the size of each row's image,
+        or a list of [P, C, h, w], one an image.
+      original_sizes: (height, width), one an entry of `masks`.
+      mask_threshold: logit above which a pixel is on the mask.
+      binarize: bool masks; False: float32 logits.
+      max_hole_area, max_sprinkle_area: cells of the model's masks; what is not larger is filled or taken out.
+      apply_non_overlapping_constraints: a pixel belongs to the object with the highest logit alone; the first
+        axis of an entry is then the objects.
+
+    Returns:
+      One array an entry, [..., H, W].
+
+    Raises:
+      ValueError: counts that do not match.
+    """
+    sizes = postprocess.check_sizes("original_sizes", original_sizes, len(masks))
+    out = []
+    for mask, size in zip(masks, sizes):
+      mask = np.asarray(mask, np.float32)
+      cleaned = [
+        clean(m, int(max_hole_area), int(max_sprinkle_area), mask_threshold)
+        for m in mask.reshape(-1, *mask.shape[-2:])
+      ]
+      large = postprocess.resize_masks(np.stack(cleaned).reshape(mask.shape), size)
+      if apply_non_overlapping_constraints and len(large) > 1:
+        best = large.argmax(axis=0) == np.arange(len(large)).reshape(-1, *[1] * (large.ndim - 1))
+        large = np.where(best, large, np.minimum(large, -10.0))
+      out.append(large > mask_threshold if binarize else large)
+    return out
+
+
+def _joined(rows: list[tuple[int, Clicks]], side: int) -> Clicks:
+  """Clicks of several images as one."""
+  slots = max(clicks.valid.shape[1] for _, clicks in rows)
+
+  def padded(x: np.ndarray) -> np.ndarray:
+    return np.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0))[: x.ndim])
+
+  points, labels, valid = (
+    np.concatenate([padded(getattr(clicks, name)) for _, clicks in rows])
+    for name in ("points", "labels", "valid")
+  )
+  index = np.repeat([i for i, _ in rows], [len(clicks.valid) for _, clicks in rows]).astype(np.int32)
+  masks = has_mask = None
+  if any(clicks.masks is not None for _, clicks in rows):
+    none = [np.zeros((len(clicks.valid), side, side), np.float32) for _, clicks in rows]
+    masks = np.concatenate([n if c.masks is None else c.masks for n, (_, c) in zip(none, rows)])
+    has_mask = np.concatenate([np.full(len(c.valid), c.masks is not None) for _, c in rows])
+  return Clicks(points, labels, valid, masks, has_mask, index)
