@@ -77,6 +77,22 @@ def add_model(parser: argparse.ArgumentParser, dtype: str = "to compute in") -> 
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help=f"{dtype} (default: float32)")
 
 
+def add_tracker(parser: argparse.ArgumentParser, required: bool = False) -> None:
+  """--tracker, of `Predictor.from_pretrained`; read it with `tracker_of`."""
+  parser.add_argument(
+    "--tracker",
+    required=required,
+    metavar="ID|DIR|FILE|same",
+    help="where SAM 3's tracker is, which clicks need: 'facebook/sam3', a folder, a .pt file of SAM 3 or "
+    "SAM3-LiteText; 'same': in --model itself",
+  )
+
+
+def tracker_of(args: argparse.Namespace) -> str | bool | None:
+  """`tracker` of `Predictor.from_pretrained`."""
+  return True if args.tracker == "same" else args.tracker
+
+
 def filled(kind: type, args: argparse.Namespace) -> dict[str, Any]:
   """What `args` say of the fields of a dataclass, by name: each option's `dest` is a field."""
   return {f.name: getattr(args, f.name) for f in dataclasses.fields(kind) if hasattr(args, f.name)}

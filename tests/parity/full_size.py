@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import pathlib
 import tempfile
 from typing import Any
@@ -21,10 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import torch_reference
-from sam3lt_jax import Predictor, Sam3LiteTextConfig, Sam3Processor, from_pretrained
+from sam3lt_jax import (
+  Predictor,
+  Sam3LiteTextConfig,
+  Sam3Processor,
+  from_pretrained,
+  tracker_from_pretrained,
+)
+from tests.parity import full_size_clicks
 
 PHOTO = pathlib.Path(__file__).parents[2] / "examples" / "coffee.jpg"
 SEED = 0
+TRACKER = "tracker"  # the folder of its weights, below the model's
 PROMPTS = {
   "text": {"text": ["coffee cup"]},
   "text and boxes": {
@@ -59,8 +68,8 @@ class Row:
   mask_iou: float  # mean over kept masks
 
 
-def run_reference(directory: str) -> dict[str, Detections]:
-  """Writes the random checkpoint to `directory` and runs transformers on it."""
+def run_reference(directory: str) -> tuple[dict[str, Detections], dict[str, Any]]:
+  """Writes the random checkpoint to `directory`, its tracker below, and runs transformers on them."""
   ref = torch_reference.import_reference()
   data = Sam3LiteTextConfig.s0("transformers").to_json()
   config = ref.Sam3LiteTextConfig(**{k: v for k, v in data.items() if k != "sam3lt_jax"})
@@ -68,7 +77,8 @@ def run_reference(directory: str) -> dict[str, Detections]:
   model.save_pretrained(directory)
   processor = Sam3Processor("transformers")
   post = ref.transformers.Sam3ImageProcessor()
-  results = {}
+  results, trunk = {}, []
+  model.vision_encoder.backbone.register_forward_hook(lambda _, __, out: trunk.append(out.last_hidden_state))
   with ref.torch.no_grad():
     vision = None
     for name, prompt in PROMPTS.items():
@@ -89,19 +99,23 @@ def run_reference(directory: str) -> dict[str, Detections]:
       results[name] = Detections(
         found["scores"].numpy(), found["boxes"].numpy(), found["masks"].numpy().astype(bool)
       )
-  return results
+    del model
+  size = tuple(inputs.original_sizes[0].tolist())
+  return results, full_size_clicks.run_reference(trunk[0], size, os.path.join(directory, TRACKER))
 
 
-def run_here(directory: str, dtype: Any) -> dict[str, Detections]:
+def run_here(directory: str, dtype: Any) -> tuple[dict[str, Detections], dict[str, Any]]:
   """The same checkpoint, photo and prompts through `Predictor`."""
-  model, variables = from_pretrained(directory, dtype=dtype, param_dtype=dtype)
-  predictor = Predictor(model, variables)
+  dtypes = {"dtype": dtype, "param_dtype": dtype}
+  model, variables = from_pretrained(directory, **dtypes)
+  tracker = tracker_from_pretrained(os.path.join(directory, TRACKER), profile="transformers", **dtypes)
+  predictor = Predictor(model, variables, tracker=tracker)
   predictor.set_image(PHOTO)
   results = {}
   for name, prompt in PROMPTS.items():
     found = predictor.predict(**prompt, threshold=0.0)
     results[name] = Detections(found.scores, found.boxes, found.masks)
-  return results
+  return results, full_size_clicks.run_here(predictor)
 
 
 def compare(prompt: str, dtype: str, want: Detections, got: Detections) -> Row:
@@ -132,17 +146,21 @@ def compare(prompt: str, dtype: str, want: Detections, got: Detections) -> Row:
   )
 
 
-def measure(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Row]:
-  """The whole comparison; one model in memory at a time."""
+def measure(
+  dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+) -> tuple[list[Row], list[full_size_clicks.ClickRow]]:
+  """The whole comparison; one model in memory at a time. Clicks are compared in float32."""
   with tempfile.TemporaryDirectory() as directory:
-    want = run_reference(directory)
+    want, want_clicks = run_reference(directory)
     gc.collect()
-    rows = []
+    rows, clicks = [], []
     for dtype in dtypes:
-      got = run_here(directory, jnp.dtype(dtype))
+      got, got_clicks = run_here(directory, jnp.dtype(dtype))
       rows += [compare(name, dtype, want[name], got[name]) for name in PROMPTS]
+      if dtype == "float32":
+        clicks = full_size_clicks.compare(want_clicks, got_clicks)
       gc.collect()
-  return rows
+  return rows, clicks
 
 
 def format_rows(rows: list[Row]) -> str:
@@ -166,11 +184,12 @@ def main() -> None:
   parser.add_argument("--write", action="store_true", help="update docs/parity.md")
   parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
   args = parser.parse_args()
-  rows = measure()
-  table = format_rows(rows)
+  rows, clicks = measure()
+  table = format_rows(rows) + "\n\n" + full_size_clicks.format_rows(clicks)
   print(table)
   if args.json:
-    pathlib.Path(args.json).write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
+    told = {"phrases": [*map(dataclasses.asdict, rows)], "clicks": [*map(dataclasses.asdict, clicks)]}
+    pathlib.Path(args.json).write_text(json.dumps(told))
   if args.write:
     from tests.parity.table import write_section
 

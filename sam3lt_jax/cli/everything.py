@@ -1,0 +1,144 @@
+"""`sam3lt everything`: all that can be told apart in photos, without a phrase or a click."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
+from sam3lt_jax.cli.arguments import (
+  add_model,
+  add_tracker,
+  count,
+  filled,
+  fraction,
+  make_folder,
+  tracker_of,
+  whole,
+)
+from sam3lt_jax.cli.progress import busy
+
+_SHOWN = 2048  # pixels of the longer side of an overlay, which holds a mask of each thing at that size
+
+_EPILOG = """\
+examples:
+  everything in a photo:
+    sam3lt everything street.jpg --tracker facebook/sam3
+  smaller things too: a finer grid, and crops looked at beside the whole photo
+    sam3lt everything street.jpg --tracker facebook/sam3 --points-per-side 48 --crop-n-layers 1
+
+written to the output folder for photo.jpg:
+  photo_everything.jpg    the photo with every mask (at most 2048 pixels a side)
+  photo_everything.json   COCO data set: RLE masks, boxes, scores, stability, the point that each came from
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.usage = "%(prog)s PHOTO... --tracker SOURCE [options]"
+  parser.epilog = _EPILOG
+  add = parser.add_argument
+  add("photos", nargs="+", metavar="PHOTO", help="image files")
+  add_model(parser)
+  add_tracker(parser, required=True)
+  add("--out", default="sam3lt_out", metavar="DIR", help="output folder (default: sam3lt_out)")
+  add("--points-per-side", type=count, default=32, metavar="N", help="of the grid of points (default: 32)")
+  add("--pred-iou-thresh", type=fraction, default=0.88, metavar="T",
+      help="keep masks whose expected IoU is above T (default: 0.88)")  # fmt: skip
+  add("--stability-score-thresh", type=fraction, default=0.95, metavar="T",
+      help="keep masks that hardly depend on their threshold: of a stability of at least T (default: 0.95)",
+  )  # fmt: skip
+  add("--box-nms-thresh", type=fraction, default=0.7, metavar="T",
+      help="of masks whose boxes overlap by more than T keep the best (default: 0.7)")  # fmt: skip
+  add("--crop-n-layers", type=whole, default=0, metavar="N",
+      help="look at 2 x 2, 4 x 4, ... crops as well, N layers of them (default: 0)")  # fmt: skip
+  add("--min-mask-region-area", type=whole, default=0, metavar="PIXELS",
+      help="take out holes and islands of fewer pixels (default: 0)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+  from sam3lt_jax.everything import Options
+
+  options = {**filled(Options, args), "output_mode": "coco_rle"}
+  for photo in args.photos:
+    if not os.path.isfile(photo):
+      raise UserError(f"no such photo: {photo}")
+  make_folder(args.out)
+  with busy(f"loading {args.model}"):
+    from sam3lt_jax.predictor import Predictor
+
+    predictor = Predictor.from_pretrained(
+      args.model, tracker=tracker_of(args), profile=args.profile, dtype=args.dtype
+    )
+  failed = 0
+  for photo in args.photos:
+    try:
+      with busy(photo):
+        line = _one(predictor, photo, args.out, options)
+      print(line)
+    except Exception as e:
+      if not is_users_mistake(e):
+        raise
+      print(error_line(e), file=sys.stderr)
+      failed += 1
+  if failed and len(args.photos) > 1:
+    print(f"{PROGRAM}: {failed} of {len(args.photos)} photos failed", file=sys.stderr)
+  return 2 if failed else 0
+
+
+def _one(predictor: Any, photo: str, out: str, options: dict[str, Any]) -> str:
+  """Segments a photo and writes what is found; returns the line to show."""
+  from sam3lt_jax.processing.images import load_image
+
+  start = time.perf_counter()
+  image = load_image(photo)
+  records = predictor.generate_masks(image, **options)
+  seconds = time.perf_counter() - start
+  base = os.path.join(out, os.path.splitext(os.path.basename(photo))[0])
+  height, width = image.shape[:2]
+  data = {
+    "images": [{"id": 1, "file_name": photo, "height": height, "width": width}],
+    "categories": [{"id": 1, "name": "object"}],
+    "annotations": [
+      {
+        "id": i, "image_id": 1, "category_id": 1, "iscrowd": 0, "score": record["predicted_iou"],
+        **{k: v for k, v in record.items() if k != "predicted_iou"},
+      }
+      for i, record in enumerate(records, 1)
+    ],
+  }  # fmt: skip
+  with open(f"{base}_everything.json", "w", encoding="utf-8") as f:
+    json.dump(data, f)
+    f.write("\n")
+  _overlay(image, records).save(f"{base}_everything.jpg", quality=92)
+  return (
+    f"{photo}  {width}x{height}  {seconds:.1f} s  {len(records)} found\n"
+    f"  wrote {base}_everything.jpg, {base}_everything.json"
+  )
+
+
+def _overlay(image: np.ndarray, records: list[dict[str, Any]]):
+  """The photo with the masks, both at most `_SHOWN` pixels a side."""
+  from PIL import Image
+  from pycocotools import mask as coco_mask
+
+  from sam3lt_jax.interactive import mask_box
+  from sam3lt_jax.processing.results import Results
+
+  height, width = image.shape[:2]
+  scale = min(1.0, _SHOWN / max(height, width))
+  size = max(1, round(height * scale)), max(1, round(width * scale))
+  small = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+  masks = np.zeros((len(records), *size), bool)
+  for mask, record in zip(masks, records):
+    whole_mask = coco_mask.decode(record["segmentation"])
+    mask[:] = np.asarray(Image.fromarray(whole_mask).resize(size[::-1], Image.Resampling.NEAREST)) > 0
+  boxes = np.stack([mask_box(mask) for mask in masks]) if records else np.zeros((0, 4))
+  scores = np.array([record["predicted_iou"] for record in records])
+  found = Results(boxes, scores, masks, tuple(str(i) for i in range(1, len(records) + 1)), size)
+  return found.render(np.asarray(small), scale="auto")
