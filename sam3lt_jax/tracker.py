@@ -140,7 +140,7 @@ class Sam3Tracker(nn.Module):
 
   def _checked(self, clicks: Clicks, images: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """points, labels and which slots count, as the profile says."""
-    points, labels, valid = clicks.points, clicks.labels, clicks.valid
+    points, labels, valid = (jnp.asarray(x) for x in (clicks.points, clicks.labels, clicks.valid))
     shape = points.shape[:2]
     if points.ndim != 3 or points.shape[2] != 2 or labels.shape != shape or valid.shape != shape:
       raise ValueError(

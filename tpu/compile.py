@@ -15,6 +15,7 @@ import argparse
 import collections
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -29,12 +30,14 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax import engine, parallel
+from sam3lt_jax.checkpoints import random_init
 from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 from sam3lt_jax.config import Sam3LiteTextConfig
 from sam3lt_jax.data.batches import BatchConfig
-from sam3lt_jax.features import Prompts
+from sam3lt_jax.features import Clicks, Prompts, VisionFeatures
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.ops import target
+from sam3lt_jax.tracker import Sam3Tracker
 from sam3lt_jax.training.detection import memory
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.setup import FinetuneConfig
@@ -77,6 +80,28 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
       lambda *given: engine.detect(model, *given), (variables, features, asked), (False, True, True)
     )
 
+  tracker = Sam3Tracker(random_init.tracker_config(config), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  make = functools.partial(tracker.init_variables, trunk_width=config.vision.hidden_size)
+  of_tracker = jax.eval_shape(make, jax.random.key(0))
+
+  def with_tracker(v: Any, t: Any, pixels: jax.Array) -> VisionFeatures:
+    return engine.encode(model, tracker, (v, t), pixels)
+
+  def vision_and_tracker() -> Program:
+    _, (_, pixels), _, _ = vision(1)
+    return Program(with_tracker, (variables, of_tracker, pixels), (False, False, True))
+
+  def clicks(objects: int) -> Program:
+    lead, slots = (ways, objects), engine.POINT_BUCKETS[0]
+    features = jax.eval_shape(with_tracker, *vision_and_tracker().arguments).tracker
+    asked = Clicks(
+      struct((*lead, slots, 2), jnp.float32), struct((*lead, slots), jnp.int32), struct((*lead, slots), bool)
+    )
+    return Program(
+      lambda *given: engine.click(tracker, *given), (of_tracker, features, asked, struct((), jnp.float32)),
+      (False, True, True, False),
+    )  # fmt: skip
+
   def training() -> Program:
     tuning = FinetuneConfig(
       data=BatchConfig(batch_size=ways, prompts=1, objects=32), dtype="bfloat16", remat=True,
@@ -90,6 +115,8 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
     f"vision, {n} image{plural(n)}": lambda n=n: vision(n) for n in (1, 8)
   }
   found |= {f"detection, {n} prompt{plural(n)}": lambda n=n: detection(n) for n in (1, 4, 16)}
+  found |= {"vision and tracker, 1 image": vision_and_tracker}
+  found |= {f"clicks, {n} object{plural(n)}": lambda n=n: clicks(n) for n in (1, 64)}
   return found | {"training step, LoRA, 1 image": training}
 
 
@@ -233,7 +260,8 @@ included; nothing was run on a TPU, and no time was measured.
   bytes say nothing and are left out. At full size it was not compiled yet: 25 minutes on 2 cores, shared with
   others, were not enough. A small model's is, kernels of its backward pass included.
 - `vision` is uint8 images to the features that all prompts about them share, `detection` prompts with 8 box
-  slots about one image to scores, boxes and masks. bfloat16; weights are arguments.
+  slots about one image to scores, boxes and masks; `clicks` prompts of up to 4 points about one image to
+  masks and their scores. bfloat16; weights are arguments.
 - On several chips each does what the program's name says; "collectives" are operations between chips.
 """
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sam3lt_jax.checkpoints import engine
+from sam3lt_jax.features import Clicks
 from sam3lt_jax.ops import positions
 from sam3lt_jax.ops.interpolation import interpolation_matrix
 from tests.checkpoints.common import fixture
@@ -185,3 +188,55 @@ def test_memory_attention(name):
     variables, image, np.concatenate([memory, extra], 1), np.concatenate([places, extra], 1), mask
   )
   close(padded, np.asarray(got), 1e-5, "with masked tokens")
+
+
+# ---------------------------------------------------------------- no inert tensor
+
+_KEY_BIAS = "adds the same score to every key of a query, which the softmax cancels"
+_BY_SESSION = "read by what chooses the memory of a frame, not by a module"
+INERT = {
+  r"neck/fpn_layers_3/.*": "the x0.5 level, which the tracker drops",
+  r"mask_decoder/transformer/.*/k_proj/bias": _KEY_BIAS,
+  r"no_memory_positional_encoding": "neither reference reads it",
+  r"memory_temporal_positional_encoding": _BY_SESSION,
+  r"temporal_positional_encoding_projection_layer/.*": _BY_SESSION,
+  r"mask_downsample/.*": _BY_SESSION,
+}
+
+
+def test_every_leaf_moves_an_output():
+  """Each leaf is set to zero in turn. Those that move nothing are listed, and the list holds no other."""
+  tracker, variables = reference.load()
+  f, rng = fixture("tracker"), np.random.default_rng(0)
+  trunk = jnp.asarray(np.tile(f["neck/trunk_map"].transpose(0, 2, 3, 1), (2, 1, 1, 1)))
+  clicks = Clicks(
+    rng.uniform(size=(2, 5, 2)).astype(np.float32), np.array([[2, 3, 1, 0, -1]] * 2, np.int32),
+    np.ones((2, 5), bool), rng.normal(0, 5, (2, 32, 32)).astype(np.float32), np.array([True, False]),
+  )  # fmt: skip
+  masks = rng.uniform(-10, 10, (2, 128, 128)).astype(np.float32)
+
+  @jax.jit
+  def outputs(variables):
+    def run(m):
+      features = m.get_image_features(trunk)
+      decoded = m.decode(features, clicks)
+      present = jnp.array([True, False])
+      memory = m.encode_memory(features, masks, present)
+      pointers = m.object_pointers(decoded.tokens[:, 0], present)
+      tokens = jnp.concatenate([memory.reshape(2, 64, -1), pointers.reshape(2, 4, -1)], axis=1)
+      seen = m.memory_attention(features.image, features.image[0], tokens, 0.1 * tokens, 1)
+      return (*decoded, memory, pointers, seen)
+
+    return tracker.apply(variables, method=run)
+
+  leaves = engine.flatten(variables)
+  base = [np.asarray(x) for x in outputs(variables)]
+  still = []
+  for leaf, value in leaves.items():
+    changed = outputs(engine.unflatten({**leaves, leaf: jnp.zeros_like(value)}))
+    if max(np.abs(np.asarray(a) - b).max() for a, b in zip(changed, base)) < 1e-4:
+      still.append(leaf.removeprefix("params/"))
+  expected = [leaf for leaf in still if any(re.fullmatch(pattern, leaf) for pattern in INERT)]
+  assert still == expected
+  for pattern in INERT:
+    assert any(re.fullmatch(pattern, leaf) for leaf in still), f"{pattern} is not inert"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax import from_pretrained, save_pretrained, tracker_from_pretrained
+from sam3lt_jax.checkpoints import engine, tables
 from sam3lt_jax.features import Clicks
 from tests.reference import import_torch_reference, randomise_, tiny_config
 
@@ -168,3 +169,51 @@ def test_written_for_transformers_it_loads_there_whole(directories, tmp_path):
       changed = [k for k in after if "num_batches" not in k and not ref.torch.equal(after[k], before[k])]
       # Its class row, which nothing reads, and what transformers itself fills in are not ours to keep.
       assert not changed, changed
+
+
+def test_gradients_as_transformers(pair, directories):
+  """Of every leaf that the image head reads, through the layout's own tables."""
+  torch = import_torch_reference().torch
+  reference, _ = pair
+  tracker, weights = tracker_from_pretrained(directories / "image", profile="transformers")
+  rng = np.random.default_rng(2)
+  trunk = rng.normal(size=(2, 8, 8, 64)).astype(np.float32)
+  case = CASES["mask and points"]
+  pull = {"pred_masks": (2, 3, 32, 32), "iou_scores": (2, 3), "object_score_logits": (2, 1)}
+  pull = {name: rng.normal(size=shape).astype(np.float32) for name, shape in pull.items()}
+
+  reference.zero_grad()
+  maps = reference.vision_encoder.neck(torch.as_tensor(trunk.transpose(0, 3, 1, 2)))[0]
+  embeddings = [reference.mask_decoder.conv_s0(maps[0]), reference.mask_decoder.conv_s1(maps[1]), maps[2]]
+  out = reference(
+    image_embeddings=embeddings,
+    input_points=torch.as_tensor(case["points"], dtype=torch.float32),
+    input_labels=torch.as_tensor(case["labels"]),
+    input_masks=torch.as_tensor(case["masks"][:, None]),
+  )
+  sum((getattr(out, name)[:, 0] * torch.as_tensor(w)).sum() for name, w in pull.items()).backward()
+  grads = {}
+  for name, p in reference.named_parameters():
+    if "backbone" not in name:
+      key = f"tracker_model.{name}".replace("tracker_model.vision_encoder.neck", "tracker_neck")
+      grads[key] = np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
+  matrix = "tracker_model.prompt_encoder.shared_embedding.positional_embedding"
+  grads[matrix] = np.zeros((2, WIDTH // 2), np.float32)  # drawn once, never trained
+  leaves = engine.flatten(weights)
+  want = engine.load_tensors(tables.tracker_layout("transformers"), grads, leaves)
+
+  @jax.jit
+  @jax.grad
+  def ours(weights):
+    features = tracker.apply(weights, trunk, method="get_image_features")
+    output = tracker.apply(weights, features, _clicks(**case))
+    return sum(jnp.vdot(getattr(output, name), w) for name, w in pull.items())
+
+  got = engine.flatten(ours(weights))
+  largest = {leaf: float(np.abs(expected).max()) for leaf, expected in want.items()}
+  apart = {leaf: float(np.abs(np.asarray(got[leaf]) - expected).max()) for leaf, expected in want.items()}
+  # Sums of thousands of terms in another order: of the leaf's own scale, or near zero of all leaves'.
+  floor = 1e-6 * max(largest.values())
+  wrong = {leaf: (d, largest[leaf]) for leaf, d in apart.items() if d > 2e-4 * largest[leaf] + floor}
+  assert not wrong, wrong
+  assert sum(value > 1e-3 for value in largest.values()) > 140  # not what one-mask outputs and padding read

@@ -37,6 +37,7 @@ def main() -> None:
     (1, "vision, 1 image", "default"),
     (4, "vision, 1 image", "highest"),
     (4, "detection, 1 prompt", "highest"),
+    (4, "clicks, 64 objects", "highest"),
   ):
     program = compile.programs(small(), chips)[name]()
     with jax.default_matmul_precision(precision):

@@ -54,12 +54,15 @@ def small():
 @NEEDS_LIBTPU
 @pytest.mark.full
 def test_a_small_model_has_the_kernels_and_no_collective(small):
-  assert len(small) == 3
+  assert len(small) == 4
   for name, found in small.items():
+    assert found["collectives"] == {}, name
+    if name.startswith("clicks"):
+      assert found["kernels"] == {}  # few tokens: nothing to save
+      continue
     # The trunk's two layers and the first of the fusion encoder's two; the second, and the decoder's.
     vision, detection = {"windowed_attention": 3}, {"windowed_attention": 1, "biased_attention": 1}
     assert found["kernels"] == (vision if name.startswith("vision") else detection), name
-    assert found["collectives"] == {}, name
     assert found["temporaries"] < 4 << 20, name  # one global layer's scores alone would be 42 MB
 
 
