@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from tests.benchmarks import workload as workloads
 from tests.benchmarks.timing import say
 
-PARTS = ("memory", "start", "vision", "text", "detect", "end_to_end", "scaling", "profile")
+PARTS = ("memory", "start", "vision", "text", "detect", "clicks", "end_to_end", "scaling", "profile")
 DTYPES = ("float32", "bfloat16")
 
 

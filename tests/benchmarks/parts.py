@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.benchmarks.clicks import clicks
 from tests.benchmarks.sides import Side
 from tests.benchmarks.timing import OURS, REFERENCE, Row, Variant, measure, say
 from tests.benchmarks.workload import PHRASE, Workload
@@ -174,6 +175,7 @@ PARTS: dict[str, Callable[..., Iterable[Row]]] = {
   "vision": vision,
   "text": text,
   "detect": detect,
+  "clicks": clicks,
   "end_to_end": end_to_end,
   "scaling": scaling,
 }

@@ -46,6 +46,7 @@ _TITLES = {
   "vision": "Vision encoder",
   "text": "Text encoder",
   "detect": "Detection",
+  "clicks": "Clicks on an encoded image",
   "end_to_end": "End to end",
   "start": "Start",
   "memory": "Memory",

@@ -153,7 +153,7 @@ def test_every_part_is_measured_on_both_sides(finished):
   assert {"cpu", "cores", "versions", "date", "jax_backend"} <= set(data["machine"])
   assert {"jax", "torch", "transformers"} <= set(data["machine"]["versions"])
   of_part = {part: [r for r in data["rows"] if r["part"].startswith(part)] for part in compare.PARTS}
-  for part in ("vision", "text", "detect", "end_to_end", "scaling", "memory", "start"):
+  for part in ("vision", "text", "detect", "clicks", "end_to_end", "scaling", "memory", "start"):
     assert of_part[part], part
   for row in data["rows"]:
     assert row["dtype"] == "float32" and row["unit"] in ("s", "MB")

@@ -10,6 +10,7 @@ import numpy as np
 
 from convert import torch_reference
 from sam3lt_jax import Predictor, SamPredictor
+from sam3lt_jax.config import VisionConfig
 
 SIDE = 1008
 SEED = 1
@@ -37,27 +38,27 @@ class ClickRow:
   mask_difference: float  # share of pixels that differ
 
 
-def run_reference(
-  trunk: Any, size: tuple[int, int], directory: str
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """Writes a random tracker to `directory` and asks it: prompt -> masks bool [C, H, W] and IoUs [C].
-
-  trunk: [1, 72 * 72, 1024], the last map of the image model's trunk. The tracker's own is left out: its
-  layers are the image model's, which the other table compares.
+def build(vision: VisionConfig, directory: str) -> Any:
+  """transformers' tracker with random weights for a trunk of these sizes, of which it holds one layer only;
+  all but the trunk is written to `directory`.
   """
   ref = torch_reference.import_reference()
-  torch, F = ref.torch, ref.torch.nn.functional
   from safetensors.torch import save_file
 
+  grid, D = vision.image_size // vision.patch_size, vision.fpn_hidden_size
+  sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size}
   backbone = {
-    "model_type": "sam3_vit_model", "hidden_size": trunk.shape[-1], "num_hidden_layers": 1,
-    "global_attn_indexes": [],
+    "model_type": "sam3_vit_model", "hidden_size": vision.hidden_size, "num_hidden_layers": 1,
+    "global_attn_indexes": [], "num_attention_heads": vision.num_attention_heads, **sizes,
   }  # fmt: skip
-  vision = {
-    "model_type": "sam3_vision_model", "backbone_config": backbone,
-    "backbone_feature_sizes": [[288, 288], [144, 144], [72, 72]],
-  }  # fmt: skip
-  config = ref.transformers.Sam3TrackerConfig(vision_config=vision)
+  config = ref.transformers.Sam3TrackerConfig(
+    vision_config={
+      "model_type": "sam3_vision_model", "backbone_config": backbone, "fpn_hidden_size": D,
+      "backbone_feature_sizes": [[n * grid] * 2 for n in (4, 2, 1)],
+    },
+    prompt_encoder_config={"hidden_size": D, **sizes},
+    mask_decoder_config={"hidden_size": D},
+  )  # fmt: skip
   model = torch_reference.randomise_(ref.transformers.Sam3TrackerModel(config).eval(), SEED)
   matrix = model.prompt_encoder.shared_embedding.positional_embedding
   model.shared_image_embedding.positional_embedding.copy_(matrix)
@@ -69,6 +70,20 @@ def run_reference(
   }
   save_file(tensors, os.path.join(directory, "model.safetensors"), metadata={"format": "pt"})
   config.save_pretrained(directory)
+  return model
+
+
+def run_reference(
+  trunk: Any, size: tuple[int, int], directory: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Writes a random tracker to `directory` and asks it: prompt -> masks bool [C, H, W] and IoUs [C].
+
+  trunk: [1, 72 * 72, 1024], the last map of the image model's trunk. The tracker's own is left out: its
+  layers are the image model's, which the other table compares.
+  """
+  ref = torch_reference.import_reference()
+  torch, F = ref.torch, ref.torch.nn.functional
+  model = build(VisionConfig(), directory)
   height, width = size
   scale = torch.tensor([SIDE / width, SIDE / height])
   found, previous = {}, None
