@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3lt_jax import cli, save_pretrained
+from sam3lt_jax import Predictor, cli, save_pretrained
 from tests import tiny
 from tests.parity import tracker as reference
 from tests.test_clicks import HEIGHT, WIDTH, photo
@@ -77,3 +77,54 @@ def test_one_bad_photo_is_named_and_the_rest_is_done(folder, monkeypatch, capsys
   told = capsys.readouterr()
   assert code == 2 and "bad.png" in told.err and "1 of 2 photos failed" in told.err
   assert "photo.png" in told.out
+
+
+# ---------------------------------------------------------------- sam3lt segment with clicks
+
+
+def segment(folder, *arguments):
+  with tiny.hurry():
+    return cli.main([
+      "segment", str(folder / "photo.png"), "--model", str(folder / "model"), "--tracker", "same",
+      "--out", str(folder / "clicked"), "--json", *arguments,
+    ])  # fmt: skip
+
+
+def test_segment_what_is_pointed_at(folder, capsys):
+  code = segment(
+    folder, "--point", "30,20", "--point", "70,45:0", "--outline", "10,10,40,40", "--object", "50,30"
+  )
+  told = capsys.readouterr()
+  assert code == 0, told.err
+  data = json.loads(told.out)
+  assert [c["name"] for c in data["categories"]] == ["object 1", "object 2", "object 3"]
+  assert data["info"]["objects"] == [
+    {"points": [[30, 20], [70, 45]], "point_labels": [1, 0], "box": None},
+    {"points": None, "point_labels": None, "box": [10, 10, 40, 40]},
+    {"points": [[50, 30]], "point_labels": [1], "box": None},
+  ]
+  assert [a["category_id"] for a in data["annotations"]] == [1, 2, 3]
+  with tiny.hurry():
+    predictor = Predictor.from_pretrained(folder / "model", tracker=True)
+  found = predictor.set_image(folder / "photo.png").predict(points=[[30, 20], [70, 45]], point_labels=[1, 0])
+  np.testing.assert_array_equal(coco_mask.decode(data["annotations"][0]["segmentation"]), found.masks[0])
+
+
+@pytest.mark.parametrize(
+  ("message", "arguments"),
+  [
+    ("all that match: one kind a call", ["--point", "1,1", "--box", "1,1,5,5"]),
+    ("--point: must be x,y in pixels, then :0 or :1 or nothing, got '1,2:7'", ["--point", "1,2:7"]),
+    ("points must lie in the image of 90x60 pixels, got [95.0, 1.0]", ["--point", "95,1"]),
+    ("nothing to look for: give a phrase, --box, --point or --outline", []),
+  ],
+)
+def test_segment_mistakes_are_one_line(folder, capsys, message, arguments):
+  assert segment(folder, *arguments) == 2
+  error = capsys.readouterr().err
+  assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_segment_needs_a_tracker_for_points(folder, capsys):
+  assert cli.main(["segment", str(folder / "photo.png"), "--model", "shapes", "--point", "1,1"]) == 2
+  assert "--point, --object and --outline need --tracker" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from sam3lt_jax.cli.arguments import (
   whole,
 )
 from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.errors import shown
 
 _SHOWN = 2048  # pixels of the longer side of an overlay, which holds a mask of each thing at that size
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
   options = {**filled(Options, args), "output_mode": "coco_rle"}
   for photo in args.photos:
     if not os.path.isfile(photo):
-      raise UserError(f"no such photo: {photo}")
+      raise UserError(f"no such photo: {shown(photo)}")
   make_folder(args.out)
   with busy(f"loading {args.model}"):
     from sam3lt_jax.predictor import Predictor
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
   failed = 0
   for photo in args.photos:
     try:
-      with busy(photo):
+      with busy(shown(photo)):
         line = _one(predictor, photo, args.out, options)
       print(line)
     except Exception as e:
@@ -117,8 +118,8 @@ def _one(predictor: Any, photo: str, out: str, options: dict[str, Any]) -> str:
     f.write("\n")
   _overlay(image, records).save(f"{base}_everything.jpg", quality=92)
   return (
-    f"{photo}  {width}x{height}  {seconds:.1f} s  {len(records)} found\n"
-    f"  wrote {base}_everything.jpg, {base}_everything.json"
+    f"{shown(photo)}  {width}x{height}  {seconds:.1f} s  {len(records)} found\n"
+    f"  wrote {shown(base)}_everything.jpg, {shown(base)}_everything.json"
   )
 
 

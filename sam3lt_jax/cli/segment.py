@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
-from sam3lt_jax.cli.arguments import add_model, fraction, make_folder
+from sam3lt_jax.cli.arguments import add_model, add_tracker, fraction, make_folder, tracker_of
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs.sources import images_in, is_image
@@ -38,6 +38,10 @@ examples:
     sam3lt segment truck.jpg --box 85,281,221,362
   a phrase, one example of what it is (:1) and one of what it is not (:0):
     sam3lt segment kitchen.jpg "handle" --box 40,183,318,204:1 --box 60,300,90,350:0
+  one thing that is pointed at, and not what is beside it; a second one by its outline:
+    sam3lt segment truck.jpg --point 320,240 --point 30,25:0 --outline 85,281,221,362 --tracker facebook/sam3
+  two things by a point each:
+    sam3lt segment truck.jpg --tracker facebook/sam3 --object 320,240 --object 520,250
   the scores, in a script:
     sam3lt segment truck.jpg "truck" --json | jq '.annotations[].score'
   nothing downloaded: the bundled model, which knows drawn shapes only
@@ -64,7 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--box", action="append", default=[], type=_box, metavar="X1,Y1,X2,Y2[:0|1]",
       help="an example in pixels of every photo, of what is sought (:1, default) or is not (:0); repeatable",
   )  # fmt: skip
+  add("--point", dest="clicks", action="append", default=[], type=_point, metavar="X,Y[:0|1]",
+      help="a point in pixels of every photo, on one object (:1, default) or off it (:0); repeatable. Joins "
+      "the object before it: the last --object or --outline",
+  ).fills = ("points", "point_labels")  # fmt: skip
+  add("--object", dest="clicks", action="append", type=_object, metavar="X,Y",
+      help="like --point, and begins the next object")  # fmt: skip
+  add("--outline", dest="clicks", action="append", type=_outline, metavar="X1,Y1,X2,Y2",
+      help="the outline of one object in pixels, begins the next object; --box is an example instead",
+  )  # fmt: skip
   add_model(parser)
+  add_tracker(parser)
   add("--random-if-offline", action="store_true",
       help="where the hub cannot be reached, run with random weights, to see the program work")  # fmt: skip
   add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
@@ -88,6 +102,49 @@ def _box(text: str) -> tuple[list[float], int]:
   if box[0] >= box[2] or box[1] >= box[3]:
     raise argparse.ArgumentTypeError(f"must have x1 < x2 and y1 < y2, got {text!r}")
   return box, int(label or 1)
+
+
+@dataclasses.dataclass
+class _Click:
+  """A point, or the outline of an object; `begins`: of the next object."""
+
+  point: tuple[list[float], int] | None = None
+  outline: list[float] | None = None
+  begins: bool = False
+
+
+def _point(text: str) -> _Click:
+  """`x,y[:label]`."""
+  place, colon, label = text.partition(":")
+  try:
+    point = [float(v) for v in place.split(",")]
+  except ValueError:
+    point = []
+  if len(point) != 2 or not all(map(math.isfinite, point)) or (colon and label not in ("0", "1")):
+    raise argparse.ArgumentTypeError(f"must be x,y in pixels, then :0 or :1 or nothing, got {text!r}")
+  return _Click((point, int(label or 1)))
+
+
+def _object(text: str) -> _Click:
+  return dataclasses.replace(_point(text), begins=True)
+
+
+def _outline(text: str) -> _Click:
+  return _Click(outline=_box(text)[0], begins=True)
+
+
+def _objects(clicks: Sequence[_Click]) -> list[dict[str, Any]]:
+  """What `Predictor.predict` is asked for each object."""
+  objects: list[dict[str, Any]] = []
+  for click in clicks:
+    if click.begins or not objects:
+      objects.append({"points": None, "point_labels": None, "box": None})
+    if click.outline is not None:
+      objects[-1]["box"] = click.outline
+    if click.point is not None:
+      objects[-1]["points"] = [*(objects[-1]["points"] or []), click.point[0]]
+      objects[-1]["point_labels"] = [*(objects[-1]["point_labels"] or []), click.point[1]]
+  return objects
 
 
 def sort_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -149,8 +206,17 @@ def run(args: argparse.Namespace) -> int:
   phrases = list(dict.fromkeys([*phrases, *args.text]))
   if any(not phrase.strip() for phrase in phrases):
     raise UserError("a phrase is empty")
-  if not phrases and not args.box:
-    raise UserError(f"nothing to look for: give a phrase or --box (see {PROGRAM} segment --help)")
+  if not phrases and not args.box and not args.clicks:
+    raise UserError(
+      f"nothing to look for: give a phrase, --box, --point or --outline (see {PROGRAM} segment --help)"
+    )
+  if args.clicks and (phrases or args.box):
+    raise UserError(
+      "--point, --object and --outline mean one object each, phrases and --box all that match: one kind a"
+      " call"
+    )
+  if args.clicks and args.tracker is None:
+    raise UserError("--point, --object and --outline need --tracker, where SAM 3's tracker is: facebook/sam3")
   make_folder(args.out)
   for why in bad.values():
     print(why, file=sys.stderr)
@@ -202,20 +268,23 @@ def _load(args: argparse.Namespace) -> Predictor:
   with busy(f"loading {args.model}"):
     from sam3lt_jax.predictor import Predictor
 
+    load = {"profile": args.profile, "dtype": args.dtype, "tracker": tracker_of(args)}
     try:
-      return Predictor.from_pretrained(args.model, profile=args.profile, dtype=args.dtype)
+      return Predictor.from_pretrained(args.model, **load)
     except ConnectionError as e:
       if not args.random_if_offline or args.model not in ("s0", "s1", "l"):
         raise
       print(f"{error_line(e)}\n{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
     args.model = f"{RANDOM}{args.model}"
-    return Predictor.from_pretrained(args.model, profile=args.profile, dtype=args.dtype)
+    return Predictor.from_pretrained(args.model, **load)
 
 
 def _segment(predictor, photo: str, phrases: list[str], args) -> tuple[Any, Results]:
   from sam3lt_jax.processing.images import load_image
 
   image = load_image(photo)  # upright, once for the model and the overlay
+  if args.clicks:
+    return image, _clicked(predictor, image, _objects(args.clicks), args.mask_threshold)
   few = args.model.startswith(RANDOM) and args.threshold is None
   results = predictor(
     image,
@@ -226,6 +295,21 @@ def _segment(predictor, photo: str, phrases: list[str], args) -> tuple[Any, Resu
     mask_threshold=args.mask_threshold,
   )
   return image, results.top_k(_RANDOM_SHOWN) if few else results.sort()
+
+
+def _clicked(predictor, image: Any, objects: list[dict[str, Any]], mask_threshold: float) -> Results:
+  """One instance an object, in the order asked."""
+  from sam3lt_jax.processing.results import Results
+
+  predictor.set_image(image)
+  found = [predictor.predict(**asked, mask_threshold=mask_threshold) for asked in objects]
+  labels = _object_names(len(objects))
+  named = [dataclasses.replace(one, labels=(label,)) for one, label in zip(found, labels)]
+  return Results.concatenate(named)
+
+
+def _object_names(count: int) -> list[str]:
+  return ["object"] if count == 1 else [f"object {i}" for i in range(1, count + 1)]
 
 
 def _output_names(photos: Sequence[str]) -> list[str]:
@@ -258,7 +342,8 @@ class _Report:
 
   @property
   def categories(self) -> list[dict[str, Any]]:
-    return [{"id": i, "name": name} for i, name in enumerate(self.phrases or ["visual"], 1)]
+    names = self.phrases or _object_names(len(_objects(self.args.clicks))) or ["visual"]
+    return [{"id": i, "name": name} for i, name in enumerate(names, 1)]
 
   def add(self, photo: str, results: Results) -> dict[str, Any]:
     """Takes in a photo's results and returns the data set of this photo alone."""
@@ -285,6 +370,7 @@ class _Report:
       "threshold": self.threshold,
       "mask_threshold": self.args.mask_threshold,
       "boxes": [{"xyxy": box, "label": label} for box, label in self.args.box],
+      "objects": _objects(self.args.clicks),
     }
     if info["random_weights"]:
       info["warning"] = RANDOM_WARNING.split("; ")[0]

@@ -50,6 +50,7 @@ _EXAMPLES = {
   "conv_1x1": np.arange(6.0).reshape(2, 3, 1, 1),
   "split_linear": _HALF,
   "split_bias": np.arange(6.0),
+  "split_four_rows": np.arange(12.0).reshape(4, 3),
   "drop_class_row": np.concatenate([np.zeros((1, 1, 3)), np.arange(12.0).reshape(1, 4, 3)], axis=1),
   "squeeze_table": np.arange(6.0).reshape(1, 1, 2, 3),
   "squeeze_scale": np.arange(3.0).reshape(3, 1, 1),

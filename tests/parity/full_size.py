@@ -1,6 +1,6 @@
 """The released size (S0, 1008 px) against transformers on a real photo, from the weights' file to results.
 
-  python -m tests.parity.full_size            # prints the table: about 4 minutes on 2 cores, 9 GB
+  python -m tests.parity.full_size            # prints the table: about 5 minutes on 2 cores, 9 GB
   python -m tests.parity.full_size --write    # and puts it into docs/parity.md
 
 Weights are random (every parameter active), drawn once from a seed, written by transformers and read by
