@@ -5,6 +5,8 @@ The recorded tracker's masks are noise all over the image; where boxes matter it
 
 from __future__ import annotations
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,3 +173,18 @@ def test_min_mask_region_area_leaves_no_speck(predictor):  # of noise
 def test_bad_options_are_a_sentence(predictor, message, options):
   with pytest.raises(ValueError, match=message):
     predictor.generate_masks(photo(HEIGHT, WIDTH), **options)
+
+
+def test_a_large_photo_holds_one_mask_at_a_time(predictor):
+  """With RLE; of bool masks all are what was asked for."""
+  image = np.asarray(np.kron(photo(HEIGHT, WIDTH), np.ones((20, 20, 1), np.uint8)))
+  options = LOOSE | {"box_nms_thresh": 1.0, "points_per_side": 3}
+  predictor.generate_masks(image[:600, :900], **options, output_mode="coco_rle")  # compiles
+  tracemalloc.start()
+  try:
+    found = predictor.generate_masks(image, **options, output_mode="coco_rle")
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  pixels = image.shape[0] * image.shape[1]
+  assert len(found) == 27 and peak < 20 * pixels  # logits of one enlarged mask are 4 of them
