@@ -36,9 +36,10 @@ from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.features import Clicks, Detections, Prompts, TrackerFeatures, VisionFeatures
 from sam3lt_jax.kept import Kept, MaskSource
 from sam3lt_jax.model import Sam3LiteText, Variables
-from sam3lt_jax.nn.tracker_mask_decoder import stability
+from sam3lt_jax.ops.stability import stability
 from sam3lt_jax.phrase_table import PhraseTable
 from sam3lt_jax.processing import postprocess
+from sam3lt_jax.processing.clicks import ClickArrays
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.prompts import Prompt, box_arrays
 from sam3lt_jax.programs import Ahead, Program, explain_memory
@@ -96,7 +97,7 @@ class Clicked:
   Attributes:
     masks: float32 [R, P, M, h, w] logits. ious: float32 [R, P, M].
     object_score_logits: float32 [R, P]. single: int32 [R, P], which mask answers where one is asked for.
-    stability: float32 [R, P, M], see `nn.tracker_mask_decoder.stability`.
+    stability: float32 [R, P, M], see `ops.stability`.
   """
 
   masks: jax.Array
@@ -412,13 +413,13 @@ class Engine:
     return self._run(self._detect, self.variables, vision.replace(tracker=None), prompts)
 
   def click(
-    self, vision: VisionFeatures, clicks: Clicks, offset: float = 1.0
+    self, vision: VisionFeatures, clicks: ClickArrays, offset: float = 1.0
   ) -> Iterator[tuple[int, Clicked]]:
     """Starts prompts about the first image of `vision`, some at a time.
 
     Args:
       vision: of `encode`.
-      clicks: numpy arrays, one row an object, see `processing.clicks.clicks_of`.
+      clicks: of `processing.clicks.clicks_of`, one row an object.
       offset: of the stability that is handed out.
 
     Yields:

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from sam3lt_jax.engine import Engine
-from sam3lt_jax.features import Clicks, VisionFeatures
+from sam3lt_jax.features import VisionFeatures
 from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.cleaning import clean
-from sam3lt_jax.processing.clicks import clicks_of
+from sam3lt_jax.processing.clicks import ClickArrays, clicks_of
 from sam3lt_jax.processing.results import Results
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
   object_score_logits: np.ndarray
 
 
-def answer(engine: Engine, vision: VisionFeatures, clicks: Clicks, multimask: bool | None) -> Answer:
+def answer(engine: Engine, vision: VisionFeatures, clicks: ClickArrays, multimask: bool | None) -> Answer:
   """Asks the tracker.
 
   Args:

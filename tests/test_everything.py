@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from sam3lt_jax import SamAutomaticMaskGenerator, SamPredictor
 from sam3lt_jax.engine import Clicked
 from sam3lt_jax.everything import _crops, _cut, _grid, _without_small
-from sam3lt_jax.nn.tracker_mask_decoder import stability
+from sam3lt_jax.ops.stability import stability
 from sam3lt_jax.processing.postprocess import binary_mask
 from tests.ops.test_nms import plain
 from tests.test_clicks import HEIGHT, WIDTH, photo, predictor

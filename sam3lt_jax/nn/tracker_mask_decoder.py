@@ -26,6 +26,7 @@ from sam3lt_jax.nn.layers import (
   repeat_rows,
   tap,
 )
+from sam3lt_jax.ops.stability import stability
 
 
 class TwoWayLayer(nn.Module):
@@ -179,16 +180,6 @@ def _added(x: jax.Array, of_images: jax.Array) -> jax.Array:
   """x [P, ...] and a map of B images, each of which belongs to P / B prompts in a row."""
   B = of_images.shape[0]
   return (x.reshape(B, -1, *x.shape[1:]) + of_images[:, None]).reshape(x.shape)
-
-
-def stability(masks: jax.Array, offset: float) -> jax.Array:
-  """How little a mask depends on its threshold: the area above `offset` by the area above -`offset`.
-
-  masks: float32 [..., h, w] logits -> float32 [...]; 1 where nothing is above -offset.
-  """
-  inner = (masks > offset).sum(axis=(-2, -1), dtype=jnp.float32)
-  outer = (masks > -offset).sum(axis=(-2, -1), dtype=jnp.float32)
-  return jnp.where(outer > 0, inner / jnp.maximum(outer, 1.0), 1.0)
 
 
 def single_mask(decoded: Decoded, offset: float, least: float) -> jax.Array:

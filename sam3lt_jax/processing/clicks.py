@@ -1,4 +1,4 @@
-"""Clicks, outlines and masks as a user gives them, checked and lined up as `features.Clicks`.
+"""Clicks, outlines and masks as a user gives them, checked and lined up as the tracker takes them.
 
 Axes: P objects, N points of an object, H, W the image, h, w its token grid.
 Source of the conventions: segment-anything's `SamPredictor`, transformers 5.23.0 `Sam3TrackerProcessor`.
@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sam3lt_jax.errors import ArgumentError
-from sam3lt_jax.features import Clicks
 from sam3lt_jax.ops.interpolation import interpolation_matrix
 
 CORNERS = (2, 3)  # labels of a box's top-left and bottom-right corner
 GIVEN_MASK = 10.0  # logit of a pixel of a mask that is given as such; the reference's, too
 
 _POINTS = "[x, y], [[x, y], ...] of one object or [[[x, y], ...], ...] of several, in pixels"
+
+
+class ClickArrays(NamedTuple):
+  """`features.Clicks` on the host: the same fields, of numpy arrays. `Sam3Tracker` takes either."""
+
+  points: np.ndarray
+  labels: np.ndarray
+  valid: np.ndarray
+  masks: np.ndarray | None = None
+  has_mask: np.ndarray | None = None
+  image_index: np.ndarray | None = None
 
 
 def clicks_of(
@@ -32,7 +42,7 @@ def clicks_of(
   *,
   names: tuple[str, str, str, str] = ("points", "point_labels", "box", "mask"),
   accepted: Sequence[int] = (0, 1),
-) -> Clicks:
+) -> ClickArrays:
   """One row an object.
 
   Args:
@@ -47,7 +57,7 @@ def clicks_of(
     accepted: labels that may be given, see `features.Clicks`.
 
   Returns:
-    `Clicks` of numpy arrays, as many slots as the object with most points needs, box corners first.
+    As many rows as objects, as many slots as the object with most points needs, box corners first.
 
   Raises:
     ValueError: naming the argument, what came and what is accepted.
@@ -83,7 +93,7 @@ def clicks_of(
     xy[p, : len(row)] = row / (size[1], size[0])
     kinds[p, : len(kind)], valid[p, : len(kind)] = kind, True
   has_mask = None if given is None else np.ones(P, bool)
-  return Clicks(xy, kinds, valid, given, has_mask)
+  return ClickArrays(xy, kinds, valid, given, has_mask)
 
 
 def _point_rows(

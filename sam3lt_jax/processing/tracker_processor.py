@@ -13,11 +13,10 @@ import numpy as np
 
 from sam3lt_jax.config import NOT_A_POINT, PADDING_LABEL, TrackerConfig
 from sam3lt_jax.errors import ArgumentError
-from sam3lt_jax.features import Clicks
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.cleaning import clean
-from sam3lt_jax.processing.clicks import clicks_of
+from sam3lt_jax.processing.clicks import ClickArrays, clicks_of
 from sam3lt_jax.processing.processor import ProcessorOutput, image_list
 
 _NAMES = ("input_points", "input_labels", "input_boxes", "input_masks")
@@ -27,8 +26,8 @@ _LABELS = (0, 1, NOT_A_POINT, PADDING_LABEL)
 class Sam3TrackerProcessor:
   """Prepares prompts for `Sam3Tracker` and reads its masks, with transformers' arguments.
 
-  Differences from transformers 5.23.0: `pixel_values` are channels-last; prompts come back as one `Clicks`
-  with a row an object, so that images may have different numbers of objects and objects different numbers of
+  Differences from transformers 5.23.0: `pixel_values` are channels-last; prompts come back as one set of rows,
+  an object each, so that images may have different numbers of objects and objects different numbers of
   points without padding that is attended; holes and specks are cleaned without a CUDA package; a point beyond
   its image is an error.
   """
@@ -69,7 +68,8 @@ class Sam3TrackerProcessor:
 
     Returns:
       A dictionary with attribute access: pixel_values float32 [B, S, S, 3] in [-1, 1], original_sizes int64
-      [B, 2], and, where there are prompts, clicks: `Clicks` of P objects, image by image, with image_index.
+      [B, 2], and, where there are prompts, clicks: `ClickArrays` of P objects, image by image, with
+      image_index.
 
     Raises:
       ValueError: naming the argument, what was received and what is accepted.
@@ -91,7 +91,7 @@ class Sam3TrackerProcessor:
       out["clicks"] = self._clicks(given, [tuple(int(n) for n in size) for size in sizes])
     return out
 
-  def _clicks(self, given: dict[str, Any], sizes: list[tuple[int, int]]) -> Clicks:
+  def _clicks(self, given: dict[str, Any], sizes: list[tuple[int, int]]) -> ClickArrays:
     for name, value in given.items():
       if value is not None and len(value) != len(sizes):
         raise ArgumentError(name, f" must have one entry an image: {len(sizes)} expected, got {len(value)}")
@@ -150,7 +150,7 @@ class Sam3TrackerProcessor:
     return out
 
 
-def _joined(rows: list[tuple[int, Clicks]], side: int) -> Clicks:
+def _joined(rows: list[tuple[int, ClickArrays]], side: int) -> ClickArrays:
   """Clicks of several images as one."""
   slots = max(clicks.valid.shape[1] for _, clicks in rows)
 
@@ -167,4 +167,4 @@ def _joined(rows: list[tuple[int, Clicks]], side: int) -> Clicks:
     none = [np.zeros((len(clicks.valid), side, side), np.float32) for _, clicks in rows]
     masks = np.concatenate([n if c.masks is None else c.masks for n, (_, c) in zip(none, rows)])
     has_mask = np.concatenate([np.full(len(c.valid), c.masks is not None) for _, c in rows])
-  return Clicks(points, labels, valid, masks, has_mask, index)
+  return ClickArrays(points, labels, valid, masks, has_mask, index)
