@@ -116,7 +116,7 @@ def test_segment_what_is_pointed_at(folder, capsys):
     ("all that match: one kind a call", ["--point", "1,1", "--box", "1,1,5,5"]),
     ("--point: must be x,y in pixels, then :0 or :1 or nothing, got '1,2:7'", ["--point", "1,2:7"]),
     ("points must lie in the image of 90x60 pixels, got [95.0, 1.0]", ["--point", "95,1"]),
-    ("nothing to look for: give a phrase, --box, --point or --outline", []),
+    ("nothing to look for: give a phrase or --box, or --point at one thing", []),
   ],
 )
 def test_segment_mistakes_are_one_line(folder, capsys, message, arguments):

@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
     raise UserError("a phrase is empty")
   if not phrases and not args.box and not args.clicks:
     raise UserError(
-      f"nothing to look for: give a phrase, --box, --point or --outline (see {PROGRAM} segment --help)"
+      f"nothing to look for: give a phrase or --box, or --point at one thing (see {PROGRAM} segment --help)"
     )
   if args.clicks and (phrases or args.box):
     raise UserError(
@@ -268,7 +268,9 @@ def _load(args: argparse.Namespace) -> Predictor:
   with busy(f"loading {args.model}"):
     from sam3lt_jax.predictor import Predictor
 
-    load = {"profile": args.profile, "dtype": args.dtype, "tracker": tracker_of(args)}
+    load = {"profile": args.profile, "dtype": args.dtype}
+    if args.tracker is not None:
+      load["tracker"] = tracker_of(args)
     try:
       return Predictor.from_pretrained(args.model, **load)
     except ConnectionError as e:

@@ -26,8 +26,8 @@ _LABELS = (0, 1, NOT_A_POINT, PADDING_LABEL)
 class Sam3TrackerProcessor:
   """Prepares prompts for `Sam3Tracker` and reads its masks, with transformers' arguments.
 
-  Differences from transformers 5.23.0: `pixel_values` are channels-last; prompts come back as one set of rows,
-  an object each, so that images may have different numbers of objects and objects different numbers of
+  Differences from transformers 5.23.0: `pixel_values` are channels-last; prompts come back as one set of
+  rows, an object each, so that images may have different numbers of objects and objects different numbers of
   points without padding that is attended; holes and specks are cleaned without a CUDA package; a point beyond
   its image is an error.
   """
