@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from sam3lt_jax.ops.interpolation import interpolation_matrix
 from sam3lt_jax.processing import postprocess
+from sam3lt_jax.processing.results import PackedMasks, hold_masks
 from sam3lt_jax.programs import Program, explain_memory
 
 TILE = 1024  # pixels; full-size masks leave an accelerator in tiles of one compiled shape, a bit a pixel
@@ -48,12 +49,9 @@ class Kept:
   def __len__(self) -> int:
     return len(self.scores)
 
-  def masks(self) -> np.ndarray:
-    """All of them, bool [K, H, W]."""
-    out = np.empty((len(self), *self.size), bool)
-    for k in range(len(self)):
-      out[k] = self.mask(k)
-    return out
+  def masks(self) -> np.ndarray | PackedMasks:
+    """All of them, for `Results`: bool [K, H, W], or packed."""
+    return hold_masks(map(self.mask, range(len(self))), len(self), self.size)
 
   @classmethod
   def join(cls, parts: Sequence[Kept], size: tuple[int, int]) -> Kept:

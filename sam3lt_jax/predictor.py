@@ -15,6 +15,7 @@ from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp  # noqa: F401  (others import it from here)
 import numpy as np
 
 from sam3lt_jax import interactive
@@ -205,11 +206,13 @@ class Predictor:
       return results
     images = list(images)
     rows = [
-      prompts.prompts_of(t, b, lab)
-      for t, b, lab in zip(
-        prompts.texts_per_image(text, len(images)),
-        prompts.per_image("boxes", boxes, len(images), 2),
-        prompts.per_image("box_labels", box_labels, len(images), 1),
+      prompts.prompts_of(*asked, image=i)
+      for i, asked in enumerate(
+        zip(
+          prompts.texts_per_image(text, len(images)),
+          prompts.per_image("boxes", boxes, len(images), 2),
+          prompts.per_image("box_labels", box_labels, len(images), 1),
+        )
       )
     ]
     return list(self._stream(zip(images, rows), *thresholds))

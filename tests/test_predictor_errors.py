@@ -71,6 +71,28 @@ def test_lists_that_do_not_match_the_images(base, message, text, boxes, labels):
   refused(message, base, [PHOTO, PHOTO], text, boxes, labels)
 
 
+def test_messages_name_the_predictors_own_forms_and_the_image(base):
+  nested = [[[10, 5, 40, 30]]]  # as the processor and transformers have them
+  message = (
+    r"box 0 of the image must be four numbers .*one level of nesting too many.*\[\[x1, y1, x2, y2\], \.\.\.\]"
+  )
+  for boxes in (nested, np.asarray(nested), jax.numpy.asarray(nested)):
+    refused(message, base, PHOTO, boxes=boxes)
+  two = [PHOTO, PHOTO]
+  refused("nothing to look for in image 1: give text, boxes or both", base, two, [["a"], None])
+  refused("nothing to look for in image 0", base, two, boxes=[None, BOXES])
+  refused("box_labels were given without boxes for image 1", base, two, "a", [BOXES, None], [[1, 0], [1]])
+  refused(r"box_labels: image 1 has 1 labels for 2 boxes", base, two, "a", [BOXES, BOXES], [[1, 0], [1]])
+  refused(r"box 1 of image 1 has 7", base, two, "a", [BOXES, BOXES], [None, [1, 7]])
+  refused("boxes: box 0 of image 1 is inverted", base, two, "a", [None, [[40, 5, 10, 30]]])
+  refused("text of image 1 must be a phrase or a list of phrases, got 3", base, two, ["a", 3])
+  for boxes in (nested, [["x"]], [[1, 2, 3]], "boxes", [[1, 2, np.nan, 4]], {"a": 1}):
+    for images, given in ((PHOTO, boxes), (two, [boxes, None])):
+      with pytest.raises(ValueError) as error:
+        base(images, "a", given)
+      assert "prompt" not in str(error.value) and "input_boxes" not in str(error.value)
+
+
 @pytest.mark.parametrize("kwargs", [{"text": 3}, {"boxes": 3}])
 @pytest.mark.parametrize("images", [PHOTO, [PHOTO, PHOTO]], ids=["one", "several"])
 def test_prompts_of_another_type(base, images, kwargs):

@@ -17,9 +17,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from sam3lt_jax.processing.arrays import to_numpy
+
 _ACCEPTED = (
   "a path, a PIL image, the bytes of an image file, or an array [H, W, 3] (uint8, or float in [0, 1])"
 )
+_ROUNDING = 0.01  # past 0 or 1, in units of the range: bfloat16's next number above 1 is 1.0078
 _ORIENTATION = 0x0112  # of EXIF
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -61,7 +64,8 @@ def load_image(image: Any, frame: tuple[int, int] | None = None) -> np.ndarray:
       - a PIL image, taken as it is: EXIF orientation is *not* applied, so that boxes and masks stay in the
         frame of the image given (as transformers does);
       - an array: [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGBA), uint8 in 0..255 or floating point in
-        [0, 1]. A jax array or torch tensor is read through numpy.
+        [0, 1]; a value outside by a rounding (0.01) is clipped. jax arrays and torch tensors are read, see
+        `arrays.to_numpy`.
       Transparency (RGBA, LA, palette) is composited over white, as transformers 5.23.0 does (the original
       rejects it); 16-bit grey is scaled to 8 bits; CMYK, palette, bilevel and grey are converted by Pillow.
     frame: (height, width) in which a file's boxes and masks are given. Many label tools export those of the
@@ -83,12 +87,14 @@ def load_image(image: Any, frame: tuple[int, int] | None = None) -> np.ndarray:
     with open_file(path) as f:
       return decode(f, f"image {path!r}", frame)
   if isinstance(image, Image.Image):
+    if getattr(image, "tile", None) and getattr(image, "fp", None) is None:
+      raise ValueError("image is a PIL image whose file was closed before it was read; accepted: an open one")
     with _named("image"):
       image.load()  # Pillow decodes an opened file when it is first used
       return _to_rgb(image, "image")
   if isinstance(image, (list, tuple)) or not hasattr(image, "__array__"):
     raise ValueError(f"image must be {_ACCEPTED}; got {type(image).__name__}")
-  return _array_to_rgb(np.asarray(image))
+  return _array_to_rgb(to_numpy(image, "image"))
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
@@ -290,10 +296,10 @@ def _array_to_rgb(array: np.ndarray, name: str = "image") -> np.ndarray:
     raise ValueError(f"{name} has no pixels, got shape {shape}")
   if np.issubdtype(array.dtype, np.floating):
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0.0 and high <= 1.0):  # written so that NaN fails
+    if not (low >= -_ROUNDING and high <= 1.0 + _ROUNDING):  # written so that NaN fails
       hint = "; divide by 255, or give uint8" if 0 <= low and high <= 255 else ""
       raise ValueError(f"{name}: a floating-point array must lie in [0, 1], got {low:g}..{high:g}{hint}")
-    array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    array = np.rint(array.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
   elif array.dtype != np.uint8:
     raise ValueError(f"{name}: an array must be uint8 or floating point in [0, 1], got {array.dtype}")
   if array.shape[-1] == 1:

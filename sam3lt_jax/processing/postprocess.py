@@ -17,8 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from sam3lt_jax.ops.interpolation import taps
+from sam3lt_jax.processing.arrays import plain
 
 MaskOrder = Literal["upsample_then_sigmoid", "sigmoid_then_upsample"]
+_STRIP = 1 << 22  # pixels of a mask that are resampled at once on the host
 
 
 def _namespace(x):
@@ -74,19 +76,19 @@ def scale_boxes(boxes, sizes):
 
 def check_threshold(name: str, value: Any) -> float:
   """A probability from the user: a float in [0, 1], or ValueError."""
-  number = isinstance(value, numbers.Real) or hasattr(value, "__array__")
-  if not number or np.ndim(value) != 0:
+  number = plain(value, name)
+  if not isinstance(number, numbers.Real):
     raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
-  if not 0.0 <= float(value) <= 1.0:  # written so that NaN fails
+  if not 0.0 <= number <= 1.0:  # written so that NaN fails
     raise ValueError(f"{name} must be in [0, 1], got {value}")
-  return float(value)
+  return float(number)
 
 
 def check_sizes(name: str, sizes: Any, count: int | None = None) -> list[tuple[int, int]]:
   """(height, width) pairs from the user as ints; ValueError if they are not, or not `count` of them."""
   try:
-    pairs = [tuple(float(v) for v in pair) for pair in sizes]
-  except (TypeError, ValueError) as e:
+    pairs = [tuple(float(v) for v in pair) for pair in plain(sizes, name)]
+  except (TypeError, ValueError, OverflowError) as e:
     raise ValueError(f"{name} must be a list of (height, width), got {sizes!r}") from e
   for pair in pairs:
     if len(pair) != 2 or not all(math.isfinite(v) and v >= 1 and v == int(v) for v in pair):
@@ -210,12 +212,17 @@ def binary_mask(
     return values > bound
   mask = np.zeros(size, bool)
   on = values > bound
-  if on.any():
-    (rows, row_taps), (columns, column_taps) = (_window(on.any(1 - axis), size[axis]) for axis in (0, 1))
-    first, last = (row_taps[0].min(), row_taps[1].max() + 1) if len(row_taps[0]) else (0, 0)
-    low, high, weight = row_taps
+  if not on.any():
+    return mask
+  (rows, row_taps), (columns, column_taps) = (_window(on.any(1 - axis), size[axis]) for axis in (0, 1))
+  # In strips: the float32 of a mask of 100 megapixels takes 0.4 GB, and resampling needs three of them.
+  strip = max(1, _STRIP // max(1, len(column_taps[0])))
+  for start in range(0, len(row_taps[0]), strip):
+    low, high, weight = (taps_of[start : start + strip] for taps_of in row_taps)
+    first, last = low.min(), high.max() + 1
     resized = _resample(values[first:last], (low - first, high - first, weight), column_taps)
-    np.greater(resized, bound, out=mask[rows, columns])
+    into = slice(rows.start + start, rows.start + start + len(low))
+    np.greater(resized, bound, out=mask[into, columns])
   return mask
 
 

@@ -20,6 +20,7 @@ from sam3lt_jax.config import Profile, Sam3LiteTextConfig, read_json, typed
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
+from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
 
 
@@ -361,7 +362,7 @@ def _output(outputs: Any, name: str, optional: bool = False) -> np.ndarray | Non
     if optional:
       return None
     raise ValueError(f"outputs has no {name}")
-  return np.asarray(value, np.float32)
+  return to_numpy(value, f"outputs.{name}").astype(np.float32, copy=False)
 
 
 def _to_jax(out: ProcessorOutput) -> ProcessorOutput:

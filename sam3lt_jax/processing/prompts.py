@@ -14,85 +14,89 @@ from typing import Any
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+from sam3lt_jax.processing.arrays import plain
 
-_BOXES_FORMAT = "[prompt][box][x1, y1, x2, y2] in pixels (or an array [P, N, 4])"
+_NESTED = "[prompt][box][x1, y1, x2, y2] in pixels (or an array [P, N, 4])"
+_FLAT = "[[x1, y1, x2, y2], ...] in pixels (or an array [N, 4])"
+_LABELS = f"1 (like this), 0 (not like this) or {PADDING_LABEL} (ignore)"
 
 Sizes = Sequence[tuple[int, int]]
 
 
-def box_rows(input_boxes: Any, name: str = "input_boxes") -> list[np.ndarray]:
-  """`input_boxes` to one float64 [N, 4] a prompt, N = 0 where a prompt has none.
+def box_rows(input_boxes: Any) -> list[np.ndarray]:
+  """`input_boxes` of the processor to one float64 [N, 4] a prompt, N = 0 where a prompt has none."""
+  name, rows = "input_boxes", plain(input_boxes, "input_boxes")
+  if isinstance(rows, np.ndarray):
+    if rows.ndim != 3 or rows.shape[-1] != 4:
+      raise ValueError(f"{name} must be {_NESTED}, got an array of shape {rows.shape}")
+  elif not isinstance(rows, list) or not rows:
+    raise ValueError(f"{name} must be {_NESTED}, got {input_boxes!r}")
+  found = []
+  for i, row in enumerate(rows):
+    if row is not None and (_is_scalar(row) or (len(row) and _is_scalar(row[0]))):
+      raise ValueError(f"{name} must be {_NESTED}; entry {i} is {row!r}, one level of nesting is missing")
+    found.append(_boxes(row, name, f"prompt {i}", _NESTED))
+  return found
 
-  `name`, here and below, is what the caller's user knows the argument by.
-  """
-  if hasattr(input_boxes, "__array__"):
-    input_boxes = np.asarray(input_boxes)
-    if input_boxes.ndim != 3 or input_boxes.shape[-1] != 4:
-      raise ValueError(f"{name} must be {_BOXES_FORMAT}, got an array of shape {input_boxes.shape}")
-  elif not isinstance(input_boxes, (list, tuple)) or not input_boxes:
-    raise ValueError(f"{name} must be {_BOXES_FORMAT}, got {input_boxes!r}")
-  return [_box_row(row, i, name) for i, row in enumerate(input_boxes)]
 
-
-def _box_row(row: Any, i: int, name: str) -> np.ndarray:
-  if row is None or (isinstance(row, (list, tuple)) and not row):
-    return np.zeros((0, 4))
-  if isinstance(row, (str, bytes)) or np.ndim(row[0] if isinstance(row, (list, tuple)) else row) == 0:
-    raise ValueError(f"{name} must be {_BOXES_FORMAT}; entry {i} is {row!r}, one level of nesting is missing")
-  for k, box in enumerate(row):
+def _boxes(row: Any, name: str, whose: str, form: str) -> np.ndarray:
+  """Boxes of one prompt or image, float64 [N, 4]; `row` is plain, `whose` ("prompt 2") is for messages."""
+  for k, box in enumerate(() if row is None else row):
     # One box at a time, so that the message can say which one.
     try:
       values = np.asarray(box, np.float64)
-    except (TypeError, ValueError) as e:
-      raise ValueError(f"{name}: box {k} of prompt {i} must be four numbers, got {box!r}") from e
+    except (TypeError, ValueError, OverflowError) as e:
+      raise ValueError(f"{name}: box {k} of {whose} must be four numbers, got {box!r}") from e
     if values.shape != (4,):
+      hint = "" if values.ndim < 2 else ", one level of nesting too many"
       raise ValueError(
-        f"{name}: box {k} of prompt {i} must be four numbers (x1, y1, x2, y2), got {box!r}; "
-        f"the nesting is {_BOXES_FORMAT}"
+        f"{name}: box {k} of {whose} must be four numbers (x1, y1, x2, y2), got {box!r}{hint}; "
+        f"the form is {form}"
       )
-  return np.asarray(row, np.float64).reshape(-1, 4)
+  return np.asarray([] if row is None else row, np.float64).reshape(-1, 4)
 
 
-def label_rows(
-  labels: Any, boxes: list[np.ndarray], name: str = "input_boxes_labels", boxes_name: str = "input_boxes"
-) -> list[np.ndarray]:
-  """`input_boxes_labels` to one int32 [N] a prompt, counts checked against the boxes; None: all 1."""
+def label_rows(labels: Any, boxes: list[np.ndarray]) -> list[np.ndarray]:
+  """`input_boxes_labels` of the processor to one int32 [N] a prompt, counts checked against the boxes;
+  None: all 1.
+  """
   if labels is None:
     return [np.ones(len(row), np.int32) for row in boxes]
-  if hasattr(labels, "__array__"):
-    labels = np.asarray(labels)
-    if labels.ndim != 2:
-      raise ValueError(f"{name} must be [prompt][box], got an array of shape {labels.shape}")
-    labels = labels.tolist()
-  if not isinstance(labels, (list, tuple)) or not all(
-    isinstance(r, (list, tuple, np.ndarray, type(None))) for r in labels
-  ):
+  name, rows = "input_boxes_labels", plain(labels, "input_boxes_labels")
+  if isinstance(rows, np.ndarray) and rows.ndim != 2:
+    raise ValueError(f"{name} must be [prompt][box], got an array of shape {rows.shape}")
+  if _is_scalar(rows) or any(_is_scalar(row) and row is not None for row in rows):
     raise ValueError(f"{name} must be [prompt][box], got {labels!r}")
-  if len(labels) != len(boxes):
-    raise ValueError(f"{name} are for {len(labels)} prompts, {boxes_name} for {len(boxes)}")
-  rows = []
-  for i, (row, row_boxes) in enumerate(zip(labels, boxes)):
-    row = [] if row is None else list(row)
-    if len(row) != len(row_boxes):
-      raise ValueError(f"{name}: prompt {i} has {len(row)} labels for {len(row_boxes)} boxes")
-    for k, label in enumerate(row):
-      if not isinstance(label, (numbers.Integral, np.bool_)) or int(label) not in (0, 1, PADDING_LABEL):
-        raise ValueError(
-          f"{name} must be 1 (like this), 0 (not like this) or {PADDING_LABEL} (ignore); "
-          f"box {k} of prompt {i} has {label!r}"
-        )
-    rows.append(np.asarray(row, np.int32))
-  return rows
+  if len(rows) != len(boxes):
+    raise ValueError(f"{name} are for {len(rows)} prompts, input_boxes for {len(boxes)}")
+  return [
+    _labels([] if row is None else row, len(own), name, f"prompt {i}")
+    for i, (row, own) in enumerate(zip(rows, boxes))
+  ]
+
+
+def _labels(row: Any, count: int, name: str, whose: str) -> np.ndarray:
+  """Labels of `count` boxes of one prompt or image, int32 [N]; `row` is plain."""
+  row = row.tolist() if isinstance(row, np.ndarray) else row
+  if not isinstance(row, list):
+    raise ValueError(f"{name} must be a list, for each box {_LABELS}, got {row!r}")
+  if len(row) != count:
+    raise ValueError(f"{name}: {whose} has {len(row)} labels for {count} boxes")
+  for k, label in enumerate(row):
+    if not isinstance(label, numbers.Real) or label not in (0, 1, PADDING_LABEL):
+      raise ValueError(f"{name} must be {_LABELS}; box {k} of {whose} has {label!r}")
+  return np.asarray(row, np.int32)
 
 
 def phrase_rows(text: Any, boxes: list[np.ndarray] | None, sizes: Sizes | None) -> list[str] | None:
   """One phrase a prompt: a single one repeated, None beside boxes replaced by "visual"."""
+  text = _words(plain(text, "text"))
   if text is None and boxes is None:
     return None
   if text is None or isinstance(text, str):
     rows = len(boxes) if boxes is not None else len(sizes) if sizes is not None else 1
     return [BOX_ONLY_PHRASE if text is None else text] * rows
-  if not isinstance(text, (list, tuple)):
+  if not isinstance(text, list):
     raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
   if not text:
     raise ValueError("text must hold at least one phrase, got an empty list")
@@ -125,9 +129,9 @@ def sizes_for(boxes: list[np.ndarray], sizes: Sizes | None) -> Sizes:
 
 
 def pad_boxes(
-  boxes: list[np.ndarray], labels: list[np.ndarray], sizes: Sizes, name: str = "input_boxes"
+  boxes: list[np.ndarray], labels: list[np.ndarray], sizes: Sizes
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Boxes in pixels to the model's arrays.
+  """Boxes in pixels to the model's arrays, for the processor.
 
   Args:
     boxes: [N, 4] a prompt, (x1, y1, x2, y2) in pixels.
@@ -144,31 +148,49 @@ def pad_boxes(
   out_boxes = np.full((len(boxes), most, 4), (PADDING_LABEL, PADDING_LABEL, 0, 0), np.float32)
   out_labels = np.full((len(boxes), most), PADDING_LABEL, np.int32)
   for i, (row, row_labels, size) in enumerate(zip(boxes, labels, sizes)):
-    active = row_labels != PADDING_LABEL
-    for k in np.flatnonzero(active):
-      _check_box(row[k], size, f"{name}: box {k} of prompt {i}")
-    corners = row.astype(np.float32) / np.asarray([size[1], size[0]] * 2, np.float32)
-    low, high = corners[:, :2], corners[:, 2:]
-    normalised = np.concatenate([(low + high) / 2, high - low], axis=-1)
-    out_boxes[i, : len(row)][active] = normalised[active]
-    out_labels[i, : len(row)] = row_labels
+    _check_boxes(row, row_labels, "input_boxes", f"prompt {i}")
+    out_boxes[i, : len(row)], out_labels[i, : len(row)] = _normalised(
+      row, row_labels, size, "input_boxes", f"prompt {i}"
+    )
   return out_boxes, out_labels
 
 
-def _check_box(box: np.ndarray, size: tuple[int, int], name: str) -> None:
+def _normalised(
+  row: np.ndarray, labels: np.ndarray, size: tuple[int, int], name: str, whose: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Checked boxes [N, 4] of an image of `size` to float32 (cx, cy, w, h) in units of its sides; ignored ones
+  are (-10, -10, 0, 0). Warns of those that are hardly meant.
+  """
+  active = labels != PADDING_LABEL
+  for k in np.flatnonzero(active):
+    _warn(row[k], size, f"{name}: box {k} of {whose}")
+  corners = row.astype(np.float32) / np.asarray([size[1], size[0]] * 2, np.float32)
+  low, high = corners[:, :2], corners[:, 2:]
+  normalised = np.concatenate([(low + high) / 2, high - low], axis=-1)
+  padding = np.asarray((PADDING_LABEL, PADDING_LABEL, 0, 0), np.float32)
+  return np.where(active[:, None], normalised, padding), labels
+
+
+def _check_boxes(row: np.ndarray, labels: np.ndarray, name: str, whose: str) -> None:
+  for k in np.flatnonzero(labels != PADDING_LABEL):
+    x1, y1, x2, y2 = box = row[k].tolist()
+    if not np.isfinite(box).all():
+      raise ValueError(f"{name}: box {k} of {whose} must be finite, got {box}")
+    if x2 < x1 or y2 < y1:
+      raise ValueError(
+        f"{name}: box {k} of {whose} is inverted, got {box}; "
+        "(x1, y1, x2, y2) with x1 <= x2, y1 <= y2 expected"
+      )
+
+
+def _warn(box: np.ndarray, size: tuple[int, int], name: str) -> None:
   x1, y1, x2, y2 = box.tolist()
   height, width = size
-  if not np.isfinite(box).all():
-    raise ValueError(f"{name} must be finite, got {box.tolist()}")
-  if x2 < x1 or y2 < y1:
-    raise ValueError(
-      f"{name} is inverted, got {box.tolist()}; (x1, y1, x2, y2) with x1 <= x2, y1 <= y2 expected"
-    )
   if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-    warnings.warn(f"{name} {box.tolist()} lies outside the image of {width}x{height} pixels", stacklevel=4)
+    warnings.warn(f"{name} {box.tolist()} lies outside the image of {width}x{height} pixels", stacklevel=5)
   elif box.min() >= 0 and box.max() <= 1 and min(size) > 1:
     warnings.warn(
-      f"{name} {box.tolist()} is within one pixel; pixels are expected, not fractions", stacklevel=4
+      f"{name} {box.tolist()} is within one pixel; pixels are expected, not fractions", stacklevel=5
     )
 
 
@@ -192,24 +214,43 @@ class Prompt:
     return self.text or BOX_ONLY_PHRASE
 
 
-def prompts_of(text: Any, boxes: Any, labels: Any) -> list[Prompt]:
-  """What a user asks of one image: a prompt a phrase, with the same boxes, or one of boxes alone."""
-  boxes = [] if boxes is None else _listed("boxes", boxes, "[[x1, y1, x2, y2], ...] in pixels")
+def prompts_of(text: Any, boxes: Any, labels: Any, image: int | None = None) -> list[Prompt]:
+  """What a user asks of one image: a prompt a phrase, with the same boxes, or one of boxes alone.
+
+  `image` is its number where several are asked about, for messages.
+
+  Raises:
+    ValueError: naming the predictor's argument, and the image.
+  """
+  whose, of = ("the image", "") if image is None else (f"image {image}", f" of image {image}")
+  text, boxes, labels = plain(text, "text"), plain(boxes, "boxes"), plain(labels, "box_labels")
+  boxes = [] if boxes is None else _listed(f"boxes{of}", boxes, _FLAT)
   if len(boxes) == 4 and all(map(_is_scalar, boxes)):
     boxes = [boxes]  # one box, not in a list
     labels = [labels] if labels is not None and _is_scalar(labels) else labels
   if labels is not None and not boxes:
-    raise ValueError("box_labels were given without boxes")
+    raise ValueError(f"box_labels were given without boxes{'' if image is None else f' for {whose}'}")
   if text is None and not boxes:
-    raise ValueError("nothing to look for: give text, boxes or both")
-  phrases = [None] if text is None else [text] if isinstance(text, str) else text
+    where = "" if image is None else f" in {whose}"
+    raise ValueError(f"nothing to look for{where}: give text, boxes or both")
+  phrases = [None] if text is None else [text] if isinstance(text, str) else _words(text)
   if (
-    not isinstance(phrases, (list, tuple))
+    not isinstance(phrases, list)
     or not phrases
-    or not (text is None or all(isinstance(p, str) for p in phrases))
+    or not (text is None or all(isinstance(phrase, str) for phrase in phrases))
   ):
-    raise ValueError(f"text must be a phrase or a list of phrases, got {text!r}")
+    raise ValueError(f"text{of} must be a phrase or a list of phrases, got {text!r}")
+  rows = _boxes(boxes, "boxes", whose, _FLAT)
+  if labels is not None:
+    labels = _labels(labels, len(rows), "box_labels", whose)
+  _check_boxes(rows, np.ones(len(rows)) if labels is None else labels, "boxes", whose)
+  boxes = tuple(map(tuple, rows.tolist()))
+  labels = None if labels is None else tuple(labels.tolist())
   return [Prompt(phrase, boxes, labels) for phrase in phrases]
+
+
+def _words(text: Any) -> Any:
+  return text.tolist() if isinstance(text, np.ndarray) else text
 
 
 def box_arrays(prompt: Prompt, size: tuple[int, int], slots: int) -> tuple[np.ndarray, np.ndarray]:
@@ -223,12 +264,12 @@ def box_arrays(prompt: Prompt, size: tuple[int, int], slots: int) -> tuple[np.nd
   """
   boxes = np.zeros((slots, 4), np.float32)
   labels = np.full(slots, PADDING_LABEL, np.int32)
-  if len(prompt.boxes):
-    rows = box_rows([list(prompt.boxes)], "boxes")
-    given = None if prompt.labels is None else [prompt.labels]
-    given = label_rows(given, rows, "box_labels", "boxes")
-    padded = pad_boxes(rows, given, [size], "boxes")
-    boxes[: len(rows[0])], labels[: len(rows[0])] = (x[0] for x in padded)
+  if count := len(prompt.boxes):
+    row = _boxes(plain(prompt.boxes, "boxes"), "boxes", "the image", _FLAT)
+    given = [1] * count if prompt.labels is None else plain(prompt.labels, "box_labels")
+    given = _labels(given, count, "box_labels", "the image")
+    _check_boxes(row, given, "boxes", "the image")
+    boxes[:count], labels[:count] = _normalised(row, given, size, "boxes", "the image")
   return boxes, labels
 
 
@@ -237,8 +278,8 @@ def is_several(images: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-  """Not a sequence; numpy's own test fails on lists of uneven length."""
-  return not hasattr(value, "__len__") or isinstance(value, (str, bytes)) or getattr(value, "ndim", 1) == 0
+  """Of what `plain` gave: no sequence."""
+  return not isinstance(value, (list, np.ndarray))
 
 
 def _listed(name: str, value: Any, accepted: str) -> list[Any]:
@@ -249,7 +290,8 @@ def _listed(name: str, value: Any, accepted: str) -> list[Any]:
 
 def texts_per_image(text: Any, images: int) -> list[Any]:
   """Phrases of each image: a phrase or a flat list of phrases is asked of all of them."""
-  if isinstance(text, (list, tuple)) and not all(isinstance(phrase, str) for phrase in text):
+  text = _words(plain(text, "text"))
+  if isinstance(text, list) and not all(isinstance(phrase, str) for phrase in text):
     return per_image("text", text, images, 0)
   return [text] * images
 
@@ -258,7 +300,7 @@ def per_image(name: str, value: Any, images: int, nesting: int) -> list[Any]:
   """One entry an image, each None or a list nested `nesting` deep; None alone repeats."""
   if value is None:
     return [None] * images
-  value = _listed(name, value, "a list with one entry (or None) an image")
+  value = _listed(name, plain(value, name), "a list with one entry (or None) an image")
   if len(value) != images:
     raise ValueError(f"{name} must have one entry an image: {images} expected, got {len(value)}")
   for i, entry in enumerate(value):

@@ -144,14 +144,14 @@ def render(
     results = _scaled(results, scale)
     canvas = canvas.resize(results.size[::-1], Image.Resampling.BICUBIC)
   line = max(1, round(_unit(canvas.size) / 350))
-  crops = [_bounds(mask) for mask in results.masks]
+  crops = [_bounds(one.mask) for one in results]
   order = _drawing_order(results, crops)
   if opacity > 0:
     _fill(canvas, results, crops, order, colors, opacity)
   draw = ImageDraw.Draw(canvas)
   for i in order:
     if outlines and crops[i] is not None:
-      _outline(canvas, results.masks[i], crops[i], colors[i], line)
+      _outline(canvas, results[i].mask, crops[i], colors[i], line)
     if boxes or crops[i] is None:
       _rectangle(draw, results.boxes[i], colors[i], line, canvas.size)
   if labels or scores:
@@ -164,8 +164,10 @@ def _scaled(results: Results, scale: float) -> Results:
 
   height, width = (max(1, round(s * scale)) for s in results.size)
   masks = [
-    np.asarray(Image.fromarray(m.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR))
-    for m in results.masks
+    np.asarray(
+      Image.fromarray(one.mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+    )
+    for one in results
   ]
   masks = np.stack(masks) >= 128 if masks else np.zeros((0, height, width), bool)
   return Results(results.boxes * scale, results.scores, masks, results.labels, (height, width))
@@ -189,8 +191,8 @@ def _drawing_order(results: Results, crops: Sequence[Box | None]) -> list[int]:
   from sam3lt_jax.processing.results import drawing_order
 
   areas = [
-    0 if crop is None else np.count_nonzero(mask[crop[1] : crop[3], crop[0] : crop[2]])
-    for mask, crop in zip(results.masks, crops)
+    0 if crop is None else np.count_nonzero(one.mask[crop[1] : crop[3], crop[0] : crop[2]])
+    for one, crop in zip(results, crops)
   ]
   return drawing_order(areas)
 
@@ -202,7 +204,7 @@ def _fill(canvas, results: Results, crops, order, colors, opacity: float) -> Non
     if crops[i] is None:
       continue
     x1, y1, x2, y2 = crops[i]
-    shown = results.masks[i, y1:y2, x1:x2] & free[y1:y2, x1:x2]
+    shown = results[i].mask[y1:y2, x1:x2] & free[y1:y2, x1:x2]
     free[y1:y2, x1:x2] &= ~shown
     canvas.paste(colors[i], crops[i], Image.fromarray(shown.astype(np.uint8) * round(255 * opacity)))
 
@@ -355,12 +357,13 @@ def _spots(results: Results, crops, i: int, width: int, height: int) -> list[tup
     x1, y1, x2, y2 = (int(v) for v in np.nan_to_num(results.boxes[i]))
   else:
     x1, y1, x2, y2 = crops[i]
+  mask = results[i].mask
 
   def edges(x):
     """The mask's first and last row under a label from column x on: round things have empty corners."""
     if crops[i] is None:
       return y1, y2
-    rows = np.flatnonzero(results.masks[i, y1:y2, max(x, x1) : max(x, x1) + width].any(axis=1))
+    rows = np.flatnonzero(mask[y1:y2, max(x, x1) : max(x, x1) + width].any(axis=1))
     return (y1 + int(rows[0]), y1 + int(rows[-1]) + 1) if len(rows) else (y1, y2)
 
   columns = (x1, max(x1, x2 - width), (x1 + x2 - width) // 2)

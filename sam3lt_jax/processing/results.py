@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sam3lt_jax.processing.arrays import to_numpy
+
 if TYPE_CHECKING:
   from PIL import Image
 
 _MAX_PALETTE = 255  # instances an 8-bit palette PNG can hold beside the background
 _REPR_ROWS = 10
+PACKED_ABOVE = 1 << 28  # bytes of masks that results hold as they are; of more, an eighth
 
 
 class Instance(NamedTuple):
@@ -23,6 +26,46 @@ class Instance(NamedTuple):
   score: float
   mask: np.ndarray
   label: str
+
+
+class PackedMasks:
+  """Masks [N, H, W], a bit a pixel.
+
+  Attributes:
+    bits: uint8 [N, H, ceil(W / 8)], see `numpy.packbits`.
+    size: (H, W).
+  """
+
+  def __init__(self, bits: np.ndarray, size: tuple[int, int]):
+    self.bits, self.size = bits, size
+
+  @classmethod
+  def of(cls, masks: Iterable[np.ndarray], count: int, size: tuple[int, int]) -> PackedMasks:
+    """`count` masks, bool [H, W], each let go before the next one comes."""
+    bits = np.empty((count, size[0], -(-size[1] // 8)), np.uint8)
+    for row, mask in zip(bits, masks):
+      row[...] = np.packbits(mask, axis=-1)
+    return cls(bits, size)
+
+  def __len__(self) -> int:
+    return len(self.bits)
+
+  def __getitem__(self, i: int) -> np.ndarray:
+    """bool [H, W]."""
+    return np.unpackbits(self.bits[i], axis=-1, count=self.size[1]).view(bool)
+
+  def take(self, index: np.ndarray) -> PackedMasks:
+    return PackedMasks(self.bits[index], self.size)
+
+
+def hold_masks(masks: Iterable[np.ndarray], count: int, size: tuple[int, int]) -> np.ndarray | PackedMasks:
+  """`count` masks, bool [H, W] each, for `Results`: 20 of 180 megapixels would take 3.6 GB as they are."""
+  if count * size[0] * size[1] > PACKED_ABOVE:
+    return PackedMasks.of(masks, count, size)
+  held = np.empty((count, *size), bool)
+  for row, mask in zip(held, masks):
+    row[...] = mask
+  return held
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -36,7 +79,9 @@ class Results:
   Attributes:
     boxes: float32 [N, 4], (x1, y1, x2, y2) in pixels of the image.
     scores: float32 [N], 0 to 1.
-    masks: bool [N, H, W], True on the instance. Instances may overlap.
+    masks: bool [N, H, W], True on the instance. Instances may overlap. Of a huge picture (together above 256
+      MB) `Predictor` keeps them a bit a pixel, and this is made when it is first asked for. Each for itself,
+      by index or in a loop, is made for the moment, as all that draws, counts or writes them does.
     labels: tuple of N strings, the phrase each instance answers; "visual" for prompts of boxes alone.
     size: (height, width) of the image.
     logits: float32 [N, h, w], the masks as the tracker gave them, to start from in a next round; None where
@@ -64,8 +109,12 @@ class Results:
     labels = tuple(str(label) for label in self.labels)
     n = len(labels)
     wanted = {"boxes": (n, 4), "scores": (n,), "masks": (n, *size)}
+    if isinstance(self.masks, PackedMasks):
+      self.__dict__["_packed"] = self.__dict__.pop("masks")
+      if (len(self._packed), *self._packed.size) != wanted.pop("masks"):
+        raise ValueError(f"masks must be {n} of size {size}, got {len(self._packed)} of {self._packed.size}")
     for name, shape in wanted.items():
-      array = np.asarray(getattr(self, name), dtype=bool if name == "masks" else np.float32)
+      array = to_numpy(getattr(self, name), name).astype(bool if name == "masks" else np.float32, copy=False)
       if array.size == 0 and n == 0 and array.shape[:1] in ((), (0,)):
         array = array.reshape(shape)
       if array.shape != shape:
@@ -77,6 +126,20 @@ class Results:
       raise ValueError(f"logits must have shape ({n}, h, w), got {np.shape(self.logits)}")
     object.__setattr__(self, "labels", labels)
     object.__setattr__(self, "size", size)
+
+  def __getattr__(self, name: str) -> Any:
+    if name != "masks" or "_packed" not in self.__dict__:
+      raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    masks = np.empty((len(self), *self.size), bool)
+    for i in range(len(self)):
+      masks[i] = self._packed[i]
+    self.__dict__["masks"] = masks
+    return masks
+
+  @property
+  def _held(self) -> np.ndarray | PackedMasks:
+    """The masks as they lie in memory."""
+    return self.__dict__["masks"] if "masks" in self.__dict__ else self._packed
 
   @classmethod
   def empty(cls, size: tuple[int, int]) -> Results:
@@ -99,7 +162,7 @@ class Results:
     return cls(
       np.concatenate([part.boxes for part in parts]),
       np.concatenate([part.scores for part in parts]),
-      np.concatenate([part.masks for part in parts]),
+      hold_masks((one.mask for part in parts for one in part), sum(map(len, parts)), parts[0].size),
       tuple(label for part in parts for label in part.labels),
       parts[0].size,
     )
@@ -127,10 +190,10 @@ class Results:
       i = int(key)
       if not -len(self) <= i < len(self):
         raise IndexError(f"index {i} is out of range for {len(self)} instances")
-      return Instance(self.boxes[i], float(self.scores[i]), self.masks[i], self.labels[i])
+      return Instance(self.boxes[i], float(self.scores[i]), self._held[i], self.labels[i])
     if isinstance(key, slice):
       return self._take(np.arange(len(self))[key])
-    index = np.asarray(key)
+    index = to_numpy(key, "index")
     if index.ndim == 1 and index.size == 0 and index.dtype != bool:
       index = index.astype(np.int64)  # an empty list has dtype float
     if index.ndim != 1 or index.dtype.kind not in "biu":
@@ -147,9 +210,10 @@ class Results:
     return self._take(index)
 
   def _take(self, index: np.ndarray) -> Results:
-    labels = tuple(self.labels[i] for i in index)
+    labels, held = tuple(self.labels[i] for i in index), self._held
+    masks = held.take(index) if isinstance(held, PackedMasks) else held[index]
     logits = None if self.logits is None else self.logits[index]
-    return Results(self.boxes[index], self.scores[index], self.masks[index], labels, self.size, logits)
+    return Results(self.boxes[index], self.scores[index], masks, labels, self.size, logits)
 
   def with_label(self, *labels: str) -> Results:
     """The instances whose label is one of `labels`, order kept."""
@@ -168,7 +232,7 @@ class Results:
   @property
   def areas(self) -> np.ndarray:
     """Mask areas in pixels, int64 [N]."""
-    return np.array([np.count_nonzero(mask) for mask in self.masks], np.int64)  # with axis= it is slow
+    return np.array([np.count_nonzero(one.mask) for one in self], np.int64)  # with axis= it is slow
 
   def __repr__(self) -> str:
     height, width = self.size
@@ -260,7 +324,7 @@ class Results:
     """
     out = np.zeros(self.size, np.int32)
     for i in drawing_order(self.areas):
-      out[self.masks[i]] = i + 1
+      out[self[i].mask] = i + 1
     return out
 
   def save_png(self, path: str | os.PathLike, separate: bool = False) -> list[str]:
@@ -291,8 +355,8 @@ class Results:
       raise ValueError(f"path must end in .png, got {path!r}")
     if separate:
       paths = [f"{root}_{i:03d}{suffix}" for i in range(len(self))]
-      for mask, name in zip(self.masks, paths):
-        Image.fromarray(mask.astype(np.uint8) * 255).convert("1").save(name)
+      for one, name in zip(self, paths):
+        Image.fromarray(one.mask.astype(np.uint8) * 255).convert("1").save(name)
       return paths
     if len(self) > np.iinfo(np.uint16).max:
       raise ValueError(f"a PNG label map holds at most 65535 instances, got {len(self)}; use separate=True")

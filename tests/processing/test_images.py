@@ -135,6 +135,31 @@ def test_16_bit_grey_is_scaled_to_8_bit(tmp_path):
     load_image(Image.fromarray(np.array([[-5, 7]], np.int32)))
 
 
+def test_float_arrays_a_rounding_outside_are_clipped():
+  """As products, sums of weights and bfloat16 leave them; what is clearly outside keeps its error."""
+  out = load_image(np.array([[[-1e-6, 0.5, 1 + 2e-7], [1.0078125, -0.004, 1.0]]], np.float32))
+  assert out.tolist() == [[[0, 128, 255], [255, 0, 255]]]
+  for wrong in (1.05, 2.0, 255.0, -0.05, -1.0, np.inf, np.nan):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+      load_image(np.array([[[0.5, 0.5, wrong]]], np.float32))
+
+
+def test_closed_pil_images(tmp_path):
+  """However far it was read before it was closed."""
+  path = tmp_path / "a.png"
+  Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(path)
+  with Image.open(path) as left:
+    pass
+  opened, loaded, made = Image.open(path), Image.open(path), Image.new("RGB", (4, 5))
+  grey, wide = Image.new("L", (3, 3)), Image.new("I;16", (3, 3))
+  loaded.load()
+  for image in (opened, loaded, made, grey, wide):
+    image.close()
+  for image in (left, opened, loaded, made, grey, wide):
+    with pytest.raises(ValueError, match=r"^image.* closed"):
+      load_image(image)
+
+
 def test_float_arrays_in_0_1_are_scaled():
   photo = _photo()
   np.testing.assert_array_equal(load_image(photo / 255.0), photo)

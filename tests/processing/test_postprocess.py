@@ -1,5 +1,7 @@
 """Scores, boxes and mask resampling, against torch and by hand."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,3 +211,16 @@ def test_a_mask_is_computed_where_it_can_be_true(order, kind, size):
     else:
       wanted = pp.resize_masks(pp.sigmoid(values), size) > np.float32(threshold)
     np.testing.assert_array_equal(pp.binary_mask(values, size, threshold, order), wanted)
+
+
+def test_a_huge_mask_is_made_in_strips(monkeypatch):
+  """The same to the bit; what is held beside the mask is one strip, not three float32 of the mask's size."""
+  values, size = _blobs(1, 24, 24)[0], (1500, 2000)
+  whole = pp.binary_mask(values, size, 0.5, "upsample_then_sigmoid")
+  monkeypatch.setattr(pp, "_STRIP", 50_000)
+  tracemalloc.start()
+  strips = pp.binary_mask(values, size, 0.5, "upsample_then_sigmoid")
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  np.testing.assert_array_equal(strips, whole)
+  assert 0 < strips.mean() < 1 and peak < strips.nbytes + 4 * 4 * 50_000, peak

@@ -1,6 +1,7 @@
 """Results: shapes, choosing, and what is written for others to read."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -9,8 +10,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from sam3lt_jax.processing import results as results_module
 from sam3lt_jax.processing.render import instance_colors
-from sam3lt_jax.processing.results import Instance, Results
+from sam3lt_jax.processing.results import Instance, Results, hold_masks
 
 SIZE = (20, 30)
 
@@ -275,3 +277,34 @@ def test_save_png_empty_and_many(tmp_path):
   assert numbers.max() == 300 and np.array_equal(numbers, many.label_map())
   with pytest.raises(ValueError, match=r"path must end in \.png"):
     many.save_png(tmp_path / "many.jpg")
+
+
+def test_masks_of_a_huge_picture_are_held_a_bit_a_pixel(monkeypatch):
+  """What counts, chooses, draws and writes takes them one at a time; `masks` alone makes all of them."""
+  whole = make(5)
+  monkeypatch.setattr(results_module, "PACKED_ABOVE", whole.masks.size - 1)
+  packed = Results(
+    whole.boxes, whole.scores, hold_masks(iter(whole.masks), 5, SIZE), whole.labels, whole.size
+  )
+  held = packed.__dict__["_packed"]
+  assert held.bits.nbytes == 5 * 20 * 4 < whole.masks.nbytes / 7  # rows of 30 pixels in 4 bytes
+  assert np.array_equal(packed[3].mask, whole.masks[3]) and packed[-1].mask.dtype == bool
+  assert np.array_equal(packed.areas, whole.areas) and np.array_equal(packed.label_map(), whole.label_map())
+  assert packed.to_coco() == whole.to_coco()
+  photo = np.zeros((*SIZE, 3), np.uint8)
+  assert packed.render(photo).tobytes() == whole.render(photo).tobytes()
+  both = Results.concatenate([packed, packed.sort()[:4]])
+  assert "masks" not in both.__dict__ and len(both) == 9
+  assert np.array_equal(both[6].mask, whole.sort().masks[1])
+  assert "masks" not in packed.__dict__ and "masks" not in packed[[0, 2]].__dict__
+  assert np.array_equal(packed[[2, 0]].masks, whole.masks[[2, 0]])
+  assert np.array_equal(pickle.loads(pickle.dumps(packed)).masks, whole.masks)
+  assert np.array_equal(packed.masks, whole.masks) and packed.masks is packed.masks
+  with pytest.raises(AttributeError, match="no attribute 'mask'"):
+    _ = packed.mask
+  with pytest.raises(ValueError, match="masks must be 2 of size"):
+    Results(whole.boxes[:2], whole.scores[:2], held, whole.labels[:2], SIZE)
+
+
+def test_ordinary_masks_are_held_as_they_are():
+  assert isinstance(hold_masks(iter(make().masks), 4, SIZE), np.ndarray)
