@@ -23,6 +23,9 @@ examples:
     sam3lt status results --json | jq '.images.done / .images.total'
 
 A job in a bucket (gs://, s3://) shows what is done; what is in work is known in folders alone.
+
+exit codes: 0; 1 where a shard is damaged, as far as sizes and digest files tell, or, with --verify, its whole
+content; 2 no job is there, or its plan is damaged.
 """
 
 
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
       text = f"\x1b[H\x1b[2J{text}"  # a clean screen
     print(text, flush=True)
     if args.watch is None or status.finished:
-      return 0
+      return 1 if status.damaged else 0
     time.sleep(args.watch)
 
 

@@ -215,7 +215,7 @@ class _FilePart:
     seen = set()
     with open(self._path, "rb") as f:
       for line in f:
-        record = _sound(line)
+        record = shard_files.record_of(line)
         if record is None or record["id"] not in self._ids or record["id"] in seen:
           break
         seen.add(record["id"])
@@ -295,14 +295,3 @@ class _MemoryPart:
 
   def close(self) -> None:
     self._lines.clear()
-
-
-def _sound(line: bytes) -> dict[str, Any] | None:
-  """The record of a whole line, or None."""
-  if not line.endswith(b"\n"):
-    return None
-  try:
-    record = json.loads(line)
-  except (ValueError, RecursionError):
-    return None
-  return record if isinstance(record, dict) and isinstance(record.get("id"), str) else None

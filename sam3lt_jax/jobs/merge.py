@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import sam3lt_jax
 from sam3lt_jax.config import BOX_ONLY_PHRASE
 from sam3lt_jax.jobs import files, shard_files
-from sam3lt_jax.jobs.plan import Plan, Shard
+from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.sources import Item, split_member
 
 
@@ -89,9 +89,9 @@ def merge(
       f"{len(missing)} of {len(plan.shards)} shards are not done ({names}): run the job to its end, "
       "or merge what there is (--partial)"
     )
-  merged = Merged(missing=len(missing))
+  merged = Merged(missing=len(missing), notes=[f"{what}, and is left out" for what in plan.strays()])
   phrases = plan.fingerprint.get("phrases")
-  categories = Categories(phrases if isinstance(phrases, list) else [])
+  categories = Categories([p for p in phrases if isinstance(p, str)] if isinstance(phrases, list) else [])
   with contextlib.ExitStack() as stack:
     sinks: list[_Sink] = []
 
@@ -125,7 +125,7 @@ def _pour(plan: Plan, done: set[int], sinks: list, merged: Merged, on_shard: Cal
   position = 0
   for index in range(len(plan.shards)):
     if index in done:
-      about, records = _records(plan, plan.shards[index])
+      about, records = _records(plan, index)
       settings.add(about.get("settings"))
       for i, (item, record) in enumerate(records):
         image_id = item.coco_id if item.coco_id is not None else first + position + i
@@ -133,8 +133,12 @@ def _pour(plan: Plan, done: set[int], sinks: list, merged: Merged, on_shard: Cal
         merged.failures += failed
         merged.images += not failed
         merged.results += len(record.get("results", ()))
-        for sink in sinks:
-          sink.add(image_id, item, record)
+        try:
+          for sink in sinks:
+            sink.add(image_id, item, record)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+          name = shard_files.shard_name(index)
+          raise _with_remedy(plan, f"{name} is damaged: the record of {item.id!r} is none ({e!r})") from e
       on_shard()
     position += plan.shards.size(index)
   if len(settings) > 1:
@@ -148,18 +152,16 @@ def _first_number(plan: Plan) -> int:
   return max((item.coco_id or 0 for shard in plan.shards for item in shard.items), default=0) + 1
 
 
-def _records(plan: Plan, shard: Shard) -> tuple[dict[str, Any], list[tuple[Item, dict[str, Any]]]]:
-  """A shard's digest file, and its records in the order of the plan, each item's exactly once."""
-  name = shard_files.shard_name(shard.index)
+def _records(plan: Plan, index: int) -> tuple[dict[str, Any], list[tuple[Item, dict[str, Any]]]]:
   try:
-    about, lines = shard_files.read_shard(plan.directory, shard.index)
+    return plan.read(index)
   except shard_files.Damaged as e:
-    remedy = f"sam3lt status {plan.directory} --repair sets it aside; start the job again to redo it"
-    raise shard_files.Damaged(f"{e}. {remedy}") from None
-  records = {record["id"]: record for record in map(json.loads, lines)}
-  if len(lines) != len(shard.items) or any(item.id not in records for item in shard.items):
-    raise shard_files.Damaged(f"{name} does not hold each of its {len(shard.items)} images once")
-  return about, [(item, records[item.id]) for item in shard.items]
+    raise _with_remedy(plan, str(e)) from None
+
+
+def _with_remedy(plan: Plan, what: str) -> shard_files.Damaged:
+  remedy = f"sam3lt status {plan.directory} --repair sets it aside; start the job again to redo it"
+  return shard_files.Damaged(f"{what}. {remedy}")
 
 
 def _dump(value: Any) -> bytes:

@@ -11,11 +11,8 @@ store has no lock: there plan.json is read back, so that the one who was overwri
 
 from __future__ import annotations
 
-import array
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,7 +45,7 @@ class Plan:
   def __init__(self, directory: str, content: dict[str, Any], notes: Sequence[str] = ()):
     self.directory, self._content, self.notes = directory, content, list(notes)
     self.fingerprint: dict[str, Any] = content["fingerprint"]
-    self.settings = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    self.settings = plan_files.settings_of(self.fingerprint)
     self.shards: Sequence[Shard] = _Shards(directory, content)
     self.num_items = sum(content["shards"])
 
@@ -74,12 +71,12 @@ class Plan:
       allow_change: go on although something changed. New items become new shards; items that are gone are
         kept; items found at another place are read there; another fingerprint is for shards not committed
         yet, and started ones begin again. `notes` says what was done.
-      verify: read every committed shard, and set aside those that are not what was written, so that they
-        are done again.
+      verify: read every committed shard. Without it only what the folder's listing and the digest files
+        tell is compared. Shards that are not what was written are set aside either way, and done again.
 
     Raises:
-      ValueError: something changed (named, with the remedy), a bad argument, a damaged plan, a folder that
-        has shards but no plan.
+      ValueError: something changed (named, with the remedy), a bad argument, a damaged plan, shards that
+        cannot be read, or that are done, whose plan is lost and which fit no plan of `items`.
       CannotWrite: the folder cannot be written.
     """
     directory = files.absolute(directory)
@@ -92,14 +89,14 @@ class Plan:
       content, notes = plan_files.read(directory), []
       own = None
       if content is None:
-        own = plan_files.create(directory, items, fingerprint, shard_size)
+        own, notes = plan_files.create(directory, items, fingerprint, shard_size, allow_change)
         content = plan_files.read(directory)  # an object store may hold what another job put since
       if content != own:
         content, notes = plan_files.agree(directory, content, items, fingerprint, shard_size, allow_change)
       shard_files.tidy(directory)
     plan = cls(directory, content, notes)
-    if verify:
-      plan.notes += [f"{what}: it is done again" for what in plan.set_damaged_aside()]
+    plan.notes += [f"{what}: it is done again" for what in plan.set_damaged_aside(whole=verify, strays=False)]
+    plan.notes += [f"{what}, and is left alone" for what in plan.strays()]
     return plan
 
   @classmethod
@@ -108,6 +105,11 @@ class Plan:
     directory = files.absolute(directory)
     content = plan_files.read(directory)
     if content is None:
+      if done := len(shard_files.committed(directory)):
+        raise ValueError(
+          f"{directory} holds no {plan_files.PLAN}, but {done} shards: start the job's command again, which"
+          " makes the plan anew from its source and these"
+        )
       there = "holds no job" if files.is_folder(directory) else "is no folder"
       raise ValueError(f"{directory} {there}; accepted: the output folder of a job, with a {plan_files.PLAN}")
     return cls(directory, content)
@@ -123,7 +125,17 @@ class Plan:
 
   def committed(self) -> set[int]:
     """Indices of the shards that are done, as the folder has them now."""
-    return shard_files.committed(self.directory)
+    return {i for i in shard_files.committed(self.directory) if i < len(self.shards)}
+
+  def strays(self, there: Iterable[int] | None = None) -> list[str]:
+    """A sentence for each shard in the folder that is none of this plan's; `there`: of its listing before."""
+    there = shard_files.committed(self.directory) if there is None else there
+    count = len(self.shards)
+    return [
+      f"{shard_files.shard_name(i)} is no shard of this job, which has {count}"
+      for i in sorted(there)
+      if i >= count
+    ]
 
   def is_committed(self, index: int) -> bool:
     return shard_files.is_committed(self.directory, index)
@@ -148,16 +160,68 @@ class Plan:
       if not self.is_committed(index):
         yield self.shards[index]
 
-  def set_damaged_aside(self) -> list[str]:
-    """Reads every committed shard; those that are not what was written become missing again.
+  def read(self, index: int) -> tuple[dict[str, Any], list[tuple[Item, dict[str, Any]]]]:
+    """A committed shard's digest file, and its records in the order of the plan, each item's exactly once.
 
-    Returns what was wrong, a sentence a shard. Raises CannotWrite.
+    Raises:
+      Damaged: it is not what was written, or that of other items.
     """
+    about, found = shard_files.read_shard(self.directory, index)
+    records, items = {record["id"]: record for record in found}, self.shards[index].items
+    if len(found) != len(items) or any(item.id not in records for item in items):
+      name = shard_files.shard_name(index)
+      raise shard_files.Damaged(f"{name} is damaged: it does not hold each of its {len(items)} images once")
+    return about, [(item, records[item.id]) for item in items]
+
+  def damaged(
+    self, done: Iterable[int], sizes: dict[str, tuple], digests: dict[int, dict[str, Any]], whole: bool
+  ) -> dict[int, shard_files.Damaged]:
+    """What is wrong with which of the committed shards `done`.
+
+    Args:
+      sizes: of the files in the folder of shards, see `files.sizes`.
+      digests: digest files that are known; what is read of others is added.
+      whole: read every shard; otherwise only those whose size or digest file look wrong.
+    """
+    found = {}
+    digests |= shard_files.read_digests(self.directory, sorted(set(done) - digests.keys()))
+    for index in sorted(done):
+      name, images = shard_files.shard_name(index), self.shards.size(index)
+      about, size = digests.get(index), sizes.get(f"{name}.jsonl", (-1,))[0]
+      if about and (about["bytes"], about["records"]) == (size, images) and not whole:
+        continue
+      try:
+        digests[index], records = self.read(index) if whole else shard_files.read_shard(self.directory, index)
+        if len(records) != images:
+          raise shard_files.Damaged(f"{name} is damaged: it holds {len(records)} of {images} images")
+      except shard_files.Damaged as e:
+        found[index] = e
+    return found
+
+  def set_damaged_aside(self, whole: bool = True, strays: bool = True) -> list[str]:
+    """Committed shards that are not what was written become missing again, and `strays` go.
+
+    Args:
+      whole: read all of them; otherwise see `damaged`.
+
+    Returns:
+      What was wrong, a sentence a shard.
+
+    Raises:
+      Unreadable: (ValueError) without `whole`, a shard that may be sound.
+      CannotWrite: (ValueError) a file cannot be renamed.
+    """
+    sizes = files.sizes(files.join(self.directory, shard_files.SHARDS))
     said = []
-    for index in sorted(self.committed()):
-      if what := shard_files.damage(self.directory, index):
+    for index, error in self.damaged(self.committed(), sizes, {}, whole).items():
+      if isinstance(error, shard_files.Unreadable) and not whole:
+        raise error
+      shard_files.set_aside(self.directory, index)
+      said.append(str(error))
+    for index in sorted(shard_files.committed(self.directory)) if strays else ():
+      if index >= len(self.shards):
+        said += self.strays([index])
         shard_files.set_aside(self.directory, index)
-        said.append(what)
     return said
 
   def check_current(self) -> None:
@@ -171,10 +235,9 @@ class _Shards(Sequence):
   """Shards as runs of lines of the items file; in memory are only their first bytes' offsets."""
 
   def __init__(self, directory: str, content: dict[str, Any]):
-    self._path = files.join(directory, content["items_file"])
+    self._directory, self._content = directory, content
     self._sizes: list[int] = content["shards"]
-    self._digest = content["items_sha256"]
-    self._offsets: array.array | None = None
+    self._offsets: Sequence[int] | None = None
 
   def __len__(self) -> int:
     return len(self._sizes)
@@ -190,23 +253,8 @@ class _Shards(Sequence):
     if not 0 <= index < len(self):
       raise IndexError(f"shard {key} of {len(self)}")
     if self._offsets is None:
-      self._offsets = self._scan()
+      self._offsets = plan_files.scan_items(self._directory, self._content)
     start, end = self._offsets[index : index + 2]
-    lines = files.read(self._path, start, end - start).splitlines()
+    path = files.join(self._directory, self._content["items_file"])
+    lines = files.read(path, start, end - start).splitlines()
     return Shard(index, tuple(map(plan_files.item_of, lines)))
-
-  def _scan(self) -> array.array:
-    offsets, sha = array.array("Q", [0]), hashlib.sha256()
-    try:
-      with files.open_read(self._path) as f:
-        for size in self._sizes:
-          offsets.append(offsets[-1])
-          for line in itertools.islice(f, size):
-            sha.update(line)
-            offsets[-1] += len(line)
-        sha.update(f.read())  # nothing, or lines that were not planned
-    except FileNotFoundError:
-      raise ValueError(f"{self._path} is missing: the plan cannot be opened without it") from None
-    if sha.hexdigest() != self._digest:
-      raise ValueError(f"{self._path} is not what was planned: it was changed or damaged")
-    return offsets

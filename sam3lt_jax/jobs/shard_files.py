@@ -6,22 +6,27 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from sam3lt_jax.jobs import files, locks
 
 SHARDS = "shards"
-_DATA = re.compile(r"shard-(\d+)\.jsonl")
-_LOCK = re.compile(r"shard-(\d+)\.lock")
-_PART = re.compile(r"shard-(\d+)\.jsonl\.part")
+_NAME = re.compile(r"(shard-([0-9]+))\.(jsonl|lock|jsonl\.part)")
+_DATA, _LOCK, _PART = "jsonl", "lock", "jsonl.part"
+_MOST = 1 << 53  # a number of a digest file that is larger is none that was written
 
 
 class Damaged(ValueError):
   """A committed shard that is not what was written; the message names it."""
+
+
+class Unreadable(Damaged):
+  """One of which the system does not say what is in it: it may be whole."""
 
 
 def shard_name(index: int) -> str:
@@ -58,55 +63,105 @@ def started(directory: str) -> set[int]:
   return _indices(directory, _PART)
 
 
-def _indices(directory: str, pattern: re.Pattern) -> set[int]:
-  matches = map(pattern.fullmatch, files.names(files.join(directory, SHARDS)))
-  return {int(match[1]) for match in matches if match}
+def _indices(directory: str, kind: str) -> set[int]:
+  matches = map(_NAME.fullmatch, files.names(files.join(directory, SHARDS)))
+  return {int(m[2]) for m in matches if m and m[3] == kind and m[1] == shard_name(int(m[2]))}
 
 
 def read_digest(directory: str, index: int) -> dict[str, Any]:
   """A committed shard's digest file: see `ledger.ShardWriter.commit`. Raises Damaged."""
   try:
-    about = parse_digest(files.read(digest_path(directory, index)))
+    data = files.read(digest_path(directory, index))
   except FileNotFoundError:
     raise Damaged(f"{shard_name(index)} is damaged: its digest file is missing") from None
   except OSError as e:
-    raise Damaged(f"{shard_name(index)}: its digest file cannot be read: {e.strerror or e}") from e
+    raise Unreadable(f"{shard_name(index)}: its digest file cannot be read: {e.strerror or e}") from e
+  about = parse_digest(data)
   if about is None:
     raise Damaged(f"{shard_name(index)} is damaged: its digest file is not what was written")
+  if about.get("shard", index) != index:
+    raise Damaged(f"{shard_name(index)} is damaged: it was written as {shard_name(about['shard'])}")
   return about
 
 
+def read_digests(directory: str, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
+  """Those of `indices` that are sound; read at once where that is quicker."""
+  try:
+    contents = files.read_several([digest_path(directory, i) for i in indices])
+  except OSError:  # one of them; which and why says `read_digest`
+    return {}
+  found = {i: about for i, data in zip(indices, contents) if (about := parse_digest(data)) is not None}
+  return {i: about for i, about in found.items() if about.get("shard", i) == i}
+
+
 def parse_digest(data: bytes | None) -> dict[str, Any] | None:
-  """The content of a digest file; None if there is none or it is not one."""
+  """The content of a digest file; None if there is none, or a value in it cannot have been written."""
   try:
     about = json.loads(data or b"")
-    sound = isinstance(about["sha256"], str) and all(type(about[key]) is int for key in ("records", "bytes"))
-  except (ValueError, KeyError, TypeError):
+    sound = isinstance(about["sha256"], str) and all(map(about.__contains__, ("records", "bytes")))
+    counts = [about[key] for key in ("records", "bytes", "failures", "shard", "recovered") if key in about]
+    counts += about.get("reasons", {}).values()
+    times = [about[key] for key in ("started", "committed") if key in about]
+    sound &= all(type(n) is int and 0 <= n < _MOST for n in counts)
+    sound &= all(type(t) in (int, float) and 0 <= t < _MOST for t in times)
+    sound &= all(is_failure(example) for example in about.get("examples", []))
+    sound &= all(isinstance(about.get(key, ""), str) for key in ("host", "settings"))
+    sound &= type(about.get("process", 0)) is int
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return None
   return about if sound else None
 
 
-def read_shard(directory: str, index: int) -> tuple[dict[str, Any], list[bytes]]:
-  """(digest file, lines) of a committed shard, whole and as it was written.
+def record_of(line: bytes) -> dict[str, Any] | None:
+  """The record of a whole line: an object with an id, and results or an error. None if it is none."""
+  if not line.endswith(b"\n"):
+    return None
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+    return None
+  return record if is_failure(record) or isinstance(record.get("results"), list) else None
+
+
+def is_failure(record: Any) -> bool:
+  """Whether this is the record of an image that failed."""
+  texts = ("id", "error", "message")
+  return isinstance(record, dict) and all(isinstance(record.get(key), str) for key in texts)
+
+
+def read_shard(directory: str, index: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """(digest file, records) of a committed shard, whole and as it was written.
 
   Raises:
     Damaged: it is not, or cannot be read.
   """
+  name = shard_name(index)
   about = read_digest(directory, index)
   try:
     data = files.read(data_path(directory, index))
+  except FileNotFoundError:
+    raise Damaged(f"{name} is damaged: its data are missing") from None
   except OSError as e:
-    raise Damaged(f"{shard_name(index)} cannot be read: {e.strerror or e}") from e
+    raise Unreadable(f"{name} cannot be read: {e.strerror or e}") from e
   if len(data) != about["bytes"]:
-    raise Damaged(f"{shard_name(index)} is damaged: it has {len(data)} of {about['bytes']} bytes")
+    raise Damaged(f"{name} is damaged: it has {len(data)} of {about['bytes']} bytes")
   if hashlib.sha256(data).hexdigest() != about["sha256"]:
-    raise Damaged(f"{shard_name(index)} is damaged: its content is not what was written")
-  return about, data.split(b"\n")[:-1]
+    raise Damaged(f"{name} is damaged: its content is not what was written")
+  records = [record_of(line) for line in data.splitlines(keepends=True)]
+  if None in records:
+    raise Damaged(f"{name} is damaged: line {records.index(None) + 1} is no record")
+  failures = sum(map(is_failure, records))
+  for key, count in (("records", len(records)), ("failures", failures)):
+    if about.get(key, count) != count:
+      raise Damaged(f"{name} is damaged: it has {count} {key}, its digest file says {about[key]}")
+  return about, records
 
 
-def read_records(directory: str, index: int) -> Iterator[dict[str, Any]]:
+def read_records(directory: str, index: int) -> list[dict[str, Any]]:
   """The records of a committed shard. Raises Damaged."""
-  return map(json.loads, read_shard(directory, index)[1])
+  return read_shard(directory, index)[1]
 
 
 def damage(directory: str, index: int) -> str | None:
@@ -137,7 +192,9 @@ def set_aside(directory: str, index: int) -> None:
   with locks.exclusive(lock_path(directory, index), wait=10):
     for path in (data_path(directory, index), digest_path(directory, index)):
       if files.exists(path):
-        files.move(path, f"{path}.damaged")
+        names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        free = next(name for n in names if not files.exists(name := f"{path}.damaged{n}"))
+        files.move(path, free)
 
 
 def drop_started(directory: str) -> int:

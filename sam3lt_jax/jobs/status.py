@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -35,8 +34,9 @@ class Status:
     examples: some failures, {"id", "uri", "error", "message"} each.
     rate: over the last `WINDOW`; of a finished job over all its time; None where nothing was done lately.
     seconds_left: at this rate; None where it is not known, 0 of a finished job.
+    last: seconds since something was written; None where nothing is, or it is not known.
     hosts: {"host", "process", "shards", "images", "rate", "running": [shards], "last": seconds ago}, each.
-    damaged: a sentence for every shard that is not what was written.
+    damaged: a sentence for every shard that is not what was written, or is none of this job's.
   """
 
   directory: str
@@ -47,6 +47,7 @@ class Status:
   examples: list[dict[str, Any]]
   rate: float | None
   seconds_left: float | None
+  last: float | None
   hosts: list[dict[str, Any]]
   damaged: list[str]
 
@@ -96,22 +97,25 @@ class Watcher:
       ValueError: no job there, or a damaged plan.
     """
     now = time.time() if now is None else now
-    plan = Plan.load(self.directory)  # again, as a change may have brought new shards
+    # Listed before the plan is read, which may grow meanwhile.
     sizes = files.sizes(files.join(self.directory, shard_files.SHARDS))
+    there = shard_files.committed(self.directory)
+    plan = Plan.load(self.directory)
     indices = range(len(plan.shards))
-    done = {i for i in indices if f"{shard_files.shard_name(i)}.jsonl" in sizes}
-    damaged = self._read_digests(done, sizes, verify)
+    done = there.intersection(indices)
+    wrong = plan.damaged(done, sizes, self._digests, verify)
     tally = _Tally()
-    activities = [tally.committed(i, self._digests[i]) for i in sorted(done - set(damaged))]
+    activities = [tally.committed(i, self._digests[i]) for i in sorted(done - wrong.keys())]
     begun = [i for i in indices if i not in done and _part_name(i) in sizes]
-    in_work = [tally.in_work(self.directory, i, sizes[_part_name(i)][1] or now) for i in begun]
+    in_work = [tally.in_work(plan, i, sizes[_part_name(i)][1] or now) for i in begun]
     in_work = [activity for activity in in_work if activity is not None]
     running = sum(activity.running is not None for activity in in_work)
     stopped = len(in_work) - running
+    written = [activity.end for activity in activities + in_work if activity.end]
     activities += [activity for activity in in_work if activity.host is not None]
-    healthy = len(done) - len(damaged)
+    healthy = len(done) - len(wrong)
     shards = {"total": len(indices), "done": healthy, "running": running, "stopped": stopped}
-    shards |= {"missing": len(indices) - len(done) - running - stopped, "damaged": len(damaged)}
+    shards |= {"missing": len(indices) - len(done) - running - stopped, "damaged": len(wrong)}
     left = plan.num_items - tally.images
     rate = _rate(activities, now, finished=left == 0)
     return Status(
@@ -123,29 +127,10 @@ class Watcher:
       examples=tally.examples,
       rate=rate,
       seconds_left=0.0 if left == 0 else left / rate if rate else None,
+      last=round(max(0.0, now - max(written)), 1) if written else None,
       hosts=_hosts(activities, now),
-      damaged=[damaged[i] for i in sorted(damaged)],
+      damaged=[*map(str, wrong.values()), *plan.strays(there)],
     )
-
-  def _read_digests(self, done: Iterable[int], sizes: dict[str, tuple], verify: bool) -> dict[int, str]:
-    """Reads what is not known yet; returns the damaged shards' sentences."""
-    new = sorted(set(done) - set(self._digests))
-    paths = [shard_files.digest_path(self.directory, i) for i in new]
-    for index, data in zip(new, files.read_several(paths)):
-      about = shard_files.parse_digest(data)
-      if about is not None:
-        self._digests[index] = about
-    damaged = {}
-    for index in done:
-      size = sizes[f"{shard_files.shard_name(index)}.jsonl"][0]
-      known = index in self._digests and self._digests[index]["bytes"] == size
-      if known and not verify:
-        continue
-      try:
-        self._digests[index] = shard_files.read_shard(self.directory, index)[0]
-      except shard_files.Damaged as e:
-        damaged[index] = str(e)
-    return damaged
 
 
 def job_status(directory: str | os.PathLike, *, verify: bool = False, now: float | None = None) -> Status:
@@ -175,16 +160,20 @@ class _Tally:
     images = about["records"] - about.get("recovered", 0)
     return _Activity(about.get("host", "?"), about.get("process", 0), start, end, images)
 
-  def in_work(self, directory: str, index: int, written: float) -> _Activity | None:
+  def in_work(self, plan: Plan, index: int, written: float) -> _Activity | None:
     """None for one that was committed since the folder was listed: the next look counts it."""
     try:
-      lines = files.read(shard_files.part_path(directory, index)).split(b"\n")[:-1]
+      lines = files.read(shard_files.part_path(plan.directory, index)).splitlines(keepends=True)
     except FileNotFoundError:
       return None
-    lock = shard_files.lock_path(directory, index)
-    held, about = locks.is_held(lock), locks.holder(lock)
+    except OSError:  # whoever works on it says so
+      lines = []
+    lines = [line for line in lines if line.endswith(b"\n")][: plan.shards.size(index)]
+    lock = shard_files.lock_path(plan.directory, index)
+    held, about = locks.is_held(lock), _holder(lock)
     self.images += len(lines)
-    failures = [record for line in lines if b'"error":' in line and (record := _failure(line))]
+    failures = [record for line in lines if b'"error":' in line and (record := shard_files.record_of(line))]
+    failures = list(filter(shard_files.is_failure, failures))
     self.reasons.update(record["error"] for record in failures)
     self._show(failures)
     images = max(0, len(lines) - about.get("recovered", 0))
@@ -199,12 +188,12 @@ class _Tally:
         self.examples.append({k: record[k] for k in ("id", "uri", "error", "message") if k in record})
 
 
-def _failure(line: bytes) -> dict[str, Any] | None:
-  try:
-    record = json.loads(line)
-  except ValueError:
-    return None
-  return record if isinstance(record, dict) and isinstance(record.get("error"), str) else None
+def _holder(lock: str) -> dict[str, Any]:
+  """What a shard's holder said of itself, as far as it makes sense."""
+  about, number = locks.holder(lock), lambda x: type(x) in (int, float) and 0 <= x < 1 << 53
+  sound = {"host": lambda x: isinstance(x, str), "process": lambda x: type(x) is int}
+  sound |= {"started": number, "recovered": lambda x: type(x) is int and x >= 0}
+  return {key: about[key] for key, is_sound in sound.items() if key in about and is_sound(about[key])}
 
 
 def _rate(activities: Sequence[_Activity], now: float, finished: bool) -> float | None:
@@ -236,7 +225,7 @@ def _hosts(activities: Sequence[_Activity], now: float) -> list[dict[str, Any]]:
       "running": [a.running for a in own if a.running],
       "last": round(max(0.0, now - max(a.end for a in own)), 1),
     }
-    for (host, process), own in sorted(by_process.items(), key=lambda kv: (kv[0][0], str(kv[0][1])))
+    for (host, process), own in sorted(by_process.items())
   ]
 
 
@@ -273,8 +262,8 @@ def _speed(status: Status) -> str:
     return f"{status.rate:.1f} images a second over all; finished" if status.rate else "finished"
   idle = not status.shards["running"] and not files.is_remote(status.directory)
   if idle or status.rate is None:
-    since = f"nothing was written in the last {duration(WINDOW)}" if status.rate is None else ""
-    return "; ".join(filter(None, ["no process works on it now" if idle else "", since]))
+    last = "nothing is written yet" if status.last is None else f"last written {duration(status.last)} ago"
+    return "; ".join(filter(None, ["no process works on it now" if idle else "", last]))
   left = "" if status.seconds_left is None else f", {duration(status.seconds_left)} to go"
   return f"{status.rate:.1f} images a second lately{left}"
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -162,8 +163,28 @@ def test_a_damaged_shard_is_refused_by_name(job, tmp_path):
   assert out.read_text() == "an earlier one" and sorted(os.listdir(tmp_path)) == ["job", "out.json"]
   # A whole file with its digest, but of other images.
   os.replace(shard_files.data_path(job, 0), path)
-  os.replace(shard_files.digest_path(job, 0), shard_files.digest_path(job, 1))
-  with pytest.raises(ValueError, match="shard-00001 does not hold each of its 2 images once"):
+  digest = shard_files.digest_path(job, 1)
+  os.replace(shard_files.digest_path(job, 0), digest)
+  with pytest.raises(ValueError, match=r"shard-00001 is damaged: it was written as shard-00000\..*--repair"):
+    merge(job, out, partial=True)
+  with open(digest) as f:
+    about = json.load(f)
+  with open(digest, "w") as f:
+    json.dump(about | {"shard": 1}, f)
+  with pytest.raises(ValueError, match=r"shard-00001 is damaged: it does not hold each of its 2 .*--repair"):
+    merge(job, out, partial=True)
+  # Edited, and its digest file with it: the record names itself.
+  with open(path) as f:
+    lines = [json.loads(line) for line in f]
+  lines[0] |= {"id": "c.jpg"}
+  lines[1] |= {"id": "d.jpg", "results": [{"phrase": "cat"}]}
+  data = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+  with open(path, "wb") as f:
+    f.write(data)
+  with open(digest, "w") as f:
+    fresh = {"shard": 1, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "failures": 0}
+    json.dump(about | fresh, f)
+  with pytest.raises(ValueError, match=r"shard-00001 is damaged: the record of '.*' is none.*--repair"):
     merge(job, out, partial=True)
 
 

@@ -215,10 +215,150 @@ def test_damaged_plans(tmp_path):
   plan.write_text(json.dumps(content | {"format": 99}))
   with pytest.raises(ValueError, match="another version"):
     open_plan(out, 4)
-  plan.unlink()
-  (out / "shards" / "shard-00000.jsonl").write_bytes(b"")
-  with pytest.raises(ValueError, match=r"holds shards \(shard-00000\.jsonl\) but no plan\.json"):
+  plan.write_text(json.dumps(content | {"shards": [3, 1]}))
+  with pytest.raises(
+    ValueError, match=r"plan\.json is damaged: it was edited; undo that, or move plan\.json away"
+  ):
     open_plan(out, 4)
+  content.pop("digest")  # as earlier versions wrote it
+  plan.write_text(json.dumps(content | {"shards": [3]}))
+  with pytest.raises(ValueError, match=r"items\.jsonl is not what was planned"):
+    Plan.load(out).shards[0]
+  plan.write_text(json.dumps(content))
+  assert len(open_plan(out, 4).shards[0].items) == 4
+
+
+def test_an_edited_items_file_is_named_before_it_is_compared(tmp_path):
+  open_plan(tmp_path, 4)
+  for data in (b"garbage\n", None):
+    (tmp_path / "items.jsonl").unlink() if data is None else (tmp_path / "items.jsonl").write_bytes(data)
+    with pytest.raises(
+      ValueError, match=r"items\.jsonl is (missing|not what was planned).*move plan\.json away"
+    ):
+      open_plan(tmp_path, 6, allow_change=True)
+
+
+def test_a_lost_plan_is_made_again_from_the_shards(out):
+  plan = open_plan(out, 10, 4)
+  for index in (0, 2):
+    with ShardWriter(plan, plan.shards[index]) as writer:
+      writer.append([work.record(item) for item in reversed(plan.shards[index].items)])
+      writer.commit()
+  if not files.is_remote(out):
+    with ShardWriter(plan, plan.shards[1]) as writer:
+      writer.append([work.record(plan.shards[1].items[0])])
+  drop(out, "plan.json")
+  with pytest.raises(ValueError, match=r"holds no plan\.json, but 2 shards: start the job's command again"):
+    Plan.load(out)
+  again = open_plan(out, 10, 99)
+  assert list(again.shards) == list(plan.shards) and again.settings == plan.settings
+  assert (
+    again.notes[0] == "plan.json was missing: made anew from the source, which the 2 shards that are done fit"
+  )
+  # What was begun may have been begun with other settings.
+  assert again.notes[1:] == ([] if files.is_remote(out) else
+                             ["plan.json was missing; started shards that begin again: 1"])  # fmt: skip
+  assert indices(again.missing()) == [1]
+  work.finish(again)
+  drop(out, "plan.json")
+  drop(out, "items.jsonl")
+  assert list(open_plan(out, 10, 4).missing()) == []
+
+
+def drop(out, name):
+  path = files.join(out, name)
+  if files.is_remote(path):
+    fsspec.filesystem("memory").rm(path)
+  else:
+    os.unlink(path)
+
+
+def test_a_lost_plan_that_cannot_be_made_again_says_what_to_do(tmp_path):
+  work.finish(open_plan(tmp_path, 10, 4))
+  os.unlink(tmp_path / "plan.json")
+  for number in (9, 3):
+    with pytest.raises(ValueError, match=r"3 shards that are done but no plan\.json.*source of before"):
+      open_plan(tmp_path, number, 4)
+  with pytest.raises(
+    ValueError, match=r"another model, other phrases or options\. To go on, give another output"
+  ):
+    Plan.open(tmp_path, make_items(10), {"model": "l"}, 4)
+  assert not (tmp_path / "plan.json").exists()
+  # A damaged shard says nothing of the plan, and is done again.
+  (tmp_path / "shards" / "shard-00001.jsonl").write_bytes(b"")
+  plan = open_plan(tmp_path, 10, 4)
+  assert (
+    "shard-00001 is damaged: it has 0 of" in plan.notes[0]
+    and "the 2 shards that are done fit" in plan.notes[1]
+  )
+  work.finish(plan)
+  work.check_whole(tmp_path, 10)
+
+
+def test_stray_shards_make_no_job_done(tmp_path):
+  """As many files as there are shards, but not theirs."""
+  plan = open_plan(tmp_path, 10, 4)
+  work.finish(plan)
+  shards = tmp_path / "shards"
+  for suffix in ("jsonl", "json"):
+    os.replace(shards / f"shard-00002.{suffix}", shards / f"shard-00007.{suffix}")
+  (shards / "shard-2.jsonl").write_bytes(b"")  # no name of ours
+  assert not Plan.is_done(tmp_path) and plan.committed() == {0, 1}
+  again = open_plan(tmp_path, 10, 4)
+  assert indices(again.missing()) == [2]
+  assert again.notes == ["shard-00007 is no shard of this job, which has 3, and is left alone"]
+  # A file in a shard's place that no job wrote.
+  for make in ((shards / "shard-00002.jsonl").touch, (shards / "shard-00002.jsonl").mkdir):
+    make()
+    again = open_plan(tmp_path, 10, 4)
+    assert again.notes[0].startswith("shard-00002 is damaged: its digest file is missing: it is done again")
+    assert indices(again.missing()) == [2]
+  assert len(again.set_damaged_aside()) == 1 and (shards / "shard-00007.jsonl.damaged").exists()
+  work.finish(again)
+  (shards / "shard-2.jsonl").unlink()
+  work.check_whole(tmp_path, 10)
+
+
+def test_swapped_and_foreign_shards_are_found_by_verify(tmp_path):
+  plan = open_plan(tmp_path / "job", 12, 4)
+  work.finish(plan)
+  shards = tmp_path / "job" / "shards"
+
+  def swap(suffix, a="shard-00000", b="shard-00001"):
+    first, second = (shards / f"{name}.{suffix}" for name in (a, b))
+    data = first.read_bytes()
+    os.replace(second, first)
+    second.write_bytes(data)
+
+  swap("jsonl"), swap("json")
+  assert open_plan(tmp_path / "job", 12, 4).notes == [
+    f"shard-0000{i} is damaged: it was written as shard-0000{1 - i}: it is done again" for i in (0, 1)
+  ]
+  work.finish(plan)
+  other = Plan.open(tmp_path / "other", make_items(12, start=100), FINGERPRINT, 4)
+  work.finish(other)
+  for suffix in ("jsonl", "json"):  # a whole shard of another job
+    os.replace(tmp_path / "other" / "shards" / f"shard-00001.{suffix}", shards / f"shard-00001.{suffix}")
+  assert open_plan(tmp_path / "job", 12, 4, verify=True).notes == [
+    "shard-00001 is damaged: it does not hold each of its 4 images once: it is done again"
+  ]
+
+
+def test_a_shard_that_cannot_be_read_is_not_done_again(tmp_path, monkeypatch):
+  """The system's trouble of the moment: nothing is thrown away for it."""
+  work.finish(open_plan(tmp_path, 10, 4))
+  read = files.read
+
+  def refuse(path, *args):
+    if "shard-00001" in path:
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return read(path, *args)
+
+  monkeypatch.setattr(files, "read", refuse)
+  with pytest.raises(ValueError, match="shard-00001: its digest file cannot be read: Input/output error"):
+    open_plan(tmp_path, 10, 4)
+  monkeypatch.undo()
+  assert open_plan(tmp_path, 10, 4).notes == []
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):

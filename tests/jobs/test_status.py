@@ -76,7 +76,9 @@ def test_rate_and_time_left(plan):
   # Nothing was done lately.
   late = job_status(plan.directory, now=NOW + status.WINDOW + 30)
   assert late.rate is None and late.seconds_left is None
-  assert "no process works on it now; nothing was written in the last 10 min" in table(late)
+  assert late.last == status.WINDOW + 30 and "no process works on it now; last written 10 min ago" in table(
+    late
+  )
 
 
 def test_rate_over_the_window_only(plan):
@@ -116,7 +118,7 @@ def test_damage(plan, capsys):
   assert quick.shards["damaged"] == 2 and quick.shards["done"] == 3 and not quick.finished
   assert [text.partition(" ")[0] for text in quick.damaged] == ["shard-00001", "shard-00003"]
   assert job_status(plan.directory, verify=True).shards["damaged"] == 3
-  assert cli.main(["status", plan.directory, "--verify"]) == 0
+  assert cli.main(["status", plan.directory, "--verify"]) == 1
   out = capsys.readouterr().out
   assert "2 done, 0 missing, 3 damaged of 5" in out
   assert "damaged  shard-00001 is damaged: it has 10 of" in out and "--repair" in out
@@ -128,6 +130,52 @@ def test_damage(plan, capsys):
   assert cli.main(["status", plan.directory, "--repair", "--json"]) == 0
   out, err = capsys.readouterr()
   assert err == "" and json.loads(out)["finished"] is True
+
+
+def test_right_after_a_stop_it_tells_when_it_was_written(plan):
+  """The shard that was left in order names no host any more; when it was written the file itself tells."""
+  with ShardWriter(plan, plan.shards[0]) as writer:
+    writer.append([work.record(item) for item in plan.shards[0].items[:6]])
+  os.utime(shard_files.part_path(plan.directory, 0), (NOW, NOW))
+  now = job_status(plan.directory, now=NOW + 12)
+  assert now.last == 12 and now.hosts == [] and now.shards["stopped"] == 1
+  assert "  rate     no process works on it now; last written 12 s ago" in table(now)
+  assert "nothing is written yet" in table(job_status(work.open_plan(plan.directory + "2").directory))
+
+
+def test_edited_files_in_a_jobs_folder(plan, capsys):
+  """Each is a damaged shard in a sentence, or nothing to care about; never a traceback."""
+  commit(plan, 0)
+  digest = shard_files.digest_path(plan.directory, 0)
+  about = json.loads(open(digest).read())
+  odd = {
+    "records": (9, -1, "10", 1e3), "failures": (0, None), "reasons": ([], {"x": "y"}), "host": ([], 3),
+    "examples": ([1], [{"id": 3}], {"a": 1}), "started": ("x", float("nan"), 10**400), "committed": (True,),
+    "recovered": ("x",), "process": ("x",), "shard": (1, "0"), "sha256": (3, "x"), "bytes": (1.0,),
+  }  # fmt: skip
+  for key, values in odd.items():
+    for value in values:
+      with open(digest, "w") as f:
+        json.dump(about | {key: value}, f)
+      assert job_status(plan.directory, verify=True).shards["damaged"] == 1, (key, value)
+  with open(digest, "w") as f:
+    json.dump(about, f)
+  with ShardWriter(plan, plan.shards[1]) as writer:
+    writer.append([work.record(item) for item in plan.shards[1].items[:8]])
+    with open(shard_files.part_path(plan.directory, 1), "a") as f:
+      f.write('{"error": "x"}\n{"error": 3, "id": 1}\n[]\nx\n"error":\n' * 3)
+    for said in (b"", b"[]", b'{"host": [], "process": "x", "started": "x", "recovered": NaN}'):
+      with open(shard_files.lock_path(plan.directory, 1), "wb") as f:
+        f.write(said)
+      now = job_status(plan.directory)
+      assert now.shards["running"] == 1 and now.failures == {"truncated": 2} and table(now)
+      assert now.images["done"] == 20  # at most what the shard has
+  assert cli.main(["status", plan.directory, "--verify"]) == 0
+  os.link(digest, shard_files.digest_path(plan.directory, 9))
+  os.link(shard_files.data_path(plan.directory, 0), shard_files.data_path(plan.directory, 9))
+  capsys.readouterr()
+  assert cli.main(["status", plan.directory]) == 1
+  assert "damaged  shard-00009 is no shard of this job, which has 5" in capsys.readouterr().out
 
 
 def test_the_table(plan, capsys):
