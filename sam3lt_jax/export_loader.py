@@ -18,6 +18,7 @@ Axes: B images, P prompts, T tokens, N boxes, Q queries, S side in pixels, h, w 
 
 import hashlib
 import json
+import os
 import pathlib
 import sys
 
@@ -28,21 +29,68 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def load(directory=HERE, verify=True):
-  """The model of an export's folder, as a `Model`; `verify` checks the files against the manifest's digests.
+  """The model of an export's folder, as a `Model`.
+
+  `verify` checks that the folder holds the files of the manifest, unchanged, and no other: those of vendor/,
+  which is code that runs, as well.
 
   Raises:
     FileNotFoundError: a file of the export is missing.
-    ValueError: a damaged file, or an export of another format.
+    ValueError: a damaged file, one that is not of the export, or an export of another format.
   """
   directory = pathlib.Path(directory)
-  manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-  if manifest.get("format") != "sam3lt_jax.export/2":
-    raise ValueError(f"format must be sam3lt_jax.export/2, got {manifest.get('format')!r} in {directory}")
-  for name, file in manifest["files"].items() if verify else ():
+  manifest = read_manifest(directory)
+  if verify:
+    check_files(directory, manifest["files"])
+  try:
+    return Model(directory, manifest)
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise ValueError(f"{directory}: its manifest does not fit its programs: {e!r}") from e
+
+
+def read_manifest(directory):
+  """manifest.json of an export's folder. Raises FileNotFoundError; ValueError: it is none of this format."""
+  path = pathlib.Path(directory) / "manifest.json"
+  try:
+    manifest = json.loads(path.read_bytes())
+    format = manifest.get("format")
+  except (ValueError, AttributeError, RecursionError) as e:
+    raise ValueError(f"{path} is damaged: it is no manifest of an export ({e})") from e
+  if format != "sam3lt_jax.export/2":
+    raise ValueError(f"format must be sam3lt_jax.export/2, got {format!r} in {directory}")
+  try:
+    listed, used = manifest["files"], [part["file"] for part in manifest["parts"].values()]
+    sound = all(isinstance(file["sha256"], str) for file in listed.values())
+    sound = sound and all(name in listed for name in [*used, "weights.safetensors"])
+  except (AttributeError, KeyError, TypeError):
+    sound = False
+  if not sound:
+    raise ValueError(f"{path} is damaged: files must have a sha256 each, those of the parts among them")
+  return manifest
+
+
+def files_in(directory):
+  """Names of all files under an export's folder, "vendor/flatbuffers/table.py", but the manifest and what
+  Python compiled; of vendor/ it is not read, see `Model`.
+  """
+  found = []
+  for folder, _, names in os.walk(directory, followlinks=True):
+    inside = pathlib.Path(folder).relative_to(directory)
+    found += [(inside / name).as_posix() for name in names]
+  return [n for n in found if n != "manifest.json" and "__pycache__" not in n.split("/")]
+
+
+def check_files(directory, listed):
+  """Raises FileNotFoundError, or ValueError for the first file that is not as `listed` in the manifest."""
+  there = set(files_in(directory))
+  if missing := sorted(set(listed) - there):
+    raise FileNotFoundError(f"{directory / missing[0]} is in the manifest and not in the folder")
+  if others := sorted(there - set(listed)):
+    raise ValueError(f"{directory / others[0]} is not in the manifest, so not of this export: remove it")
+  for name, file in listed.items():
     with open(directory / name, "rb") as f:
       if hashlib.file_digest(f, "sha256").hexdigest() != file["sha256"]:
         raise ValueError(f"{directory / name} is damaged: its SHA-256 is not the manifest's")
-  return Model(directory, manifest)
 
 
 def read_safetensors(path):
@@ -65,6 +113,12 @@ class Model:
   def __init__(self, directory, manifest):
     # jax.export reads its files with flatbuffers; the export brings a copy for where it is not installed.
     sys.path.append(str(directory / "vendor"))
+    # What was verified is compiled anew: what lies compiled beside it was not.
+    before, sys.pycache_prefix = sys.pycache_prefix, os.devnull
+    try:
+      import flatbuffers  # noqa: F401
+    finally:
+      sys.pycache_prefix = before
     from jax import export
 
     self.manifest, self._parts = manifest, {}

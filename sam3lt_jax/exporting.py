@@ -241,8 +241,8 @@ def export_model(
     _write_weights(unfinished, variables, parts)
     predictor.processor.tokenizer.save(os.path.join(unfinished, "tokenizer.json"))
     shutil.copyfile(export_loader.__file__, os.path.join(unfinished, "loader.py"))
-    digests = {n: _digest(os.path.join(unfinished, n)) for n in sorted(os.listdir(unfinished))}
     _copy_flatbuffers(flatbuffers, os.path.join(unfinished, "vendor"))
+    digests = {n: _digest(os.path.join(unfinished, n)) for n in sorted(export_loader.files_in(unfinished))}
     manifest = _manifest(predictor, parts, options, tokens, digests, name)
     with open(os.path.join(unfinished, "manifest.json"), "w", encoding="utf-8") as f:
       json.dump(manifest, f, indent=1)
