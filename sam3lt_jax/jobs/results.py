@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.jobs.reading import Failure
 from sam3lt_jax.processing.prompts import Prompt
-from sam3lt_jax.processing.results import Results
+from sam3lt_jax.processing.results import Results, hold_masks
 
 Record = dict[str, Any]
 
@@ -74,21 +75,21 @@ def to_results(record: Record) -> Results:
   """The record of an image as `Results`, masks decoded.
 
   Raises:
-    ValueError: the record is of a failure.
+    ValueError: the record is of a failure, or was edited into none.
   """
   if "error" in record:
     raise ValueError(
-      f"record: image {record['id']!r} has no results ({record['error']}: {record['message']})"
+      f"record: image {record.get('id')!r} has no results ({record['error']}: {record.get('message')})"
     )
-  size, found = (record["height"], record["width"]), record["results"]
-  if not found:
-    return Results.empty(size)
-  rles = [{"size": r["segmentation"]["size"], "counts": r["segmentation"]["counts"].encode()} for r in found]
-  masks = np.moveaxis(coco_mask.decode(rles), -1, 0).astype(bool)
-  return Results(
-    np.array([r["box"] for r in found], np.float32),
-    np.array([r["score"] for r in found], np.float32),
-    masks,
-    tuple(r["phrase"] for r in found),
-    size,
-  )
+  try:
+    size, found = (record["height"], record["width"]), record["results"]
+    masks = (rle_ops.decode(rle_ops.from_segmentation(r["segmentation"], size, True)) for r in found)
+    return Results(
+      np.array([r["box"] for r in found], np.float32),
+      np.array([r["score"] for r in found], np.float32),
+      hold_masks(masks, len(found), size),
+      tuple(r["phrase"] for r in found),
+      size,
+    )
+  except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
+    raise ValueError(f"record: that of image {record.get('id')!r} is not as it was written ({e!r})") from e

@@ -53,6 +53,23 @@ def test_a_failure_has_no_results():
     results.to_results(record)
 
 
+def test_a_record_that_was_edited_is_one_sentence(monkeypatch):
+  mask, box = np.eye(9, dtype=bool), np.zeros(4, np.float32)
+  found = results.instance(Prompt("a dog"), 0, np.float32(0.5), box, mask)
+  record = results.image_record(item(), (9, 9), [found, found])
+  monkeypatch.setattr("sam3lt_jax.processing.results.PACKED_ABOVE", 2 * 81 - 1)
+  held = results.to_results(record)  # of a huge image a bit a pixel, as the predictor's
+  assert "masks" not in held.__dict__ and np.array_equal(held.masks, [mask] * 2)
+  rle = found["segmentation"]
+  for change in (
+    {"height": None}, {"width": 8}, {"results": [1]}, {"results": [{}]}, {"results": [found | {"box": [1]}]},
+    {"results": [found | {"segmentation": rle | {"counts": "~"}}]}, {"results": [found | {"score": "x"}]},
+    {"results": [found | {"segmentation": rle | {"size": [8, 9]}}]}, {"results": None},
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=r"record: that of image 'a/b\.jpg' is not as it was written"):
+      results.to_results(record | change)
+
+
 def test_a_score_that_is_no_number_is_refused():
   with pytest.raises(ValueError, match="JSON"):
     results.to_line({"score": float("nan")})
