@@ -146,6 +146,7 @@ def test_mistakes_name_the_option(capsys, options, said):
   assert said in mistake(capsys, *DISTILL, "--teacher", "shapes", *options.split())
 
 
+@pytest.mark.full
 def test_distil_the_bundled_model_into_a_student_of_ones_own(folder, capsys):
   """What the help shows, with few steps."""
   (folder / "small.json").write_text(json.dumps(SMALL))

@@ -37,6 +37,7 @@ def test_every_script_is_tested():
   assert sorted([*EXPECTED, *TRAINING]) == sorted(scripts)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("script", EXPECTED)
 def test_example_on_its_own_picture(script, tmp_path, monkeypatch, capsys):
   """`python examples/script random:tiny`, in this process, where compiling can be hurried."""
@@ -60,7 +61,9 @@ BUNDLED = {
 }
 
 
-@pytest.mark.parametrize("script", BUNDLED)
+@pytest.mark.parametrize(
+  "script", [pytest.param(s, marks=pytest.mark.full if s.startswith("pmap") else ()) for s in BUNDLED]
+)
 def test_example_with_the_bundled_model(script, tmp_path, monkeypatch, capsys):
   """`python examples/script shapes`: it finds the two red circles."""
   monkeypatch.chdir(tmp_path)

@@ -98,7 +98,7 @@ def test_a_program_that_was_not_compared_is_refused(folder):
 def test_an_edited_manifest(folder):
   """As in `tests.checkpoints.test_fuzz`."""
   data, path = json.loads((folder / "manifest.json").read_text()), folder / "manifest.json"
-  end, seed = time.monotonic() + SECONDS / 3, 0
+  end, seed = time.monotonic() + SECONDS, 0
   while time.monotonic() < end:
     rng = random.Random(seed)
     if seed % 3:

@@ -183,6 +183,7 @@ pictures.assert_same_results(last(photos[0], ["a dog", "a cat"], threshold=0.0),
 """
 
 
+@pytest.mark.full
 def test_a_predictor_on_four_devices_finds_what_one_finds():
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
   env = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": flags}

@@ -82,6 +82,7 @@ def test_a_batch_that_does_not_divide_is_one_sentence(eight):
   )
 
 
+@pytest.mark.full
 def test_two_processes_are_one(tmp_path, eight):
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))

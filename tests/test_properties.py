@@ -179,6 +179,7 @@ def test_phrases_do_not_see_each_other_and_tokens_may_see_padding():
 
 
 @pytest.mark.torch
+@pytest.mark.full
 def test_with_any_boxes_is_what_transformers_does_to_a_mixed_batch(tmp_path):
   """transformers lets the CLS token into every row of a call that passes boxes; ours does only on request."""
   from sam3lt_jax import from_pretrained

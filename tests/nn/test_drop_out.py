@@ -93,6 +93,7 @@ def test_a_training_forward_needs_a_key(profile):
     jax.eval_shape(lambda: model.apply(variables, **inputs(), deterministic=False))
 
 
+@pytest.mark.full
 def test_without_rates_training_is_inference():
   """Also the proof that `deterministic` changes nothing else."""
   config = tiny.config("original")

@@ -61,7 +61,8 @@ def _torch_gradients(model, inputs, directory):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("variant", ["s0", pytest.param("s1", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("variant", ["s0", "s1"])
 def test_gradients_match_torch(variant, tmp_path):
   reference = random_torch_model(
     tiny_config(variant, image_size=112, vit_layers=2, global_layers=(1,)), seed=3

@@ -70,8 +70,15 @@ def _align_geometry(stages: dict[str, np.ndarray], tokens: int) -> dict[str, np.
   return stages
 
 
-@pytest.mark.parametrize("boxes", [None, "one", "several"])
-@pytest.mark.parametrize("variant, size, tokens", SIZES)
+CASES = [
+  # Quick: every kind of boxes once, every variant once; all of them in CI.
+  pytest.param(*of, boxes, marks=() if of[0] == "s0" or boxes == "several" else pytest.mark.full)
+  for of in SIZES
+  for boxes in (None, "one", "several")
+]
+
+
+@pytest.mark.parametrize("variant, size, tokens, boxes", CASES)
 def test_every_stage(pairs, variant, size, tokens, boxes):
   reference, apply = pairs(variant, size)
   inputs = _inputs(size, tokens, boxes)

@@ -60,6 +60,7 @@ def test_batches():
     DenseBatches(images=2, side=40, seed=10)[0]
 
 
+@pytest.mark.full
 def test_maps_are_brought_to_one_scale():
   """Same directions, standard deviation 1, what the heads read stays, and so do the parameters given."""
   model = Sam3LiteText(models.teacher_config())
