@@ -62,7 +62,7 @@ BUNDLED = {
 
 
 @pytest.mark.parametrize(
-  "script", [pytest.param(s, marks=pytest.mark.full if s.startswith("pmap") else ()) for s in BUNDLED]
+  "script", [pytest.param(s, marks=() if s == "segment_photo.py" else pytest.mark.full) for s in BUNDLED]
 )
 def test_example_with_the_bundled_model(script, tmp_path, monkeypatch, capsys):
   """`python examples/script shapes`: it finds the two red circles."""

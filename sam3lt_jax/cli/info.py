@@ -66,8 +66,9 @@ def describe(source: str, profile: str | None = None) -> dict[str, Any]:
 
 def _open(source: str, profile: str | None):
   """(config, variables or their shapes, where that was read); loads weights only if nothing else tells."""
-  import jax
 
+  from sam3lt_jax.checkpoints.engine import unflatten
+  from sam3lt_jax.checkpoints.pretrained import abstract_leaves
   from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
   from sam3lt_jax.config import Sam3LiteTextConfig
   from sam3lt_jax.model import Sam3LiteText
@@ -87,7 +88,7 @@ def _open(source: str, profile: str | None):
     model, variables = from_pretrained(source, profile=profile)
     return model.config, variables, "its weights"
   with busy(f"counting the parameters of {source}"):
-    return config, jax.eval_shape(Sam3LiteText(config).init_variables, jax.random.key(0)), where
+    return config, unflatten(abstract_leaves(Sam3LiteText(config))), where
 
 
 def _files(source: str) -> list[dict[str, Any]]:
