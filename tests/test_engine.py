@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import threading
+import tracemalloc
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from sam3lt_jax import Profile, engine, kept
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.predictor import Predictor
-from sam3lt_jax.processing import images
+from sam3lt_jax.processing import images, results
 from sam3lt_jax.processing.prompts import Prompt
 from sam3lt_jax.processing.results import Results
 from tests import tiny
@@ -103,6 +104,20 @@ def test_masks_enlarged_on_the_device_are_the_hosts(three, accelerator, monkeypa
   for a, b in zip(found, wanted):
     pictures.assert_same_results(a, b)
   assert 0 < np.mean(np.concatenate([one.masks.ravel() for one in found])) < 1
+
+
+def test_masks_of_a_huge_picture_come_one_by_one_and_are_held_a_bit_a_pixel(monkeypatch):
+  """40 masks of 2 megapixels: one of them at a time, and an eighth of all."""
+  size, count = (1000, 2000), 40
+  monkeypatch.setattr(results, "PACKED_ABOVE", count * 2_000_000 - 1)
+  none = np.zeros(count)
+  found = kept.Kept(none, none, none, np.zeros((count, 4)), size, lambda k: np.full(size, k % 2 == 0))
+  tracemalloc.start()
+  found = Results(found.boxes, found.scores, found.masks(), ["a dog"] * count, size)
+  assert found.areas.tolist() == [2_000_000, 0] * 20
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < count * 2_000_000 / 8 + 4 * 2_000_000, peak
 
 
 def test_neighbours_and_padding_change_nothing(three):
