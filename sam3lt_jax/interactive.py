@@ -14,6 +14,7 @@ import numpy as np
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.features import VisionFeatures
 from sam3lt_jax.processing import postprocess
+from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.cleaning import clean
 from sam3lt_jax.processing.clicks import ClickArrays, clicks_of
 from sam3lt_jax.processing.results import Results
@@ -122,7 +123,7 @@ class SamPredictor:
     """
     if image_format not in ("RGB", "BGR"):
       raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
-    self.predictor.set_image(np.asarray(image)[..., ::-1] if image_format == "BGR" else image)
+    self.predictor.set_image(to_numpy(image, "image")[..., ::-1] if image_format == "BGR" else image)
 
   def reset_image(self) -> None:
     """Forgets the image."""
@@ -156,7 +157,7 @@ class SamPredictor:
     vision, size = self.predictor.encoded()
     side = 4 * vision.tracker.image.shape[1]
     if mask_input is not None and np.ndim(mask_input) == 4:
-      mask_input = np.asarray(mask_input)[:, 0]
+      mask_input = to_numpy(mask_input, "mask_input")[:, 0]
     names = ("point_coords", "point_labels", "box", "mask_input")
     clicks = clicks_of(size, side, point_coords, point_labels, box, mask_input, names=names)
     engine = self.predictor.engine

@@ -29,7 +29,7 @@ from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.clicks import clicks_of
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.prompts import Prompt
-from sam3lt_jax.processing.results import Results
+from sam3lt_jax.processing.results import Results, hold_masks
 
 if TYPE_CHECKING:
   from sam3lt_jax.checkpoints.pretrained import Opened
@@ -312,21 +312,21 @@ class Predictor:
       raise ArgumentError("results", f" must be of this image, {size}, got results of {results.size}")
     results[index]  # raises
     index %= len(results)
-    start = results.masks[index] if results.logits is None else results.logits[index]
+    start = results[index].mask if results.logits is None else results.logits[index]
     new = self.predict(
       points=points, point_labels=point_labels, box=box, mask=start, mask_threshold=mask_threshold
     )
     if len(new) != 1:
       raise ArgumentError("points", f" must be of one object, got {len(new)}")
-    arrays = {}
-    for name in ("boxes", "scores", "masks"):
-      arrays[name] = getattr(results, name).copy()
-      arrays[name][index] = getattr(new, name)[0]
+    boxes, scores = results.boxes.copy(), results.scores.copy()
+    boxes[index], scores[index] = new.boxes[0], new.scores[0]
+    masks = (new[0].mask if k == index else one.mask for k, one in enumerate(results))
+    masks = hold_masks(masks, len(results), size)
     logits = None
     if results.logits is not None:
       logits = results.logits.copy()
       logits[index] = new.logits[0]
-    return dataclasses.replace(results, **arrays, logits=logits)
+    return dataclasses.replace(results, boxes=boxes, scores=scores, masks=masks, logits=logits)
 
   def generate_masks(self, image: Any, **options: Any) -> list[dict[str, Any]]:
     """Everything in an image, without being asked for anything: the masks of a grid of points.

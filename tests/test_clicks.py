@@ -107,6 +107,15 @@ def test_refine_starts_from_the_instance(predictor):
   np.testing.assert_array_equal(again.masks[0], of_phrase.masks[0])
 
 
+def test_refining_on_a_huge_picture_makes_one_mask(predictor, monkeypatch):
+  wanted = predictor.refine(predictor.predict("a star", threshold=0.0)[:2], 1, points=POINT)
+  monkeypatch.setattr("sam3lt_jax.processing.results.PACKED_ABOVE", 1)
+  of_phrase = predictor.predict("a star", threshold=0.0)[:2]
+  again = predictor.refine(of_phrase, 1, points=POINT)
+  assert "masks" not in of_phrase.__dict__ and "masks" not in again.__dict__
+  np.testing.assert_array_equal(again.masks, wanted.masks)
+
+
 def test_a_given_mask_becomes_logits():
   mask = np.zeros((6, 9), bool)
   mask[:3, :3] = True

@@ -14,6 +14,7 @@ import numpy as np
 
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.ops.interpolation import interpolation_matrix
+from sam3lt_jax.processing.arrays import plain, to_numpy
 
 CORNERS = (2, 3)  # labels of a box's top-left and bottom-right corner
 GIVEN_MASK = 10.0  # logit of a pixel of a mask that is given as such; the reference's, too
@@ -108,8 +109,8 @@ def _point_rows(
   for _ in range(3 - depth):
     nested = [nested]
   if labels is not None:
-    if depth == 1 and isinstance(labels, numbers.Number):
-      labels, depth = [labels], 2  # of the one point
+    if depth == 1 and isinstance(label := plain(labels, labels_name), numbers.Number):
+      labels, depth = [label], 2  # of the one point
     labels = _plain(labels, labels_name, f"1 or 0 a point, nested as {name}")
     if _depth(labels) != depth - 1:
       raise ArgumentError(labels_name, f" must be nested as {name}, one number a point, got {labels!r:.80}")
@@ -151,17 +152,17 @@ def _point_rows(
 def _boxes(boxes: Any, size: tuple[int, int], name: str) -> np.ndarray:
   """float64 [P, 4]."""
   accepted = "(x1, y1, x2, y2) in pixels, one an object"
-  plain = _plain(boxes, name, accepted)
+  given = _plain(boxes, name, accepted)
   try:
-    array = np.asarray(plain, np.float64)
+    array = np.asarray(given, np.float64)
   except (TypeError, ValueError):
     array = np.zeros(0)
   if array.ndim == 1:
     array = array[None]
   if array.ndim == 3:
-    raise ArgumentError(name, f" must be one an object, got several for one: {plain!r:.80}")
+    raise ArgumentError(name, f" must be one an object, got several for one: {given!r:.80}")
   if array.ndim != 2 or array.shape[1] != 4 or not len(array):
-    raise ArgumentError(name, f" must be {accepted}, got {plain!r:.80}")
+    raise ArgumentError(name, f" must be {accepted}, got {given!r:.80}")
   for box in array:
     if not np.isfinite(box).all():
       raise ArgumentError(name, f" must be finite, got {box.tolist()}")
@@ -176,13 +177,13 @@ def _masks(masks: Any, size: tuple[int, int], side: int, name: str) -> np.ndarra
   """float32 [P, side, side] logits."""
   height, width = size
   accepted = f"bool [{height}, {width}] as the image or logits [{side}, {side}] of an answer, one an object"
-  array = np.asarray(masks)
+  array = to_numpy(masks, name)
   if array.dtype.kind not in "bfiu":
     raise ArgumentError(name, f" must be {accepted}, got {array.dtype}")
   array = array[None] if array.ndim == 2 else array
   whole = array.ndim == 3 and array.shape[1:] == tuple(size)
   if (not whole and (array.ndim != 3 or array.shape[1:] != (side, side))) or not len(array):
-    raise ArgumentError(name, f" must be {accepted}, got an array of shape {np.shape(masks)}")
+    raise ArgumentError(name, f" must be {accepted}, got an array of shape {array.shape}")
   if array.dtype.kind == "f" and not np.isfinite(array).all():
     raise ArgumentError(name, " must be finite, got NaN or infinity")
   if array.dtype.kind == "f" and array.shape[1:] == (side, side):
@@ -209,19 +210,18 @@ def _shares(length: int, side: int) -> np.ndarray:
   return (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _plain(value: Any, name: str, accepted: str) -> Any:
+def _plain(value: Any, name: str, accepted: str) -> list[Any]:
   """Nested lists of an array of any library, or of lists; a string is none."""
-  if hasattr(value, "__array__"):
-    return np.asarray(value).tolist()
-  if not isinstance(value, (list, tuple)):
+  lists = _lists(plain(value, name))
+  if not isinstance(lists, list):
     raise ArgumentError(name, f" must be {accepted}, got {value!r:.80}")
-  return [np.asarray(entry).tolist() if hasattr(entry, "__array__") else _inner(entry) for entry in value]
+  return lists
 
 
-def _inner(value: Any) -> Any:
-  if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-    return [np.asarray(v).tolist() if hasattr(v, "__array__") else _inner(v) for v in value]
-  return value
+def _lists(value: Any) -> Any:
+  if isinstance(value, np.ndarray):
+    return value.tolist()
+  return [_lists(v) for v in value] if isinstance(value, list) else value
 
 
 def _depth(value: Any) -> int:

@@ -15,6 +15,7 @@ from sam3lt_jax.config import NOT_A_POINT, PADDING_LABEL, TrackerConfig
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess
+from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.cleaning import clean
 from sam3lt_jax.processing.clicks import ClickArrays, clicks_of
 from sam3lt_jax.processing.processor import ProcessorOutput, image_list
@@ -137,7 +138,7 @@ class Sam3TrackerProcessor:
     sizes = postprocess.check_sizes("original_sizes", original_sizes, len(masks))
     out = []
     for mask, size in zip(masks, sizes):
-      mask = np.asarray(mask, np.float32)
+      mask = to_numpy(mask, "masks").astype(np.float32, copy=False)
       cleaned = [
         clean(m, int(max_hole_area), int(max_sprinkle_area), mask_threshold)
         for m in mask.reshape(-1, *mask.shape[-2:])

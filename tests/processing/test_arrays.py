@@ -6,6 +6,7 @@ import pytest
 
 from sam3lt_jax.processing import images, postprocess, prompts
 from sam3lt_jax.processing.arrays import plain, to_numpy
+from sam3lt_jax.processing.clicks import clicks_of
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.results import Results
 
@@ -63,6 +64,22 @@ def test_prompts_of_the_predictor(kind):
   )
   per_image = prompts.per_image("boxes", [kind(BOXES), None], 2, 2)
   assert prompts.prompts_of("a dog", per_image[0], kind(LABELS), image=0) == wanted
+
+
+def test_clicks(kind):
+  """Points, their labels, outlines and masks to start from."""
+  points, box, mask = [[10.0, 5.0], [40.0, 50.0]], [2.0, 3.0, 30.0, 20.0], (np.eye(12, 16) > 0).astype(float)
+  mask = mask.tolist()
+
+  def clicks(kind, labels=LABELS):
+    return clicks_of((60, 90), 8, kind(points), kind(labels), kind(box)) + clicks_of(
+      (12, 16), 8, masks=kind(mask)
+    )
+
+  for got, wanted in zip(clicks(kind), clicks(np.asarray), strict=True):
+    np.testing.assert_array_equal(got, wanted)
+  one = clicks_of((60, 90), 8, kind(points)[0], kind(LABELS)[1])  # a point, and its label alone
+  assert one.labels.tolist() == [[0]] and one.points.shape == (1, 1, 2)
 
 
 def test_inputs_of_the_processor(kind):
