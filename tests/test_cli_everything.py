@@ -9,30 +9,41 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3lt_jax import Predictor, cli, save_pretrained
-from tests import tiny
-from tests.parity import tracker as reference
-from tests.test_clicks import HEIGHT, WIDTH, photo
+from sam3lt_jax import Predictor, cli
+from tests.test_clicks import HEIGHT, WIDTH, photo, predictor
+
+__all__ = ["predictor"]  # a fixture
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A model with a tracker, and a photo."""
+  """With a photo."""
   folder = tmp_path_factory.mktemp("everything")
-  model, variables = tiny.load(tiny.config(vocab_size=49408))
-  save_pretrained(folder / "model", model, variables, tracker=reference.load())
   Image.fromarray(photo(HEIGHT, WIDTH)).save(folder / "photo.png")
   return folder
 
 
-def test_a_photo(folder, capsys):
+@pytest.fixture
+def loaded(predictor, monkeypatch):
+  """What was asked of `Predictor.from_pretrained`, in place of which stands one that is compiled."""
+  asked = {}
+
+  def from_pretrained(source, **options):
+    asked.update(options, source=source)
+    return predictor
+
+  monkeypatch.setattr(Predictor, "from_pretrained", from_pretrained)
+  return asked
+
+
+def test_a_photo(folder, loaded, capsys):
   out = folder / "out"
-  with tiny.hurry():
-    code = cli.main([
-      "everything", str(folder / "photo.png"), "--model", str(folder / "model"), "--tracker", "same",
-      "--points-per-side", "3", "--pred-iou-thresh", "0", "--stability-score-thresh", "0", "--out", str(out),
-      "--box-nms-thresh", "1",
-    ])  # fmt: skip
+  code = cli.main([
+    "everything", str(folder / "photo.png"), "--model", "anything", "--tracker", "same",
+    "--points-per-side", "3", "--pred-iou-thresh", "0", "--stability-score-thresh", "0", "--out", str(out),
+    "--box-nms-thresh", "1",
+  ])  # fmt: skip
+  assert (loaded["source"], loaded["tracker"]) == ("anything", True)
   told = capsys.readouterr()
   assert code == 0, told.err
   data = json.loads((out / "photo_everything.json").read_text())
@@ -66,14 +77,13 @@ def test_mistakes_are_one_line(folder, monkeypatch, capsys, message, arguments):
   assert message in error and len(error.strip().splitlines()) == 1
 
 
-def test_one_bad_photo_is_named_and_the_rest_is_done(folder, monkeypatch, capsys):
+def test_one_bad_photo_is_named_and_the_rest_is_done(folder, loaded, monkeypatch, capsys):
   monkeypatch.chdir(folder)
   (folder / "bad.png").write_bytes(b"no image")
-  with tiny.hurry():
-    code = cli.main([
-      "everything", "bad.png", "photo.png", "--model", "model", "--tracker", "same", "--points-per-side", "1",
-      "--pred-iou-thresh", "0", "--stability-score-thresh", "0",
-    ])  # fmt: skip
+  code = cli.main([
+    "everything", "bad.png", "photo.png", "--model", "model", "--tracker", "same", "--points-per-side", "1",
+    "--pred-iou-thresh", "0", "--stability-score-thresh", "0",
+  ])  # fmt: skip
   told = capsys.readouterr()
   assert code == 2 and "bad.png" in told.err and "1 of 2 photos failed" in told.err
   assert "photo.png" in told.out
@@ -83,14 +93,13 @@ def test_one_bad_photo_is_named_and_the_rest_is_done(folder, monkeypatch, capsys
 
 
 def segment(folder, *arguments):
-  with tiny.hurry():
-    return cli.main([
-      "segment", str(folder / "photo.png"), "--model", str(folder / "model"), "--tracker", "same",
-      "--out", str(folder / "clicked"), "--json", *arguments,
-    ])  # fmt: skip
+  return cli.main([
+    "segment", str(folder / "photo.png"), "--model", "anything", "--tracker", "a/tracker",
+    "--out", str(folder / "clicked"), "--json", *arguments,
+  ])  # fmt: skip
 
 
-def test_segment_what_is_pointed_at(folder, capsys):
+def test_segment_what_is_pointed_at(folder, predictor, loaded, capsys):
   code = segment(
     folder, "--point", "30,20", "--point", "70,45:0", "--outline", "10,10,40,40", "--object", "50,30"
   )
@@ -104,8 +113,7 @@ def test_segment_what_is_pointed_at(folder, capsys):
     {"points": [[50, 30]], "point_labels": [1], "box": None},
   ]
   assert [a["category_id"] for a in data["annotations"]] == [1, 2, 3]
-  with tiny.hurry():
-    predictor = Predictor.from_pretrained(folder / "model", tracker=True)
+  assert loaded["tracker"] == "a/tracker"
   found = predictor.set_image(folder / "photo.png").predict(points=[[30, 20], [70, 45]], point_labels=[1, 0])
   np.testing.assert_array_equal(coco_mask.decode(data["annotations"][0]["segmentation"]), found.masks[0])
 
@@ -119,7 +127,7 @@ def test_segment_what_is_pointed_at(folder, capsys):
     ("nothing to look for: give a phrase or --box, or --point at one thing", []),
   ],
 )
-def test_segment_mistakes_are_one_line(folder, capsys, message, arguments):
+def test_segment_mistakes_are_one_line(folder, loaded, capsys, message, arguments):
   assert segment(folder, *arguments) == 2
   error = capsys.readouterr().err
   assert message in error and len(error.strip().splitlines()) == 1

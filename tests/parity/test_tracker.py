@@ -204,6 +204,7 @@ INERT = {
 }
 
 
+@pytest.mark.full
 def test_every_leaf_moves_an_output():
   """Each leaf is set to zero in turn. Those that move nothing are listed, and the list holds no other."""
   tracker, variables = reference.load()
