@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp  # noqa: F401  (others import it from here)
@@ -36,6 +36,18 @@ if TYPE_CHECKING:
   from sam3lt_jax.tracker import Sam3Tracker
 
 
+class Encoded(NamedTuple):
+  """An image of `Predictor.encode`, to be prompted any number of times.
+
+  Attributes:
+    vision: its features, on the devices.
+    size: (height, width) of the image.
+  """
+
+  vision: VisionFeatures
+  size: tuple[int, int]
+
+
 class Predictor:
   """Finds, scores and segments what phrases and example boxes ask for.
 
@@ -55,7 +67,8 @@ class Predictor:
       for results in predictor.stream(paths, text="bus"):     # any number of photos, in order
         ...
 
-  Threads may share a predictor, but for the image of `set_image`, which is one.
+  Threads may share a predictor, but for the image of `set_image`, which is one: where several are prompted in
+  turn, each is kept as `image = predictor.encode(photo)` and named in `predict(..., image=image)`.
 
   Attributes:
     model: what runs. RepMixer blocks are folded (`Sam3LiteText.fuse`) unless `fuse=False`.
@@ -90,7 +103,7 @@ class Predictor:
       model, variables = model.fuse(variables)
     self.model = model
     self.engine = Engine(model, variables, self.processor, tracker=tracker, **options)
-    self._image: tuple[VisionFeatures, tuple[int, int]] | None = None
+    self._image: Encoded | None = None
 
   @classmethod
   def from_pretrained(
@@ -237,10 +250,14 @@ class Predictor:
     asked = prompts.prompts_of(text, None, None)
     return self._stream(((image, asked) for image in images), *thresholds)
 
-  def set_image(self, image: Any) -> Predictor:
-    """Encodes an image (path, PIL image, array [H, W, 3]) for `predict`; returns the predictor."""
+  def encode(self, image: Any) -> Encoded:
+    """Encodes an image (path, PIL image, array [H, W, 3]), for `predict` and `refine` to be told."""
     pixels, size = self._read(image)
-    self._image = self.engine.encode([pixels]), size
+    return Encoded(self.engine.encode([pixels]), size)
+
+  def set_image(self, image: Any) -> Predictor:
+    """Encodes an image, the one that `predict` and `refine` mean from now on; returns the predictor."""
+    self._image = self.encode(image)
     return self
 
   def predict(
@@ -255,8 +272,9 @@ class Predictor:
     point_labels: Any = None,
     box: Any = None,
     mask: Any = None,
+    image: Encoded | None = None,
   ) -> Results:
-    """Prompts the image of `set_image`: for all that matches, or for single objects.
+    """Prompts an encoded image: for all that matches, or for single objects.
 
     Phrases and example `boxes` find everything like them. `points`, `box` and `mask` mean one object each,
     and need a tracker; the two kinds do not mix.
@@ -267,6 +285,7 @@ class Predictor:
       point_labels: 1 (on the object) or 0 (off it), nested as `points`. None: all 1.
       box: the outline of one object, (x1, y1, x2, y2) in pixels, or [P, 4] of several.
       mask: to start from: bool [H, W] of the image, or `Results.logits` of an earlier answer, [h, w]; or P.
+      image: of `encode`; None: the one of `set_image`.
 
     Returns:
       `Results`. For single objects one instance each, in order; its score is the IoU with the true mask that
@@ -276,7 +295,7 @@ class Predictor:
     Raises:
       ValueError: no image was set, no tracker is loaded, or as in `__call__`.
     """
-    vision, size = self.encoded()
+    vision, size = self.encoded(image)
     pointing = {"points": points, "point_labels": point_labels, "box": box, "mask": mask}
     if any(value is not None for value in pointing.values()):
       finding = {"text": text, "boxes": boxes, "box_labels": box_labels, "threshold": threshold}
@@ -293,28 +312,35 @@ class Predictor:
 
   def refine(
     self, results: Results, index: int, points: Any = None, point_labels: Any = None, box: Any = None,
-    mask_threshold: float = 0.5,
+    mask_threshold: float = 0.5, *, image: Encoded | None = None,
   ) -> Results:  # fmt: skip
-    """`results` of the image of `set_image` with one instance made again, from its mask and from clicks.
+    """`results` of an encoded image with one instance made again, from its mask and from clicks.
 
     Args:
       results: found by a phrase, by boxes or by clicks.
       index: which instance. Its label stays.
       points, point_labels, box: as in `predict`, of one object. Of clicks that led to the instance, give
         those that still count again.
+      image: as in `predict`.
 
     Raises:
       ValueError: as in `predict`; the results are of an image of another size.
       IndexError: there is no such instance.
     """
-    _, size = self.encoded()
+    image = self.encoded(image)
+    size = image.size
     if results.size != size:
       raise ArgumentError("results", f" must be of this image, {size}, got results of {results.size}")
     results[index]  # raises
     index %= len(results)
     start = results[index].mask if results.logits is None else results.logits[index]
     new = self.predict(
-      points=points, point_labels=point_labels, box=box, mask=start, mask_threshold=mask_threshold
+      mask_threshold=mask_threshold,
+      points=points,
+      point_labels=point_labels,
+      box=box,
+      mask=start,
+      image=image,
     )
     if len(new) != 1:
       raise ArgumentError("points", f" must be of one object, got {len(new)}")
@@ -348,8 +374,12 @@ class Predictor:
 
     return everything.SamAutomaticMaskGenerator(self, **options).generate(image)
 
-  def encoded(self) -> tuple[VisionFeatures, tuple[int, int]]:
-    """The image of `set_image`, encoded, and its (height, width). Raises ValueError where there is none."""
+  def encoded(self, image: Encoded | None = None) -> Encoded:
+    """`image`, or else the one of `set_image`. Raises ValueError where there is none."""
+    if image is not None:
+      if not isinstance(image, Encoded):
+        raise ArgumentError("image", f" must be what encode(photo) returned, got {type(image).__name__}")
+      return image
     if self._image is None:
       raise ValueError("no image is set: call set_image(image) before predict, or call the predictor itself")
     return self._image

@@ -202,3 +202,19 @@ def test_a_tracker_of_another_trunk():
   tracker = tracker_from_pretrained("random:tiny", progress=False)
   with pytest.raises(ValueError, match=r"tracker must be for this model's trunk \(32 wide"):
     Predictor(*tiny.load(tiny.config()), tracker=tracker)
+
+
+def test_several_images_in_turn(predictor):
+  """An image of `encode` is asked beside the one of `set_image`, which stays."""
+  other = predictor.encode(photo(30, 40, seed=1))
+  mine = predictor.predict(points=POINT)
+  theirs = predictor.predict(points=[20, 10], image=other)
+  assert (mine.size, theirs.size) == ((HEIGHT, WIDTH), (30, 40))
+  better = predictor.refine(theirs, 0, points=[[20, 10], [3, 3]], point_labels=[1, 0], image=other)
+  assert better.size == (30, 40)
+  assert predictor.predict("a star", threshold=0.0, image=other).size == (30, 40)
+  np.testing.assert_array_equal(predictor.predict(points=POINT).masks, mine.masks)
+  with pytest.raises(ValueError, match=r"results must be of this image, \(30, 40\), got results of"):
+    predictor.refine(mine, 0, points=[3, 3], image=other)
+  with pytest.raises(ValueError, match=r"image must be what encode\(photo\) returned, got str"):
+    predictor.predict(points=POINT, image="street.jpg")

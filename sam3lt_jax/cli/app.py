@@ -1,0 +1,83 @@
+"""`sam3lt app`: a local page to find and point at things on a photo."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import socket
+import threading
+
+from sam3lt_jax.cli.arguments import add_model, count
+from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.errors import ArgumentError
+
+_EPILOG = """\
+examples:
+  nothing downloaded: the bundled model, which knows drawn shapes; phrases and example boxes
+    sam3lt app --model shapes
+  phrases, boxes and clicks
+    sam3lt app --model s0 --tracker facebook/sam3
+  the tracker is in the model's own file
+    sam3lt app --model sam3_litetext.pt --tracker same
+  for others on the network, too
+    sam3lt app --host 0.0.0.0 --port 8000
+"""
+PORT = 7860
+_SAME = "same"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.epilog = _EPILOG
+  add_model(parser)
+  add = parser.add_argument
+  add("--tracker", metavar="ID|DIR|FILE|same",
+      help="SAM 3's tracker, which clicks need: hub id, folder or .pt file; same: in --model itself",
+  )  # fmt: skip
+  add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
+  add("--port", type=count, default=PORT, metavar="N", help=f"port to listen at (default: {PORT})")
+
+
+def run(args: argparse.Namespace) -> int:
+  _check_free(args.host, args.port)
+  try:
+    from sam3lt_jax.app import page
+  except ImportError as e:
+    raise ImportError(f"the page needs the package gradio: pip install 'sam3lt_jax[app]' ({e})") from e
+  from sam3lt_jax.predictor import Predictor
+
+  with busy(f"loading {args.model}"):
+    tracker = True if args.tracker == _SAME else args.tracker
+    predictor = Predictor.from_pretrained(args.model, tracker=tracker, profile=args.profile, dtype=args.dtype)
+  made = page.Page(predictor, args.model, _example(args.model))
+  address = page.launch(made.blocks, args.host, args.port)
+  print(f"{address}  (Ctrl-C stops it)", flush=True)
+  threading.Event().wait()
+  return 0
+
+
+def _check_free(host: str, port: int) -> None:
+  """Before a model is loaded for nothing. Raises ArgumentError."""
+  if port > 65535:
+    raise ArgumentError("port", f" must be at most 65535, got {port}")
+  try:
+    kind, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with contextlib.closing(socket.socket(kind)) as s:
+      s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      s.bind(where)
+  except OSError as e:
+    if e.errno == errno.EADDRINUSE:
+      raise ArgumentError("port", f" {port} is in use; give another one") from e
+    if e.errno == errno.EACCES:
+      raise ArgumentError("port", f" {port} is not for every user; give one above 1023") from e
+    raise ArgumentError("host", f" {host} is no address of this machine ({e.strerror})") from e
+
+
+def _example(model: str):
+  """What the bundled model can be tried on: it knows no photos."""
+  if model != "shapes":
+    return None
+  from sam3lt_jax.cli.demo import SEED, SIDE
+  from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
+
+  return "scene.png", draw_scene(SEED, SceneConfig(side=SIDE)).image
