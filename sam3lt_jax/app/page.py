@@ -17,6 +17,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio.processing_utils import save_file_to_cache
 
 from sam3lt_jax.app.session import Session
 from sam3lt_jax.predictor import Predictor
@@ -54,9 +55,10 @@ _DOWNLOAD = """(file) => {
 _CSS = """
 .gradio-container { max-width: 1320px !important; }
 #title h1 { margin: 0; font-size: 1.2rem; }
-#hint { padding: 8px 12px; border-radius: 6px; background: var(--background-fill-secondary); }
+#hint { padding: 4px; min-height: 3.9em; border-radius: 6px; background: var(--background-fill-secondary); }
 #hint p { margin: 0; }
 #no-tracker { padding: 0 4px; font-size: 0.9em; }
+#picture, #picture > * { padding: 0 !important; }
 #picture:has([hidden].stage) { display: none; }
 """
 
@@ -98,6 +100,11 @@ class Page:
           tool=self._tools[0][1],
           elem_id="picture",
         )
+        with gr.Row():
+          self._undo, self._clear, self._remove = (
+            gr.Button(name, size="sm", min_width=80, elem_id=name.lower())
+            for name in ("Undo", "Clear", "Remove")
+          )
       with gr.Column(scale=3, min_width=320):
         self._phrases = gr.Textbox(
           label="Find all", placeholder="phrases, separated by commas", submit_btn="Find", elem_id="phrases"
@@ -108,19 +115,15 @@ class Page:
         self._tool = gr.Radio(self._tools, value=self._tools[0][1], label="On the photo", elem_id="tool")
         gr.HTML(NO_TRACKER, visible=not self._clicks, elem_id="no-tracker")
         name = "Object that clicks change" if self._clicks else "Chosen object"
-        self._objects = gr.Dropdown([], label=name, elem_id="objects")
-        with gr.Row():
-          self._undo, self._clear, self._remove = (
-            gr.Button(name, size="sm", min_width=80, elem_id=name.lower())
-            for name in ("Undo", "Clear", "Remove")
-          )
+        self._objects = gr.Dropdown([], label=name, filterable=False, elem_id="objects")
         with gr.Row():
           self._saves = {
             kind: gr.Button(name, size="sm", min_width=80, elem_id=f"save-{kind}")
             for kind, name in _SAVES.items()
           }
         self._saved = gr.File(visible=False)
-        self._another = gr.UploadButton("Another photo", file_types=["image"], size="sm", elem_id="another")
+        with gr.Row(elem_id="another"):
+          self._another = gr.UploadButton("Another photo", file_types=["image"], size="sm")
 
   def _wire(self) -> None:
     for files in (self._drop, self._another):
@@ -141,7 +144,7 @@ class Page:
     for pointing in (self._picture.click, self._picture.select):
       self._answer(pointing, pointed)
     for kind, button in self._saves.items():
-      save = functools.partial(_save, kind)
+      save = functools.partial(self._save, kind)
       saved = button.click(save, self._session, self._saved, show_progress="hidden", api_visibility="private")
       saved.then(None, self._saved, None, js=_DOWNLOAD)
 
@@ -149,6 +152,11 @@ class Page:
     name, pixels = self._example
     session.open(pixels, name)
     return _find(session, tool, text) if text.strip() else None
+
+  def _save(self, kind: str, session: Session) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+      # A copy where gradio looks for old files to delete.
+      return save_file_to_cache(session.save(kind, folder), self._saved.GRADIO_CACHE)
 
   def _on(self, event: Any, do: Callable[..., str | None], *inputs: Any) -> None:
     """`do(session, tool, *values)` at an event of a widget; it may return what to say."""
@@ -189,7 +197,7 @@ class Page:
       (f"{i + 1}: {thing.found.labels[0]} {thing.found.scores[0]:.2f}", i) for i, thing in enumerate(things)
     ]
     return [
-      gr.update(visible=not opened),
+      gr.update(visible=not opened, value=None),
       gr.update(visible=not opened and self._example is not None),
       gr.update(value=_address(session) if opened else None, tool=tool),
       _line(said, _next(session, tool)),
@@ -235,7 +243,7 @@ def _open(session: Session, tool: str, path: str | None, text: str) -> str | Non
   try:
     session.open(data, name)
   except ValueError as e:
-    raise ValueError(f"{name}: {e}") from e
+    raise ValueError(f"the file {name} cannot be opened: {e}") from e
   return _find(session, tool, text) if text.strip() else None
 
 
@@ -269,11 +277,6 @@ def _point(session: Session, tool: str, event: dict[str, Any]) -> str | None:
   return None
 
 
-def _save(kind: str, session: Session) -> str:
-  # gradio serves a copy in its own cache, which it empties.
-  return session.save(kind, tempfile.mkdtemp(prefix="sam3lt-"))
-
-
 # -------------------------------------------------------------------- what is shown
 
 
@@ -302,7 +305,7 @@ def _next(session: Session, tool: str) -> str:
       _OFF: "Choose an object first, then click on what is not part of it.",
       _PICK: "Click on a found object to choose it.",
     }[tool]
-  chosen = f"object {session.current + 1} ({session.things[session.current].found.labels[0]})"
+  chosen = f"object {session.current + 1}"
   return {
     _ON: f"Click on what else belongs to {chosen}, right-click on what does not.",
     _OFF: f"Click on what does not belong to {chosen}.",

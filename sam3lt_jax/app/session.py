@@ -308,8 +308,8 @@ def _rectangle(draw: ImageDraw.ImageDraw, box: Sequence[float], color: tuple[int
 
 def _mark(draw: ImageDraw.ImageDraw, x: float, y: float, label: int) -> None:
   """A click: green with a plus, red with a minus."""
-  draw.ellipse((x - 14, y - 14, x + 14, y + 14), fill=_WHITE)
-  draw.ellipse((x - 12, y - 12, x + 12, y + 12), fill=_ON if label else _OFF)
-  draw.rectangle((x - 7, y - 1, x + 7, y + 1), fill=_WHITE)
+  draw.ellipse((x - 18, y - 18, x + 18, y + 18), fill=_WHITE)
+  draw.ellipse((x - 15, y - 15, x + 15, y + 15), fill=_ON if label else _OFF)
+  draw.rectangle((x - 9, y - 2, x + 9, y + 2), fill=_WHITE)
   if label:
-    draw.rectangle((x - 1, y - 7, x + 1, y + 7), fill=_WHITE)
+    draw.rectangle((x - 2, y - 9, x + 2, y + 9), fill=_WHITE)
