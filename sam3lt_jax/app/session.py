@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from sam3lt_jax.predictor import Encoded, Predictor
 from sam3lt_jax.processing.images import load_image
+from sam3lt_jax.processing.render import scaled
 from sam3lt_jax.processing.results import Results
 
 Box = tuple[float, float, float, float]
@@ -36,11 +37,13 @@ class Thing:
 
   Attributes:
     found: `Results` of this one instance.
+    shown: the same at the picture's size.
     clicks: (x, y, label) in pixels, label 1 on it or 0 off it, of the user about this object.
     by_hand: a click or a box around it made it what it is: another search leaves it alone.
   """
 
   found: Results
+  shown: Results
   clicks: tuple[tuple[float, float, int], ...] = ()
   by_hand: bool = False
 
@@ -68,6 +71,7 @@ class Session:
     self.photo: np.ndarray | None = None
     self.name = ""
     self._image: Encoded | None = None
+    self._shown: Image.Image | None = None  # the photo at the picture's size
     self._state, self._history = _State(), []
     self._lock = threading.RLock()
 
@@ -130,6 +134,7 @@ class Session:
       photo = load_image(image)
       self._image = self.predictor.encode(photo)
       self.photo, self.name = photo, os.path.basename(name)
+      self._shown = Results.empty(photo.shape[:2]).render(photo, scale=self._scale)
       self._state, self._history = _State(threshold=self._state.threshold), []
 
   def find(self, phrases: Sequence[str]) -> None:
@@ -161,18 +166,19 @@ class Session:
         if not label:
           raise ValueError("choose an object first: this click says what does not belong to it")
         found = self.predictor.predict(points=[[x, y]], image=self._image)
-        self._add(Thing(found, ((x, y, 1),), True))
+        self._add(self._thing(found, ((x, y, 1),), True))
         return
       thing = self.things[index]
       clicks = (*thing.clicks, (x, y, label))
       points, labels = [[x, y] for x, y, _ in clicks], [label for *_, label in clicks]
       found = self.predictor.refine(thing.found, 0, points, labels, image=self._image)
-      self._replace(index, Thing(found, clicks, True))
+      thing = self._thing(found, clicks, True)
+      self._change(things=(*self.things[:index], thing, *self.things[index + 1 :]))
 
   def outline(self, box: Sequence[float]) -> None:
     """A new thing: the one object that this box lies around."""
     with self._lock:
-      self._add(Thing(self.predictor.predict(box=self._box(box), image=self._image), by_hand=True))
+      self._add(self._thing(self.predictor.predict(box=self._box(box), image=self._image), by_hand=True))
 
   def choose(self, index: int | None) -> None:
     """Which thing further clicks are about; None: the next click makes one."""
@@ -206,9 +212,10 @@ class Session:
   def picture(self) -> Image.Image:
     """The photo with what was found, marked and clicked, at a screen's size."""
     with self._lock:
-      photo = self._photo()
-      scale = min(_MOST_ENLARGED, SIDE / max(photo.shape[:2]))
-      picture = self.results.render(photo, scale=scale)
+      self._photo()
+      scale = self._scale
+      nothing = Results.empty((self._shown.height, self._shown.width))
+      picture = Results.concatenate([nothing, *(thing.shown for thing in self.things)]).render(self._shown)
       draw = ImageDraw.Draw(picture)
       for box, label in self.examples:
         _rectangle(draw, [v * scale for v in box], _ON if label else _OFF)
@@ -256,6 +263,14 @@ class Session:
       raise ValueError("there is no photo yet: drop one first")
     return self.photo
 
+  @property
+  def _scale(self) -> float:
+    """The picture's size by the photo's."""
+    return min(_MOST_ENLARGED, SIDE / max(self._photo().shape[:2]))
+
+  def _thing(self, found: Results, clicks: tuple = (), by_hand: bool = False) -> Thing:
+    return Thing(found, scaled(found, self._scale), clicks, by_hand)
+
   def _box(self, box: Sequence[float]) -> Box:
     """Two opposite corners, as (x1, y1, x2, y2) within the photo. Raises ValueError: the box is empty."""
     height, width = self._photo().shape[:2]
@@ -273,9 +288,6 @@ class Session:
   def _add(self, thing: Thing) -> None:
     self._change(things=(*self.things, thing), current=len(self.things))
 
-  def _replace(self, index: int, thing: Thing) -> None:
-    self._change(things=(*self.things[:index], thing, *self.things[index + 1 :]))
-
   def _search(self, **changes: Any) -> None:
     """Finds anew what phrases and examples ask for. What was made by hand stays, once."""
     asked = dataclasses.replace(self._state, **changes)
@@ -290,8 +302,8 @@ class Session:
         asked.threshold,
         image=self._image,
       ).sort()
-      found = [Thing(results[i : i + 1]) for i in range(len(results))]
-      found = [t for t in found if not any(_same(t.found, m.found) for m in mine)]
+      new = [results[i : i + 1] for i in range(len(results))]
+      found = [self._thing(one) for one in new if not any(_same(one, t.found) for t in mine)]
     self._change(**changes, things=(*mine, *found), current=None)
 
 

@@ -141,7 +141,7 @@ def render(
     most = _JPEG_SIDE / max(canvas.size)
     scale = min(64, math.ceil(_LEGIBLE / _unit(canvas.size)), math.floor(most) if most >= 1 else most)
   if scale != 1:
-    results = _scaled(results, scale)
+    results = scaled(results, scale)
     canvas = canvas.resize(results.size[::-1], Image.Resampling.BICUBIC)
   line = max(1, round(_unit(canvas.size) / 350))
   crops = [_bounds(one.mask) for one in results]
@@ -159,7 +159,8 @@ def render(
   return canvas
 
 
-def _scaled(results: Results, scale: float) -> Results:
+def scaled(results: Results, scale: float) -> Results:
+  """The results in the photo made larger or smaller, masks and boxes, to be drawn on it."""
   from sam3lt_jax.processing.results import Results
 
   height, width = (max(1, round(s * scale)) for s in results.size)
