@@ -10,7 +10,14 @@ import pytest
 from sam3lt_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ("README.md", "docs/training.md", "docs/jobs.md", "docs/serving.md", "tpu/README.md")
+PAGES = (
+  "README.md",
+  "docs/clicks.md",
+  "docs/training.md",
+  "docs/jobs.md",
+  "docs/serving.md",
+  "tpu/README.md",
+)
 _COMMAND = re.compile(r"^\s*(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?sam3lt (.+)$", re.MULTILINE)
 
 

@@ -9,6 +9,7 @@ import base64
 import functools
 import html
 import io
+import itertools
 import os
 import pathlib
 import tempfile
@@ -77,6 +78,7 @@ class Page:
     example: name and uint8 [H, W, 3] of an image that the model knows something about.
     """
     self._example = example
+    self._answers = itertools.count(1)
     self._clicks = predictor.engine.tracker is not None
     self._tools = [(name, tool) for tool, name, tracker in _TOOLS if self._clicks or not tracker]
     with gr.Blocks(
@@ -98,6 +100,7 @@ class Page:
           css_template=(_HERE / "picture.css").read_text(encoding="utf-8"),
           js_on_load=(_HERE / "picture.js").read_text(encoding="utf-8"),
           tool=self._tools[0][1],
+          answer=0,
           elem_id="picture",
         )
         with gr.Row():
@@ -199,7 +202,7 @@ class Page:
     return [
       gr.update(visible=not opened, value=None),
       gr.update(visible=not opened and self._example is not None),
-      gr.update(value=_address(session) if opened else None, tool=tool),
+      gr.update(value=_address(session) if opened else None, tool=tool, answer=next(self._answers)),
       _line(said, _next(session, tool)),
       gr.update(choices=choices, value=_NO_OBJECT if session.current is None else session.current),
       gr.update(interactive=session.can_undo),

@@ -56,7 +56,8 @@ element.addEventListener('pointercancel', () => {
   start = null;
   band().hidden = true;
 });
-watch('value', () => { if (!start) band().hidden = true; });
+// `answer` is another number each time: what changes nothing is answered, too.
+watch(['value', 'answer'], () => { if (!start) band().hidden = true; });
 
 // A photo dropped anywhere is opened; the browser would leave the page for it.
 window.addEventListener('dragover', (event) => event.preventDefault());

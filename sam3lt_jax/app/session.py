@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from sam3lt_jax.predictor import Encoded, Predictor
 from sam3lt_jax.processing.images import load_image
@@ -221,7 +221,8 @@ class Session:
         _rectangle(draw, [v * scale for v in box], _ON if label else _OFF)
       if self.current is not None:
         thing = self.things[self.current]
-        _rectangle(draw, [v * scale for v in thing.found.boxes[0]], _WHITE)
+        mask = Image.fromarray(thing.shown.masks[0].astype(np.uint8) * 255)
+        picture.paste(_WHITE, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(9)), mask))
         for x, y, label in thing.clicks:
           _mark(draw, (x + 0.5) * scale, (y + 0.5) * scale, label)
       return picture

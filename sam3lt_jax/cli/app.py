@@ -8,7 +8,7 @@ import errno
 import socket
 import threading
 
-from sam3lt_jax.cli.arguments import add_model, count
+from sam3lt_jax.cli.arguments import add_model, add_tracker, count, tracker_of
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.errors import ArgumentError
 
@@ -24,16 +24,13 @@ examples:
     sam3lt app --host 0.0.0.0 --port 8000
 """
 PORT = 7860
-_SAME = "same"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add_model(parser)
+  add_tracker(parser)
   add = parser.add_argument
-  add("--tracker", metavar="ID|DIR|FILE|same",
-      help="SAM 3's tracker, which clicks need: hub id, folder or .pt file; same: in --model itself",
-  )  # fmt: skip
   add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
   add("--port", type=count, default=PORT, metavar="N", help=f"port to listen at (default: {PORT})")
 
@@ -47,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
   from sam3lt_jax.predictor import Predictor
 
   with busy(f"loading {args.model}"):
-    tracker = True if args.tracker == _SAME else args.tracker
-    predictor = Predictor.from_pretrained(args.model, tracker=tracker, profile=args.profile, dtype=args.dtype)
+    predictor = Predictor.from_pretrained(
+      args.model, tracker=tracker_of(args), profile=args.profile, dtype=args.dtype
+    )
   made = page.Page(predictor, args.model, _example(args.model))
   address = page.launch(made.blocks, args.host, args.port)
   print(f"{address}  (Ctrl-C stops it)", flush=True)

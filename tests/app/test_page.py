@@ -206,6 +206,11 @@ def test_a_box_is_an_example_and_undo_takes_it_back(shapes, visit, photos):
   says(tab, "Click on a found object to choose it")
   tab.mouse.click(*at(tab, *np.argwhere(thing.mask).mean(axis=0)[::-1] / 480)[0])
   says(tab, "You chose object 1")
+  tab.mouse.click(*at(tab, 0.01, 0.01)[0])
+  says(tab, "Click on a found object to choose it")
+  assert not tab.is_visible(".band")  # the mark of a click goes, also where nothing is hit
+  tab.mouse.click(*at(tab, *np.argwhere(thing.mask).mean(axis=0)[::-1] / 480)[0])
+  says(tab, "You chose object 1")
   tab.click("#remove")
   tab.wait_for_selector("#save-json:disabled")
   for _ in range(2):
