@@ -37,6 +37,7 @@ _TOOLS = (
   (_UNLIKE, "Box: not things like this", False),
   (_PICK, "Click to choose a found object", False),
 )
+_MOST_SESSIONS = 16  # a full-size image's features are 140 MB; the one not used for longest is forgotten
 _NO_OBJECT = -1  # in the list of objects
 _SAVES = {"json": "COCO JSON", "masks": "Masks PNG", "overlay": "Overlay PNG"}
 
@@ -229,6 +230,7 @@ def launch(blocks: gr.Blocks, host: str, port: int) -> str:
     theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     css=_CSS,
     max_file_size="200mb",
+    state_session_capacity=_MOST_SESSIONS,
   )
   return address
 
