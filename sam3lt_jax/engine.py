@@ -288,6 +288,24 @@ class Engine:
     self._ahead.compile(self._read, self.variables, *self.phrases.inputs([BOX_ONLY_PHRASE]))
     self._ahead.compile(self._detect, self.variables, vision, asked)
     self._ahead.compile(self._encode, self._both, pixels)
+    if self.tracker is not None:
+      features, clicks, offset = self._click_shapes(pixels.shape[0])
+      self._ahead.compile(self._click, self.tracker_variables, features, clicks, offset)
+
+  def _click_shapes(self, R: int) -> tuple[TrackerFeatures, Clicks, jax.ShapeDtypeStruct]:
+    """Arguments of `click` for one object and few points about each of R images; nothing is traced."""
+    grid, D = self.processor.image_size // self.tracker.config.patch_size, self.tracker.config.hidden_size
+    P, N = self._click_buckets[0], POINT_BUCKETS[0]
+
+    def shape(*axes: int, dtype: Any = self.tracker.dtype) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct((R, *axes), dtype, sharding=self._split)
+
+    fine = shape(4 * grid, 4 * grid, D // 8), shape(2 * grid, 2 * grid, D // 4)
+    clicks = Clicks(
+      shape(P, N, 2, dtype=np.float32), shape(P, N, dtype=np.int32), shape(P, N, dtype=bool)
+    )  # fmt: skip
+    offset = jax.ShapeDtypeStruct((), np.float32, sharding=parallel.replicated(self.mesh))
+    return TrackerFeatures(shape(grid, grid, D), fine), clicks, offset
 
   @property
   def _both(self) -> tuple[Variables, Variables | None]:

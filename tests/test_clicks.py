@@ -66,6 +66,22 @@ def test_phrases_and_clicks_share_one_encoding(predictor):
     predictor.set_image(photo(HEIGHT, WIDTH))
 
 
+def test_a_first_click_compiles_nothing_new(predictor):
+  """What is compiled ahead is what a click then runs."""
+  with tiny.hurry():
+    fresh = Predictor(
+      predictor.model, predictor.variables, predictor.processor, fuse=False, tracker=reference.load()
+    )
+    fresh.engine._encode = predictor.engine._encode
+    fresh.engine.compile_ahead()
+    fresh.engine._ahead.wait()
+  assert len(fresh.engine._click.compiled()) == 1
+  fresh.set_image(photo(HEIGHT, WIDTH))
+  fresh.predict(points=POINT)
+  fresh.predict(points=[POINT, OTHER], point_labels=[1, 0])
+  assert len(fresh.engine._click.compiled()) == 1
+
+
 def test_a_click_survives_another_size_of_the_image(predictor):
   image = photo(HEIGHT, WIDTH)
   small = predictor.predict(points=POINT)
