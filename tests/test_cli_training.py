@@ -70,19 +70,34 @@ DISTILL = ("distill", "--prompts", "phrases.txt", "--out", "run")
 
 @pytest.mark.parametrize(
   "teacher, options, context",
-  [("shapes", (), 8), ("random:tiny", (), 16), ("random:sam3", (), 16), ("shapes", ("--context", "6"), 6)],
+  [("shapes", (), 8), ("random:tiny", (), 16), ("random:sam3", (), 32), ("shapes", ("--context", "6"), 6)],
 )
 def test_context_is_what_the_teacher_has(asked, teacher, options, context):
   assert asked(*DISTILL, "--teacher", teacher, *options).context_length == context
 
 
-def test_context_of_a_teacher_that_resamples_is_the_authors(asked, folder):
+def test_context_of_a_teacher_that_resamples_is_the_profiles(asked, folder):
   model, _ = from_pretrained("shapes", progress=False)
   (folder / "teacher").mkdir()
   profile = "transformers"
   model.config.replace(profile=profile).to_json(folder / "teacher" / "config.json")
   (folder / "teacher" / "model.safetensors").write_bytes(b"")
-  assert asked(*DISTILL, "--teacher", "teacher").context_length == 16
+  assert asked(*DISTILL, "--teacher", "teacher").context_length == 32
+  assert asked(*DISTILL, "--teacher", "teacher", "--profile", "original").context_length == 16
+
+
+@pytest.mark.parametrize("student", ["s0", "s1", "l"])
+def test_what_help_says_of_each_student_is_its_recipe(asked, capsys, student):
+  config = asked(*DISTILL, "--teacher", "random:sam3", "--student", student)
+  assert config == DistillationConfig(
+    prompts=("phrases.txt",), out="run", teacher="random:sam3", student=student
+  )
+  assert cli.main(["distill", "--help"]) == 0
+  said = " ".join(capsys.readouterr().out.split())
+  short = {"s0": "for s0", "s1": "for s1", "l": "for l"}[student]
+  assert f"{config.epochs:g} {short}" in said and f"{config.peak_lr:g} {short}" in said
+  default = {64: "(default: 64,", 32: "32 for l)"}[config.batch_size]
+  assert default in said and {2: "(default: 2,", 4: "4 for l)"}[config.accumulate] in said
 
 
 def test_a_student_of_ones_own_reads_the_teachers_vocabulary(asked, folder):
