@@ -36,7 +36,7 @@ def working_in(directory: str | os.PathLike[str]) -> Iterator[None]:
 
   Raises:
     ValueError: another process, which is named, works in it.
-    CannotWrite: the lock cannot be made.
+    CheckpointError: the lock cannot be written, as the disk is full.
   """
   directory = os.path.realpath(directory)
   held = _held.get()
@@ -46,12 +46,16 @@ def working_in(directory: str | os.PathLike[str]) -> Iterator[None]:
   made = not os.path.isdir(directory)
   os.makedirs(directory, exist_ok=True)
   lock = locks.FileLock(os.path.join(directory, _LOCK))
-  if not lock.acquire():
-    raise ValueError(
-      f"{directory}: {_whose(lock.path)} works in this folder; wait until it has ended, or choose another"
-    )
   try:
+    if not lock.acquire():
+      raise ValueError(
+        f"{directory}: {_whose(lock.path)} works in this folder; wait until it has ended, or choose another"
+      )
     lock.say({"host": locks.host_name(), "pid": os.getpid(), "started": time.time()})
+  except storage.CannotWrite as e:
+    lock.release()
+    raise CheckpointError(str(e)) from e
+  try:
     token = _held.set(held | {directory})
     try:
       yield
