@@ -23,7 +23,7 @@ TEACHER, STEPS = "shapes", 600
 OUTPUT = "distilled"
 # A `TextConfig` of one's own; "s0", "s1" and "l" are the released ones.
 STUDENT = dataclasses.replace(
-  models.student_config().text,
+  models.student_config("transformers").text,
   hidden_size=32,
   intermediate_size=96,
   num_hidden_layers=3,
@@ -44,7 +44,6 @@ def main(teacher=TEACHER, student=STUDENT, prompts=None, steps=STEPS) -> None:
     prompts=prompts or write_phrases(pathlib.Path(OUTPUT, "phrases.txt")),
     out=OUTPUT,
     steps=int(steps),
-    context_length=models.CONTEXT if teacher == "shapes" else 16,
   )
   result = distill(config, images=[scene.draw()], phrases=["red circle", "small blue square"])
 

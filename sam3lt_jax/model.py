@@ -51,7 +51,7 @@ class Sam3LiteTextOutput:
       prompt_tokens [P, L, D], prompt_mask [P, L], encoder_output [P, h * w, D], decoder_hidden_states
       [layers, P, Q, D], decoder_boxes [layers, P, Q, 4] cxcywh, decoder_logits [layers, P, Q],
       decoder_presence_logits [layers, P, 1], pixel_embed [P, h, w, D]; with `one_to_many` also
-      one_to_many_boxes [layers, P, Q, 4] and one_to_many_logits [layers, P, Q].
+      one_to_many_boxes [layers, P, Q, 4], one_to_many_logits [layers, P, Q], one_to_many_masks [P, Q, h, w].
   """
 
   pred_masks: jax.Array
@@ -352,9 +352,13 @@ class Sam3LiteText(nn.Module):
     tap(taps, "decoder_boxes", boxes)
     tap(taps, "decoder_logits", logits)
     tap(taps, "decoder_presence_logits", decoded.presence_logits)
-    masks, semantic = self.mask_decoder(hidden[-1], tuple(finer), encoded, tokens, mask, taps)
+    masks, semantic = self.mask_decoder(
+      decoded.hidden_states[-1], tuple(finer), encoded, tokens, mask, taps
+    )  # fmt: skip
+    if self.one_to_many:
+      tap(taps, "one_to_many_masks", masks[:, Q:])
     return Sam3LiteTextOutput(
-      pred_masks=masks,
+      pred_masks=masks[:, :Q],
       pred_boxes=box_ops.cxcywh_to_xyxy(boxes[-1]),
       pred_logits=logits[-1],
       presence_logits=decoded.presence_logits[-1],

@@ -70,26 +70,47 @@ DISTILL = ("distill", "--prompts", "phrases.txt", "--out", "run")
 
 @pytest.mark.parametrize(
   "teacher, options, context",
-  [("shapes", (), 8), ("random:tiny", (), 16), ("random:sam3", (), 16), ("shapes", ("--context", "6"), 6)],
+  [("shapes", (), 32), ("random:tiny", (), 16), ("random:sam3", (), 32), ("shapes", ("--context", "6"), 6)],
 )
 def test_context_is_what_the_teacher_has(asked, teacher, options, context):
   assert asked(*DISTILL, "--teacher", teacher, *options).context_length == context
 
 
-def test_context_of_a_teacher_that_resamples_is_the_authors(asked, folder):
+def test_more_tokens_than_a_table_that_is_cut_has_rows(capsys):
+  assert cli.main([*DISTILL, "--teacher", "random:tiny", "--context", "17"]) == 2
+  said = "--context: the teacher's position table has 16 rows, so at most 16 tokens, got 17"
+  assert capsys.readouterr().err.endswith(f"sam3lt: error: {said}\n")
+
+
+def test_context_of_a_teacher_that_resamples_is_the_profiles(asked, folder):
   model, _ = from_pretrained("shapes", progress=False)
   (folder / "teacher").mkdir()
   profile = "transformers"
   model.config.replace(profile=profile).to_json(folder / "teacher" / "config.json")
   (folder / "teacher" / "model.safetensors").write_bytes(b"")
-  assert asked(*DISTILL, "--teacher", "teacher").context_length == 16
+  assert asked(*DISTILL, "--teacher", "teacher").context_length == 32
+  assert asked(*DISTILL, "--teacher", "teacher", "--profile", "original").context_length == 16
+
+
+@pytest.mark.parametrize("student", ["s0", "s1", "l"])
+def test_what_help_says_of_each_student_is_its_recipe(asked, capsys, student):
+  config = asked(*DISTILL, "--teacher", "random:sam3", "--student", student)
+  assert config == DistillationConfig(
+    prompts=("phrases.txt",), out="run", teacher="random:sam3", student=student
+  )
+  assert cli.main(["distill", "--help"]) == 0
+  said = " ".join(capsys.readouterr().out.split())
+  short = {"s0": "for s0", "s1": "for s1", "l": "for l"}[student]
+  assert f"{config.epochs:g} {short}" in said and f"{config.peak_lr:g} {short}" in said
+  default = {64: "(default: 64,", 32: "32 for l)"}[config.batch_size]
+  assert default in said and {2: "(default: 2,", 4: "4 for l)"}[config.accumulate] in said
 
 
 def test_a_student_of_ones_own_reads_the_teachers_vocabulary(asked, folder):
   (folder / "small.json").write_text(json.dumps(SMALL | {"layer_norm_eps": 1}))
   config = asked(*DISTILL, "--teacher", "shapes", "--student", "small.json", "--shard-teacher")
-  assert config.student == TextConfig(**SMALL, layer_norm_eps=1.0, vocab_size=25, max_position_embeddings=8)
-  assert config.context_length == 8 and config.shard_teacher
+  assert config.student == TextConfig(**SMALL, layer_norm_eps=1.0, vocab_size=25, max_position_embeddings=32)
+  assert config.context_length == 32 and config.shard_teacher
   (folder / "small.json").write_text(json.dumps({"max_position_embeddings": 6, "kind": "clip"}))
   config = asked(*DISTILL, "--teacher", "shapes", "--student", "small.json")
   assert config.context_length == config.student.max_position_embeddings == 6 and not config.shard_teacher
@@ -124,7 +145,6 @@ def test_mistakes_in_a_students_file(folder, capsys, text, said):
 @pytest.mark.parametrize(
   "options, said",
   [
-    ("--context 9", "--context: the teacher's position table has 8 rows, so at most 8 tokens, got 9"),
     ("--held-out 0.0001", "--held-out 0.0001: none of the 315 phrases is held out"),
     ("--held-out 2", "--held-out: must be a number from 0 to below 1, got '2'"),
     ("--ema 1.5", "--ema: must be a number from 0 to below 1, got '1.5'"),
@@ -156,10 +176,10 @@ def test_distil_the_bundled_model_into_a_student_of_ones_own(folder, capsys):
   assert err == "" and " phrases/s, " in out and " images/s" not in out
   model, variables = from_pretrained("run/model", progress=False)
   assert (model.config.text.hidden_size, model.config.text.num_hidden_layers) == (32, 2)
-  assert variables["params"]["text_encoder"]["embeddings"]["position_embedding"].shape == (8, 32)
+  assert variables["params"]["text_encoder"]["embeddings"]["position_embedding"].shape == (32, 32)
   text = {name: x for name, x in variables["params"].items() if name.startswith("text_")}
   count = sum(x.size for x in jax.tree.leaves(text))
-  assert f"text encoder: {count:,} parameters, the teacher's 146,176 ({1 - count / 146176:.0%} fewer)" in out
+  assert f"text encoder: {count:,} parameters, the teacher's 147,712 ({1 - count / 147712:.0%} fewer)" in out
   assert ": peak_lr was 0.005, is 0.1" in mistake(capsys, *argv, "--lr", "0.1")
 
 

@@ -24,22 +24,32 @@ WIDTH = 64  # of the detector
 CONTEXT = 8  # tokens: start, up to four words, end, and room for a word of two tokens
 
 
+def profile(rules: str = "original") -> Profile:
+  """The rules of a stage: the authors', with a shorter context, or transformers', under which it ships."""
+  if rules == "original":
+    return dataclasses.replace(Profile.original(), name="shapes", context_length=CONTEXT)
+  # What is done with its outputs is no rule of the model's: the masks are better the authors' way, and 0.5 is
+  # the threshold that everything here is measured at.
+  after = {"mask_order": "upsample_then_sigmoid", "score_threshold": 0.5}
+  return dataclasses.replace(Profile.named(rules), **after)
+
+
 @functools.cache
-def tokenizer() -> ClipTokenizer:
-  """The bundled CLIP vocabulary, pruned to the words of the shapes' phrases."""
-  profile = dataclasses.replace(Profile.original(), name="shapes", context_length=CONTEXT)
-  full = ClipTokenizer(profile=profile)
-  return prune_tokenizer(full, needed_tokens(full, [*all_phrases(), BOX_ONLY_PHRASE]))
+def tokenizer(rules: str = "original") -> ClipTokenizer:
+  """The bundled CLIP vocabulary, pruned to the words of the shapes' phrases: the same ids under all rules."""
+  kept = needed_tokens(ClipTokenizer(profile=profile()), [*all_phrases(), BOX_ONLY_PHRASE])
+  return prune_tokenizer(ClipTokenizer(profile=profile(rules)), kept)
 
 
-def student_config() -> Sam3LiteTextConfig:
+def student_config(rules: str = "original") -> Sam3LiteTextConfig:
   """The model that ships: MobileCLIP-S0's kind of text encoder, RepMixer blocks at both ends."""
   return _config(
     TextConfig(
       hidden_size=64, intermediate_size=192, projection_dim=64, num_hidden_layers=4, num_attention_heads=4,
-      max_position_embeddings=CONTEXT, use_repmixer_blocks=True, repmixer_kernel_size=5,
+      max_position_embeddings=profile(rules).context_length, use_repmixer_blocks=True, repmixer_kernel_size=5,
       layer_scale_init_value=0.1,
-    )
+    ),
+    rules,
   )  # fmt: skip
 
 
@@ -53,7 +63,7 @@ def teacher_config() -> Sam3LiteTextConfig:
   )  # fmt: skip
 
 
-def _config(text: TextConfig) -> Sam3LiteTextConfig:
+def _config(text: TextConfig, rules: str = "original") -> Sam3LiteTextConfig:
   part = {"hidden_size": WIDTH, "num_attention_heads": 4}
   layers = part | {"intermediate_size": 3 * WIDTH, "dropout": 0.0}
   config = Sam3LiteTextConfig(
@@ -67,9 +77,9 @@ def _config(text: TextConfig) -> Sam3LiteTextConfig:
     detr_encoder=DetrEncoderConfig(**layers, num_layers=3),
     detr_decoder=DetrDecoderConfig(**layers, num_layers=3, num_queries=20),
     mask_decoder=MaskDecoderConfig(**part, num_upsampling_stages=2),
-    profile=dataclasses.replace(Profile.original(), name="shapes", context_length=CONTEXT),
+    profile=profile(rules),
   )  # fmt: skip
-  pruned = tokenizer()
+  pruned = tokenizer(rules)
   return pruned_config(config, pruned, pruned.eot_token_id + 1)
 
 

@@ -24,10 +24,13 @@ from sam3lt_jax.training.curves import plot_run
 
 _RUNS = Runs()
 ROWS_A_STEP = {
-  stage: _RUNS.student.batch_size if stage == "student" else getattr(_RUNS, stage).images for stage in STAGES
+  stage: {"student": _RUNS.student.batch_size, "phrases": _RUNS.phrases.phrases}.get(stage)
+  or getattr(_RUNS, stage).images
+  for stage in STAGES
 }
 COLUMNS = {
-  "teacher": "teacher", "student": "student", "finish": "finished student (ships)",
+  "teacher": "teacher", "student": "student", "finish": "finished student",
+  "port": "under transformers' rules (ships)",
   "fresh": f"... on {FRESH_SCENES} fresh scenes",
 }  # fmt: skip
 GOALS = {
@@ -79,7 +82,7 @@ def pictures(model: str) -> Image.Image:
 
 def page(found: dict[str, dict], spent: dict[str, float]) -> str:
   """The results as Markdown; `found`: the files that `examples.shapes.train` wrote, `COLUMNS` and sizes."""
-  cores, today, counts = os.cpu_count(), datetime.date.today().isoformat(), found["finish"]
+  cores, today, counts = os.cpu_count(), datetime.date.today().isoformat(), found["port"]
   lines = [
     "# The bundled model: how it was made, and what it reaches", "",
     "Written by `python -m examples.shapes.record` from a run of `python -m examples.shapes.train`, on"
@@ -120,7 +123,7 @@ def _goal(name: str, found: dict[str, dict]) -> str:
     return f"student >= 98.1% of the teacher: {kept:.1%}"
   if name not in GOALS:
     return ""
-  places = {"finish": "the 500 scenes", "fresh": "the fresh ones"}
+  places = {"port": "the 500 scenes", "fresh": "the fresh ones"}
   short = [place for column, place in places.items() if found[column][name] < GOALS[name]]
   return f">= {GOALS[name]}: {'missed on ' + ' and '.join(short) if short else 'met'}"
 

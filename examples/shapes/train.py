@@ -5,9 +5,10 @@ Needs the extra "train" (`pip install '.[train]'`).
 Stage 0 teaches a vision encoder what lies where. Stage 1 trains the teacher, a small SAM 3 with a large text
 encoder, on top of it; stages 2 and 3 train both together, on masks of every pixel. Stage 4 distils the
 teacher's text encoder into a student. Stage 5 trains the student's detector on, under its own text encoder,
-with more negative boxes: that ships. Each model is measured on 500 held-out scenes, the last one also on 2000
-fresh ones. Killed and started again, it goes on where it was. What it writes to OUT/model is what lies in
-sam3lt_jax/assets/shapes.
+with more negative boxes. Stage 6 brings it under transformers' rules, so that transformers finds the same:
+first the text encoder, by its phrases alone ("phrases"), then the detector ("port"): that ships. Each model
+is measured on 500 held-out scenes, the last one also on 2000 fresh ones. Killed and started again, it goes on
+where it was. What it writes to OUT/model is what lies in sam3lt_jax/assets/shapes.
 """
 
 from __future__ import annotations
@@ -38,18 +39,21 @@ from sam3lt_jax import parallel, save_pretrained
 from sam3lt_jax.config import BOX_ONLY_PHRASE
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.shapes.phrases import all_phrases
-from sam3lt_jax.shapes.scenes import SceneConfig
+from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 from sam3lt_jax.training import freezing
 from sam3lt_jax.training.detection.initialization import start_locally
 from sam3lt_jax.training.detection.losses import DetectionLossConfig, make_detection_loss_fn
+from sam3lt_jax.training.distillation import text_part
 from sam3lt_jax.training.distillation.config import DistillationConfig
+from sam3lt_jax.training.distillation.losses import DistillationLossConfig
 from sam3lt_jax.training.distillation.run import DistillationResult, distill
+from sam3lt_jax.training.distillation.step import make_distillation_loss_fn, split_student
 from sam3lt_jax.training.loop import fit
 from sam3lt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import make_train_step
 
-STAGES = ("vision", "teacher", "refinement", "outlines", "student", "finish")
+STAGES = ("vision", "teacher", "refinement", "outlines", "student", "finish", "phrases", "port")
 VALIDATION_SEED = 900_000_000  # scenes to watch the run by; neither trained on nor held out
 VALIDATION_SCENES = 60
 FRESH_SCENES, FRESH_FIRST = 2000, 10_000  # held out as well, far behind the 500
@@ -69,8 +73,9 @@ class VisionRun:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherRun:
-  """Numbers of stage 1."""
+  """Numbers of stage 1. `rules`: the profile, see `models.profile`."""
 
+  rules: str = "original"
   steps: int = 5_000
   images: int = 6
   questions: int = 6
@@ -86,6 +91,7 @@ class TeacherRun:
   loss: DetectionLossConfig = DetectionLossConfig(
     class_weight=15.0, positive_weight=3.0, score_gamma=1.0, queries_scale=None, presence_weight=4.0,
     mask_weight=20.0, dice_weight=5.0, semantic_weight=10.0, semantic_dice_weight=5.0, many_weight=1.0,
+    many_masks=False, scale_by_prompts=False,
   )  # fmt: skip
   alignment: AlignmentConfig = AlignmentConfig()
 
@@ -132,10 +138,23 @@ class StudentRun:
   peak_lr: float = 2e-3
   end_lr: float = 1e-5
   lr_rows: int | None = None
+  whole_cosine: bool = False
   layer_decay: float | None = None
   weight_decay: float = 1e-3
   ema_decay: float | None = 0.998
   dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class PhrasesRun:
+  """Numbers of the first half of stage 6: the text encoder under transformers' rules."""
+
+  steps: int = 800
+  phrases: int = 128
+  seed: int = 6
+  optimizer: OptimizerConfig = OptimizerConfig(
+    peak_lr=1e-3, total_steps=800, warmup_steps=100, end_lr=1e-5, weight_decay=0.0, ema_decay=0.998
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +169,22 @@ class FinishRun(TeacherRun):
     RefinementRun.optimizer, peak_lr=3e-4, total_steps=4_000, warmup_steps=100
   )
   loss: DetectionLossConfig = OutlineRun.loss
+
+
+@dataclasses.dataclass(frozen=True)
+class PortRun(FinishRun):
+  """Numbers of the second half of stage 6: the detector, which hears no CLS token where there is no box."""
+
+  steps: int = 180
+  images: int = 4
+  questions: int = 4
+  seed: int = 7
+  mix: QuestionMix = QuestionMix(absent=0.25, simple=0.4, positive_box=0.15, negative_box=0.3)
+  freeze: tuple[str, ...] = ("^text_encoder/", "^vision_encoder/")
+  optimizer: OptimizerConfig = dataclasses.replace(
+    FinishRun.optimizer, peak_lr=3e-4, total_steps=180, warmup_steps=10, ema_decay=0.97
+  )
+  rules: str = "transformers"
 
 
 def pretrain_vision(run: VisionRun, directory: str) -> tuple[Any, Any]:
@@ -202,11 +237,90 @@ def refine_teacher(run: RefinementRun, params: Any, directory: str) -> Any:
 
 
 def finish_student(run: FinishRun, model: Sam3LiteText, variables: Any, directory: str) -> Any:
-  """Stage 5: the student's variables after it."""
-  rounded = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), variables["params"])
+  """Stage 5, and the second half of stage 6: the student's variables after it."""
+  variables = rounded(variables)
   stats = variables.get("batch_stats", {})
-  params = train_detector(run, model, rounded, directory, run.scene.side, batch_stats=stats)
+  params = train_detector(run, model, variables["params"], directory, run.scene.side, batch_stats=stats)
   return {**variables, "params": params}
+
+
+def rounded(variables: Any) -> Any:
+  """The parameters as float16 keeps them, float32."""
+  half = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), variables["params"])
+  return {**variables, "params": half}
+
+
+class PhraseBatches:
+  """Batches of phrases, `batches[step]`, with what the text encoder shall give for them.
+
+  That is what it gave under the authors' rules, but for the end token. In a prompt without a box transformers
+  has no CLS token, which the detector is used to: the end token gives its mean over scenes. ("visual" always
+  comes with a box, and so with a CLS token.)
+  """
+
+  def __init__(self, run: PhrasesRun, model: Sam3LiteText, variables: Any):
+    self._run = run
+    phrases = [*all_phrases(), BOX_ONLY_PHRASE]
+    ids, mask = models.tokenizer()(phrases)
+    read = jax.jit(lambda v, *x: model.apply(v, *x, method="get_text_features").pooler_output)
+    features = np.array(read(variables, ids, mask))
+    last = mask.sum(axis=1) - 1
+    alone = np.array([phrase != BOX_ONLY_PHRASE for phrase in phrases])
+    features[alone, last[alone]] = mean_cls(model, variables)
+    self._ids, self._mask = models.tokenizer(PortRun.rules)(phrases)
+    self._features = np.zeros((*self._ids.shape, features.shape[-1]), np.float32)
+    self._features[:, : ids.shape[1]] = features
+
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    rows = np.random.default_rng([self._run.seed, step]).choice(len(self._ids), self._run.phrases, False)
+    names = {"input_ids": self._ids, "attention_mask": self._mask, "teacher_features": self._features}
+    return {name: values[rows] for name, values in names.items()}
+
+
+def mean_cls(model: Sam3LiteText, variables: Any, scenes: int = 100) -> np.ndarray:
+  """[D]: the CLS token of a prompt without a box under the authors' rules, the mean over training scenes."""
+  images = np.stack([draw_scene(i, SceneConfig()).image for i in range(scenes)])
+  ids, mask = models.tokenizer()(["shape"] * scenes)
+
+  def read(variables, images, ids, mask):
+    taps = model.apply(variables, images, ids, mask, output_intermediates=True).intermediates
+    return taps["prompt_tokens"][:, -1].mean(axis=0)
+
+  return np.asarray(jax.jit(read)(variables, images.astype(np.float32) / 127.5 - 1.0, ids, mask))
+
+
+def port_phrases(
+  run: PhrasesRun, model: Sam3LiteText, variables: Any, directory: str
+) -> tuple[Sam3LiteText, Any]:
+  """Stage 6, first half: the text encoder gives under transformers' rules what it gave under the authors'.
+
+  Its position table gets a row for each of transformers' 32 tokens. Returns the model and its variables.
+  """
+  variables = rounded(variables)
+  ported = Sam3LiteText(models.student_config(PortRun.rules))
+  table = variables["params"]["text_encoder"]["embeddings"]["position_embedding"]
+  more = ported.config.text.max_position_embeddings - len(table)
+  text = jax.tree.map(np.asarray, text_part.text_variables(variables))
+  text["params"]["text_encoder"]["embeddings"]["position_embedding"] = np.pad(table, ((0, more), (0, 0)))
+  params, frozen, stats = split_student(text)
+  loss = DistillationLossConfig(consistency=0.0)
+  tx, schedule = make_optimizer(run.optimizer, params)
+  loss_fn = make_distillation_loss_fn(ported, None, loss, update_batch_stats=False)
+  ema = run.optimizer.ema_decay
+  state = fit(
+    TrainState.create(params, tx, jax.random.key(run.seed), batch_stats=stats, ema=ema is not None),
+    make_train_step(loss_fn, tx, ema_decay=ema, schedule=schedule),
+    PhraseBatches(run, model, variables),
+    frozen={"params": frozen},
+    total_steps=run.steps,
+    directory=directory,
+    mesh=parallel.make_mesh(),
+    log_every=100,
+    fingerprint={"run": dataclasses.asdict(run)},
+    unit="phrases",
+  )  # fmt: skip
+  learned = jax.tree.map(np.asarray, freezing.merge(state.averaged(), frozen))
+  return ported, {**variables, "params": {**variables["params"], **learned}}
 
 
 def train_detector(
@@ -222,8 +336,9 @@ def train_detector(
 ) -> Any:
   """Parameters after the run, those of the heads among them."""
   batch_stats = batch_stats or {}
+  tokenizer = models.tokenizer(run.rules)
   data = ShapesBatches(
-    models.tokenizer(),
+    tokenizer,
     images=run.images,
     questions=run.questions,
     mask_side=mask_side,
@@ -247,7 +362,7 @@ def train_detector(
   def evaluate(state: TrainState):
     scenes = evaluation.held_out_scenes(VALIDATION_SCENES, VALIDATION_SEED)
     variables = as_variables(freezing.merge(state.averaged(), frozen)) | {"batch_stats": batch_stats}
-    found = evaluation.evaluate(model, variables, models.tokenizer(), scenes)
+    found = evaluation.evaluate(model, variables, tokenizer, scenes)
     return {k: v for k, v in found.items() if not k.startswith("questions")}
 
   state = fit(
@@ -290,11 +405,12 @@ def distil_student(run: StudentRun, teacher: tuple[Sam3LiteText, Any], directory
 
 
 def report(
-  name: str, model: Sam3LiteText, variables: Any, directory: str, count: int = HELD_OUT_SCENES, skip: int = 0
-) -> dict[str, Any]:
+  name: str, model: Sam3LiteText, variables: Any, directory: str, count: int = HELD_OUT_SCENES, skip: int = 0,
+  rules: str = "original",
+) -> dict[str, Any]:  # fmt: skip
   """Answers on `count` held-out scenes after the first `skip`, printed and written to `{name}.json`."""
   scenes = evaluation.held_out_scenes(count, HELD_OUT_SEED + skip)
-  found = evaluation.evaluate(model, variables, models.tokenizer(), scenes)
+  found = evaluation.evaluate(model, variables, models.tokenizer(rules), scenes)
   with open(os.path.join(directory, f"{name}.json"), "w", encoding="utf-8") as f:
     json.dump(found, f, indent=2)
     f.write("\n")
@@ -311,7 +427,7 @@ def ship(model: Sam3LiteText, variables: Any, directory: str) -> None:
     model,
     {"params": half, **({"batch_stats": stats} if stats else {})},
     format="transformers",
-    tokenizer=models.tokenizer(),
+    tokenizer=models.tokenizer(PortRun.rules),
     overwrite=True,
   )
   size = sum(os.path.getsize(os.path.join(directory, f)) for f in os.listdir(directory))
@@ -328,6 +444,8 @@ class Runs:
   outlines: OutlineRun = OutlineRun()
   student: StudentRun = StudentRun()
   finish: FinishRun = FinishRun()
+  phrases: PhrasesRun = PhrasesRun()
+  port: PortRun = PortRun()
   held_out: int = HELD_OUT_SCENES
   fresh: int = FRESH_SCENES
 
@@ -363,9 +481,16 @@ def train(runs: Runs, out: str, stop_after: str = STAGES[-1]) -> None:
     return
   variables = finish_student(runs.finish, result.model, result.variables, folder["finish"])
   report("finish", result.model, variables, out, runs.held_out)
+  if stop_after == "finish":
+    return
+  model, variables = port_phrases(runs.phrases, result.model, variables, folder["phrases"])
+  if stop_after == "phrases":
+    return
+  variables = finish_student(runs.port, model, variables, folder["port"])
+  report("port", model, variables, out, runs.held_out, rules=runs.port.rules)
   # The 500 have been looked at while the stages were made; nobody has chosen anything by these.
-  report("fresh", result.model, variables, out, runs.fresh, skip=FRESH_FIRST)
-  ship(result.model, variables, os.path.join(out, "model"))
+  report("fresh", model, variables, out, runs.fresh, skip=FRESH_FIRST, rules=runs.port.rules)
+  ship(model, variables, os.path.join(out, "model"))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.pretrained import abstract_leaves
 from sam3lt_jax.checkpoints.readers import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
 from sam3lt_jax.checkpoints.tracker import FOLDER, tracker_leaves
-from sam3lt_jax.config import Sam3LiteTextConfig
+from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Sam3LiteText, Variables
@@ -31,6 +32,36 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 _CLIP_VOCABULARY = 49408
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+class OtherRules(UserWarning):
+  """A model saved for transformers, which will run it by other rules than its own."""
+
+
+# Of a profile, what decides what is found, and is no field of transformers' configuration.
+_DECIDING = ("pad_token_id", "context_length", "mask_text_padding", "position_policy", "geometry_cls")
+
+
+def transformers_note(config: Sam3LiteTextConfig) -> str | None:
+  """One sentence about what `Sam3LiteTextModel` of transformers does otherwise than a model of `config`, and
+  what to do; None where both find the same.
+  """
+  here, there = config.profile, Profile.transformers()
+  apart = [name for name in _DECIDING if getattr(here, name) != getattr(there, name)]
+  same = {
+    "pad_token_id": config.text.vocab_size != TextConfig().vocab_size,  # an id of its tokenizer's, not CLIP's
+    "position_policy": config.text.max_position_embeddings == there.context_length,  # nothing to resample
+    "geometry_cls": here.geometry_cls == "with_any_boxes",
+  }
+  apart = [name for name in apart if not same.get(name)]
+  if not apart:
+    return None
+  differences = ", ".join(f"{n} {getattr(here, n)!r} and not {getattr(there, n)!r}" for n in apart)
+  return (
+    f"transformers will find other things with these weights, or nothing: their profile {here.name!r} has"
+    f" {differences}; train them on under transformers' rules (sam3lt finetune --profile transformers) before"
+    " you take them there"
+  )
 
 
 def save_pretrained(
@@ -55,7 +86,9 @@ def save_pretrained(
     variables: exactly the variables of `model`, of any floating dtype, which is kept.
     format: "orbax" (ours: `config.json`, the variables, and their checksums in `checkpoint.json`) or
       "transformers", which `Sam3LiteTextModel` or, for SAM 3's text tower, `Sam3Model` loads, with processor
-      and tokenizer files. BatchNorm's count of batches, which nothing reads, is written as 0.
+      and tokenizer files. Those run it by transformers' rules, whatever its profile: where that decides what
+      is found, the warning `OtherRules` says so (see `transformers_note`). BatchNorm's count of batches,
+      which nothing reads, is written as 0.
     tracker: (tracker, its variables), to go with the model. For "transformers" the directory is then one of
       `Sam3VideoModel`, which `Sam3TrackerModel` and `Sam3TrackerVideoModel` load as well.
     tokenizer: where the tokenizer files come from: a directory that has them, a `tokenizer.json`, or an
@@ -84,6 +117,8 @@ def save_pretrained(
       "(config.memory is None)"
     )
   target = _target(directory, overwrite)
+  if format == "transformers" and (note := transformers_note(model.config)):
+    warnings.warn(f"{target}: {note}", OtherRules, stacklevel=2)
   leaves = engine.flatten(variables)
   orbax_io.compare(leaves, abstract_leaves(model), "variables")
   if tracker is not None:

@@ -65,15 +65,23 @@ def up_to_one(text: str) -> float:
   return value
 
 
-def add_model(parser: argparse.ArgumentParser, dtype: str = "to compute in") -> None:
-  """--model, --profile and --dtype, of `Predictor.from_pretrained`."""
+def add_model(
+  parser: argparse.ArgumentParser,
+  dtype: str = "to compute in",
+  profile: str | None = None,
+  rules: str = "which PyTorch reference to follow",
+) -> None:
+  """--model, --profile (`rules`: its help, None: the checkpoint's own) and --dtype, of
+  `Predictor.from_pretrained`.
+  """
   add = parser.add_argument
   add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
       help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
       " weights (default: s0)",
   ).fills = ("source",)  # fmt: skip
-  add("--profile", choices=("original", "transformers"),
-      help="which PyTorch reference to follow (default: the checkpoint's own)")  # fmt: skip
+  default = profile or "the checkpoint's own"
+  add("--profile", choices=("original", "transformers"), default=profile,
+      help=f"{rules} (default: {default})")  # fmt: skip
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help=f"{dtype} (default: float32)")
 
 

@@ -27,7 +27,8 @@ from sam3lt_jax.cli.segment import RANDOM
 
 _EPILOG = """\
 examples:
-  SAM 3's text encoder into the S0 student, as the authors trained it:
+  SAM 3's text encoder into the S0 student, to be run by transformers, too (by the rules that the authors
+  trained theirs under: --profile original):
     sam3lt distill --teacher sam3 --student s0 --prompts noun_phrases.json --out run
   start from MobileCLIP's published weights; compute the teacher's features once:
     sam3lt distill --teacher sam3 --student s0 --init mobileclip_s0.pt \\
@@ -57,7 +58,6 @@ written to the output folder:
 """
 
 
-CONTEXT = 16  # tokens; the authors'
 _KINDS = {
   int: "a whole number of at least 1",
   float: "a number above 0",
@@ -82,10 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--init", default="random", metavar="random|ID|DIR|FILE",
       help="where it starts: random, MobileCLIP's weights or a LiteText checkpoint (default: random)",
   )  # fmt: skip
-  add("--profile", choices=("original", "transformers"), default="original",
-      help="how the student reads phrases: padding and cleaning (default: original)")  # fmt: skip
+  add("--profile", choices=("transformers", "original"), default="transformers",
+      help="the rules that the student reads phrases by: those that transformers will run it by, or the"
+      " authors', which transformers does not follow (default: transformers)",
+  )  # fmt: skip
   add("--context", dest="context_length", type=count, metavar="T",
-      help=f"tokens a phrase (default: {CONTEXT}, or the teacher's position table where that is shorter)",
+      help="tokens a phrase (default: the profile's, 32 for transformers and 16 for original, or the"
+      " teacher's position table where that is shorter)",
   )  # fmt: skip
   add("--export-features", dest="features", metavar="DIR",
       help="compute the teacher's features once into DIR and read them there (default: in every step)",
@@ -93,17 +96,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--shard-teacher", action="store_true",
       help="split the teacher's weights over the devices, where a copy on each is too much")  # fmt: skip
   length = parser.add_mutually_exclusive_group()
-  length.add_argument("--epochs", type=positive, default=100.0, metavar="N", help="(default: 100)")
+  length.add_argument("--epochs", type=positive, metavar="N",
+      help="(default: 100 for s0 and sizes of your own, 80 for s1, 60 for l)")  # fmt: skip
   length.add_argument("--steps", type=count, metavar="N", help="batches to train on, instead of epochs")
-  add("--batch", dest="batch_size", type=count, default=64, metavar="N", help="phrases a step (default: 64)")
-  add("--accumulate", type=count, default=2, metavar="N", help="steps that make one update (default: 2)")
-  add("--lr", dest="peak_lr", type=positive, default=5e-3, metavar="RATE",
-      help="peak rate for 512 phrases an update; it is scaled to batch x accumulate (default: 0.005)",
+  add("--batch", dest="batch_size", type=count, metavar="N",
+      help="phrases a step (default: 64, 32 for l)")  # fmt: skip
+  add("--accumulate", type=count, metavar="N",
+      help="steps that make one update (default: 2, 4 for l)")  # fmt: skip
+  add("--lr", dest="peak_lr", type=positive, metavar="RATE",
+      help="peak rate for 512 phrases an update; it is scaled to batch x accumulate (default: 0.005 for s0"
+      " and sizes of your own, 0.003 for s1, 0.001 for l)",
   )  # fmt: skip
   add("--lr-as-given", dest="lr_rows", action="store_const", const=None, default=512,
       help="take --lr as it stands, whatever the batch")  # fmt: skip
-  add("--layer-decay", type=up_to_one, default=0.9, metavar="F",
-      help="rate of a layer against the one above it; 1: all alike (default: 0.9)")  # fmt: skip
+  add("--layer-decay", type=up_to_one, default=1.0, metavar="F",
+      help="rate of a layer against the one above it (default: 1, all alike)")  # fmt: skip
   add("--weight-decay", type=not_negative, default=0.05, metavar="F", help="AdamW's (default: 0.05)")
   add("--ema", dest="ema_decay", type=below_one, metavar="F",
       help="keep an average of the weights with this decay, and ship it")  # fmt: skip
@@ -193,9 +200,7 @@ def _config(args: argparse.Namespace):
   from sam3lt_jax.training.distillation.config import DistillationConfig
 
   layer_decay = None if args.layer_decay == 1 else args.layer_decay
-  context = args.context_length or CONTEXT
-  given = filled(DistillationConfig, args) | {"layer_decay": layer_decay, "context_length": context}
-  return DistillationConfig(**given)
+  return DistillationConfig(**filled(DistillationConfig, args) | {"layer_decay": layer_decay})
 
 
 def _fitted(config, args: argparse.Namespace, numbers: dict | None):

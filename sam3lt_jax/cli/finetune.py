@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 
@@ -47,7 +48,7 @@ written to the output folder:
   metrics.jsonl, config.json   losses, rates and scores by step; the run's settings
   curves.png                   the plot of them (needs matplotlib, which the extra [train] brings)
   checkpoints/                 the newest two, and the best on held-out images
-  finetune.json                cgF1 and its parts before and after
+  finetune.json                cgF1 and its parts before and after; the state chosen, by what and why
   model/                       the fine-tuned model, adapters merged, for `sam3lt segment --model`
   transformers/                the same in transformers' layout
 """
@@ -60,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = data.add_argument
   add("--annotations", required=True, metavar="FILE", help="COCO or SA-Co JSON")
   add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
-  add("--validation", metavar="FILE", help="annotations to measure cgF1 on, and to keep the best by")
+  add("--validation", metavar="FILE",
+      help="annotations to measure cgF1 on, and to keep the best by (by pmF1, where every phrase is present)",
+  )  # fmt: skip
   add("--validation-images", metavar="DIR", help="the folder of its images (default: --images)")
   add("--held-out", type=fraction, metavar="SHARE",
       help="instead: this share of the images, drawn at random",
@@ -81,11 +84,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action="store_false",
     help="images as they are: no flip, zoom, crop, colour",
   )
+  add("--mask-side", type=count, metavar="PX",
+      help="side of the true masks, to which predicted ones are made larger (default: the model's input; a"
+      " quarter takes a sixteenth of the memory)",
+  )  # fmt: skip
   add("--image-size", type=count, metavar="PX", help="side of the model's input (default: the model's)")
 
   model = parser.add_argument_group("model")
   add = model.add_argument
-  add_model(model)
+  add_model(
+    model,
+    profile="transformers",
+    rules="the rules that it is trained under and will have; transformers runs every model by its own",
+  )
   add("--freeze", nargs="+", default=[], metavar="PART", help="parts that stay as they are, see below")
   add("--lora-rank", dest="rank", type=count, metavar="R",
       help="train adapters of this rank and nothing else but what --train names")  # fmt: skip
@@ -147,7 +158,12 @@ def run(args: argparse.Namespace) -> int:
     profile=args.profile,
     evaluate_every=args.evaluate_every,
     checkpoint_every=args.checkpoint_every,
-    fingerprint={"annotations": _facts(args.annotations), "held_out": args.held_out, "iou": args.iou},
+    fingerprint={
+      "annotations": _facts(args.annotations),
+      "held_out": args.held_out,
+      "iou": args.iou,
+      "validation_annotations": _facts(args.validation) if args.validation else None,
+    },
     report=None if leads else say_nothing,
   )
   if leads:
@@ -201,5 +217,6 @@ def _records(args: argparse.Namespace):
 
 
 def _facts(path: str) -> dict:
-  """What tells an annotation file from another one under its name."""
-  return {"name": os.path.basename(path), "bytes": os.path.getsize(path)}
+  """What tells an annotation file from another one under its name, of the same size, too."""
+  with open(path, "rb") as f:
+    return {"name": os.path.basename(path), "sha256": hashlib.file_digest(f, "sha256").hexdigest()}

@@ -23,8 +23,8 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sam3lt_jax import storage
-from sam3lt_jax.jobs import files, locks, shard_files
+from sam3lt_jax import locks, storage
+from sam3lt_jax.jobs import files, shard_files
 
 if TYPE_CHECKING:
   from sam3lt_jax.jobs.plan import Plan, Shard

@@ -18,7 +18,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sam3lt_jax.jobs import files, locks, plan_files, shard_files
+from sam3lt_jax.jobs import files, plan_files, shard_files
 from sam3lt_jax.jobs.sources import Item
 
 
@@ -85,7 +85,7 @@ class Plan:
     items = list(items) if isinstance(items, Iterator) else items
     fingerprint = plan_files.plain(fingerprint)
     files.make_folder(files.join(directory, shard_files.SHARDS))
-    with locks.exclusive(files.join(directory, ".plan.lock"), wait=60):
+    with files.exclusive(files.join(directory, ".plan.lock"), wait=60):
       content, notes = plan_files.read(directory), []
       own = None
       if content is None:

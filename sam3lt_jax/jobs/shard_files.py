@@ -13,7 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sam3lt_jax.jobs import files, locks
+from sam3lt_jax import locks
+from sam3lt_jax.jobs import files
 
 SHARDS = "shards"
 _NAME = re.compile(r"(shard-([0-9]+))\.(jsonl|lock|jsonl\.part)")
@@ -189,7 +190,7 @@ def set_aside(directory: str, index: int) -> None:
 
   Raises CannotWrite; ValueError if another process works on it.
   """
-  with locks.exclusive(lock_path(directory, index), wait=10):
+  with files.exclusive(lock_path(directory, index), wait=10):
     for path in (data_path(directory, index), digest_path(directory, index)):
       if files.exists(path):
         names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
@@ -210,6 +211,6 @@ def drop_started(directory: str) -> int:
   if busy:
     raise ValueError(f"another job works on {directory} ({shard_name(busy[0])}); end it first")
   for index in parts:
-    with locks.exclusive(lock_path(directory, index), wait=1), files.writing(part_path(directory, index)):
+    with files.exclusive(lock_path(directory, index), wait=1), files.writing(part_path(directory, index)):
       os.unlink(part_path(directory, index))
   return len(parts)

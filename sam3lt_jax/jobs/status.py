@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sam3lt_jax import locks
 from sam3lt_jax.errors import shown
-from sam3lt_jax.jobs import files, locks, shard_files
+from sam3lt_jax.jobs import files, shard_files
 from sam3lt_jax.jobs.plan import Plan
 
 WINDOW = 600.0  # seconds over which the rate is taken

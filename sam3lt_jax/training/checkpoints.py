@@ -38,7 +38,8 @@ class TrainCheckpoints:
   Args:
     directory: made if it is missing.
     keep: the newest that many stay, beside the best.
-    best: (metric, "max" or "min"): the checkpoint with the best value of that metric is never removed.
+    best: (metric, "max" or "min"): the checkpoint with the best value of that metric (of equals, the
+      latest) is never removed.
     report: called with a line about anything unusual.
 
   Raises:
@@ -84,24 +85,23 @@ class TrainCheckpoints:
       return {}
 
   def best_step(self) -> int | None:
-    """The step with the best value of the metric; the earlier of equals. None: none has that metric."""
+    """The step with the best value of the metric; the latest of equals. None: none has that metric."""
     if self.best is None:
       return None
     name, direction = self.best
     sign = 1 if direction == "max" else -1
     values = {step: self.metrics(step).get(name) for step in self.steps()}
-    scored = [(sign * value, -step) for step, value in values.items() if value is not None]
-    return -max(scored)[1] if scored else None
+    return max(((sign * x, step) for step, x in values.items() if x is not None), default=(0, None))[1]
 
   def is_best(self, metrics: Mapping[str, float]) -> bool:
-    """Whether `metrics` would be the best so far. A value that is NaN or infinite never is."""
+    """Whether none so far was better than `metrics`. A value that is NaN or infinite never is the best."""
     if self.best is None or self.best[0] not in metrics:
       return False
     # Kept in memory: every process has to decide alike, and one of them is changing the folder meanwhile.
     value, known = float(metrics[self.best[0]]), self._best_known
     if not math.isfinite(value):
       return False
-    return known is None or (value > known if self.best[1] == "max" else value < known)
+    return known is None or (value >= known if self.best[1] == "max" else value <= known)
 
   def _best_value(self) -> float | None:
     step = self.best_step()

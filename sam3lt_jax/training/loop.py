@@ -21,7 +21,7 @@ import numpy as np
 from sam3lt_jax import parallel, storage
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.errors import Interrupted, NonFiniteLoss
-from sam3lt_jax.training.run_files import MetricsLog, check_fingerprint
+from sam3lt_jax.training.run_files import MetricsLog, check_fingerprint, working_in
 from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import TrainStep
 
@@ -73,8 +73,8 @@ def fit(
       must not keep the state's arrays, which the next step takes over.
     evaluate_every: steps between evaluations; None: only after the last step.
     checkpoint_every: steps between checkpoints; None: every tenth of the run.
-    best: ("eval_name", "max" or "min"): also saves whenever that metric is the best so far, and keeps it;
-      `TrainCheckpoints(directory + "/checkpoints", best=best).restore_best(state)` reads it.
+    best: ("eval_name", "max" or "min"): also saves whenever that metric is the best so far, or as good, and
+      keeps that; `TrainCheckpoints(directory + "/checkpoints", best=best).restore_best(state)` reads it.
     keep: newest checkpoints that stay.
     fingerprint: what must not change when the run goes on; written to config.json.
     resume: False: a directory with checkpoints is refused.
@@ -90,7 +90,8 @@ def fit(
     NonFiniteLoss: names the step, the batch's records and the last good checkpoint.
     Interrupted: SIGTERM or SIGINT came; the state is saved.
     CheckpointError: a checkpoint cannot be written (the disk is full) or read.
-    ValueError: arguments out of range, a changed fingerprint, rows that the devices do not divide.
+    ValueError: arguments out of range, a changed fingerprint, rows that the devices do not divide, or another
+      process works in `directory`.
   """
   checkpoint_every = max(1, total_steps // 10) if checkpoint_every is None else checkpoint_every
   evaluate_every = total_steps if evaluate_every is None else evaluate_every
@@ -105,17 +106,21 @@ def fit(
   report = report or functools.partial(print, flush=True)
   runner = _runner(step_fn, mesh)
   directory = os.path.abspath(os.fspath(directory))
-  checkpoints = TrainCheckpoints(os.path.join(directory, "checkpoints"), keep=keep, best=best, report=report)
-  there = checkpoints.steps()
-  if there and not resume:
-    raise ValueError(f"{directory} holds a run of {there[-1]} steps; pass resume=True, or another directory")
-  check_fingerprint(os.path.join(directory, "config.json"), fingerprint or {}, resuming=bool(there))
-  restored = checkpoints.restore(runner.abstract_state(state)) if there else None
-  state = runner.place_state(state) if restored is None else restored
-  done = 0 if restored is None else int(restored.step)
-  if 0 < done < total_steps:
-    report(f"going on after step {done} of {total_steps}")
   with contextlib.ExitStack() as stack:
+    stack.enter_context(working_in(directory))
+    checkpoints = TrainCheckpoints(
+      os.path.join(directory, "checkpoints"), keep=keep, best=best, report=report
+    )  # fmt: skip
+    there = checkpoints.steps()
+    if there and not resume:
+      done = f"{directory} holds a run of {there[-1]} steps"
+      raise ValueError(f"{done}; pass resume=True, or another directory")
+    check_fingerprint(os.path.join(directory, "config.json"), fingerprint or {}, resuming=bool(there))
+    restored = checkpoints.restore(runner.abstract_state(state)) if there else None
+    state = runner.place_state(state) if restored is None else restored
+    done = 0 if restored is None else int(restored.step)
+    if 0 < done < total_steps:
+      report(f"going on after step {done} of {total_steps}")
     log = stack.enter_context(contextlib.closing(MetricsLog(os.path.join(directory, "metrics.jsonl"), done)))
     frozen = runner.place_frozen(frozen)
     run = _Run(runner, data, frozen, checkpoints, log, report, unit, record_name, total_steps, done)

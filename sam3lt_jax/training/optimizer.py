@@ -19,6 +19,7 @@ Schedule = Callable[[Any], jax.Array]
 
 # Only these are stacks of which the lowest layer is farthest from the loss. "" is a tree that is one encoder.
 _TOWERS = ("", "text_encoder", "backbone")
+_FIRST = ("embeddings", "layer_norm")  # before the first layer; the norms after the last have other names
 _LAYER = re.compile(r"(?:(?P<tower>.*)/)?layers_(?P<index>\d+)/.*")
 
 
@@ -32,6 +33,9 @@ class OptimizerConfig:
   Attributes:
     peak_lr, end_lr, warmup_init_lr: the rate starts at `warmup_init_lr`, rises linearly for `warmup_steps`
       updates to `peak_lr`, and falls along half a cosine to `end_lr` at `total_steps`, where it stays.
+    whole_cosine: the cosine begins with the first update, and the warm-up stands in front of its first part,
+      as the authors' scheduler has it: the rate then drops a little where the warm-up ends. False: it begins
+      there.
     weight_decay: AdamW's, for parameters of two and more dimensions. Those of one (biases, norms, layer
       scales) have none.
     b1, b2, eps: Adam's.
@@ -59,6 +63,7 @@ class OptimizerConfig:
   end_lr: float = 5e-6
   warmup_init_lr: float = 1e-6
   warmup_steps: int = 0
+  whole_cosine: bool = False
   weight_decay: float = 0.05
   b1: float = 0.9
   b2: float = 0.999
@@ -104,7 +109,8 @@ def make_schedule(config: OptimizerConfig) -> Schedule:
   def schedule(count):
     count = jnp.minimum(jnp.asarray(count, jnp.float32), c.total_steps)
     warm = c.warmup_init_lr + (c.peak_lr - c.warmup_init_lr) * count / max(c.warmup_steps, 1)
-    done = (count - c.warmup_steps) / max(c.total_steps - c.warmup_steps, 1)
+    begin = 0 if c.whole_cosine else c.warmup_steps
+    done = (count - begin) / max(c.total_steps - begin, 1)
     cosine = c.end_lr + (c.peak_lr - c.end_lr) * 0.5 * (1 + jnp.cos(math.pi * done))
     return jnp.where(count < c.warmup_steps, warm, cosine).astype(jnp.float32)
 
@@ -115,9 +121,10 @@ def layer_factors(params: Mapping[str, Any], layer_decay: float) -> dict[str, fl
   """What the rate of every parameter is multiplied by under layer-wise rate decay.
 
   It holds for the two encoders, which are stacks: `text_encoder` and `vision_encoder/backbone`, and for a
-  tree that is an encoder itself. With N layers, `layers_{i}` has depth i + 1, `embeddings` depth 0 and the
-  rest of the encoder (final norm, projection) depth N + 1; the factor is layer_decay ** (N + 1 - depth). All
-  other parameters have the factor 1.
+  tree that is an encoder itself. With N layers, `layers_{i}` has depth i + 1, `embeddings` and the trunk's
+  norm before its first layer (`layer_norm`) depth 0, and the rest of the encoder (final norm, projection)
+  depth N + 1; the factor is layer_decay ** (N + 1 - depth). The trunk's position table and all parameters
+  outside have the factor 1. (SAM 3's `get_layer_id`, and `*pos_embed*: 1` in its fine-tuning configuration.)
 
   Args:
     params: the trainable parameters, nested.
@@ -147,10 +154,12 @@ def layer_factors(params: Mapping[str, Any], layer_decay: float) -> dict[str, fl
     for tower, count in layers.items():
       prefix = f"{tower}/" if tower else ""
       if path.startswith(prefix):
-        name = path[len(prefix) :].split("/")[0]
+        name, *inner = path[len(prefix) :].split("/")
         index = re.fullmatch(r"layers_(\d+)", name)
-        depth = int(index[1]) + 1 if index else 0 if name == "embeddings" else count + 1
-        return layer_decay ** (count + 1 - depth)
+        if index:
+          return layer_decay ** (count - int(index[1]))
+        first = name in _FIRST and "position_embeddings" not in inner
+        return layer_decay ** (count + 1) if first else 1.0
     return 1.0
 
   return {path: factor(path) for path in paths}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 
 from sam3lt_jax import storage
 from sam3lt_jax.checkpoints import CheckpointError, save_pretrained
+from sam3lt_jax.checkpoints.save import OtherRules, transformers_note
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.training.run_files import checkpoint_steps
 
@@ -46,8 +48,11 @@ def write_outcome(
   written = {}
   for part, format in (("model", "orbax"), ("transformers", "transformers")):
     written[part] = os.path.join(directory, part)
-    with _room(written[part]):
+    with _room(written[part]), warnings.catch_warnings():
+      warnings.simplefilter("ignore", OtherRules)
       save_pretrained(written[part], model, variables, format=format, tokenizer=tokenizer, overwrite=True)
+  if note := transformers_note(model.config):
+    report(f"{written['transformers']}: {note}")
   if jax.process_index():
     return {}
   written["numbers"] = os.path.join(directory, f"{name}.json")

@@ -6,19 +6,74 @@ Only the first of several processes writes; the others read.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from sam3lt_jax import storage
+from sam3lt_jax import locks, storage
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.checkpoints.errors import CheckpointError
 
 _KEPT = "the run's checkpoints are kept: make room and start it again"
+
+
+_LOCK = "run.lock"
+_held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("run folders", default=frozenset())
+
+
+@contextlib.contextmanager
+def working_in(directory: str | os.PathLike[str]) -> Iterator[None]:
+  """Holds a run's folder for the block, so that the same run started twice is told so and damages nothing.
+
+  The folder is made, and removed again if nothing was put into it. In a block of the same folder there is
+  nothing to do. Of several processes of a run the first one holds it.
+
+  Raises:
+    ValueError: another process, which is named, works in it.
+    CheckpointError: the lock cannot be written, as the disk is full.
+  """
+  directory = os.path.realpath(directory)
+  held = _held.get()
+  if directory in held or jax.process_index():
+    yield
+    return
+  made = not os.path.isdir(directory)
+  os.makedirs(directory, exist_ok=True)
+  lock = locks.FileLock(os.path.join(directory, _LOCK))
+  try:
+    if not lock.acquire():
+      raise ValueError(
+        f"{directory}: {_whose(lock.path)} works in this folder; wait until it has ended, or choose another"
+      )
+    lock.say({"host": locks.host_name(), "pid": os.getpid(), "started": time.time()})
+  except storage.CannotWrite as e:
+    lock.release()
+    raise CheckpointError(str(e)) from e
+  try:
+    token = _held.set(held | {directory})
+    try:
+      yield
+    finally:
+      _held.reset(token)
+  finally:
+    lock.release()
+    if made:
+      with contextlib.suppress(OSError):
+        os.rmdir(directory)
+
+
+def _whose(lock: str) -> str:
+  about = locks.holder(lock)
+  if not {"host", "pid", "started"} <= about.keys():
+    return "another process"
+  since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(about["started"]))
+  return f"another process (number {about['pid']} on {about['host']}, since {since})"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

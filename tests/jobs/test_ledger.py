@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from sam3lt_jax.jobs import ledger, locks, shard_files
+from sam3lt_jax import locks
+from sam3lt_jax.jobs import ledger, shard_files
 from sam3lt_jax.jobs.ledger import Busy, ShardWriter
 from sam3lt_jax.jobs.plan import Plan
 from tests.jobs import work

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import time
 
-from sam3lt_jax.jobs import locks
+from sam3lt_jax import locks
 from sam3lt_jax.jobs.ledger import Busy, ShardWriter
 from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.sources import Item

@@ -13,6 +13,7 @@ from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.errors import Interrupted, NonFiniteLoss
 from sam3lt_jax.training.loop import fit
+from sam3lt_jax.training.run_files import working_in
 from tests.training import toy
 
 
@@ -67,6 +68,37 @@ def test_resuming_at_any_step_changes_no_digit(tmp_path, whole, stops):
   assert toy.equal(state, whole[1])
   losses = lambda directory: [line for line in toy.lines(directory) if "loss" in line]  # noqa: E731
   assert losses(tmp_path) == losses(whole[0])
+
+
+def test_the_same_run_started_twice_is_told_so_and_nothing_is_damaged(tmp_path, whole):
+  begun, done = threading.Event(), []
+
+  def first():
+    done.append(toy.run(tmp_path, 12, every=3, pause=0.02, report=lambda line: begun.set()))
+
+  thread = threading.Thread(target=first)
+  thread.start()
+  assert begun.wait(60)
+  said = (
+    rf"^{tmp_path}: another process \(number {os.getpid()} on .*, since 20.*\) works in this folder; wait"
+  )
+  with pytest.raises(ValueError, match=said):
+    toy.run(tmp_path, 12, every=3)
+  thread.join()
+  assert toy.equal(done[0], whole[1]) and toy.lines(tmp_path) == toy.lines(whole[0])
+  toy.run(tmp_path, 12, every=3)  # when it has ended, nothing is left to wait for
+  assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(whole[0]))
+
+
+def test_a_folder_is_held_once_by_nested_calls_and_leaves_no_trace(tmp_path):
+  folder = tmp_path / "run"
+  with working_in(folder), working_in(tmp_path / "." / "run"):
+    assert os.listdir(folder) == ["run.lock"]
+  assert not folder.exists()
+  with pytest.raises(KeyError), working_in(folder):
+    (folder / "kept").touch()
+    raise KeyError
+  assert os.listdir(folder) == ["kept"]
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path, whole):

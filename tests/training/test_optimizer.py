@@ -39,6 +39,15 @@ def test_schedule_rises_in_a_line_and_falls_along_a_cosine():
   assert float(make_schedule(config)(1)) == pytest.approx(0.8, abs=1e-6)
 
 
+def test_the_authors_cosine_runs_under_the_warm_up():
+  config = OptimizerConfig(
+    peak_lr=1.0, end_lr=0.2, warmup_init_lr=0.0, warmup_steps=4, total_steps=12, whole_cosine=True
+  )
+  got = [float(make_schedule(config)(count)) for count in (0, 2, 3, 4, 6, 12, 500)]
+  # At 4 of 12 updates a third of the cosine is over: cos(60 degrees) = 1/2, so 0.2 + 0.8 * 0.75.
+  np.testing.assert_allclose(got, [0, 0.5, 0.75, 0.8, 0.6, 0.2, 0.2], atol=1e-6)
+
+
 def test_schedule_without_warm_up_starts_at_the_peak_and_may_be_all_warm_up():
   assert float(make_schedule(OptimizerConfig(peak_lr=3e-3, total_steps=5))(0)) == pytest.approx(3e-3)
   all_warm = make_schedule(OptimizerConfig(peak_lr=1.0, warmup_init_lr=0.0, warmup_steps=4, total_steps=4))
@@ -166,10 +175,11 @@ def test_layer_decay_by_the_names_of_the_model():
     "text_encoder/final_layer_norm/scale": 1.0,
     "text_encoder/projection/kernel": 1.0,
     "text_projection/kernel": 1.0,
-    "vision_encoder/backbone/embeddings/position_embeddings": 0.5**3,
+    "vision_encoder/backbone/embeddings/patch_embeddings/projection/kernel": 0.5**3,
+    "vision_encoder/backbone/embeddings/position_embeddings": 1.0,
     "vision_encoder/backbone/layers_0/attention/q_proj/kernel": 0.5**2,
     "vision_encoder/backbone/layers_1/mlp/fc1/bias": 0.5**1,
-    "vision_encoder/backbone/layer_norm/scale": 1.0,
+    "vision_encoder/backbone/layer_norm/scale": 0.5**3,
     "vision_encoder/neck/fpn_layers_0/proj1/kernel": 1.0,
     "detr_decoder/layers_0/mlp/fc1/kernel": 1.0,
     "mask_decoder/mask_embedder/layers_0/kernel": 1.0,

@@ -1,7 +1,8 @@
 """The losses of set prediction, as SAM 3 trains its detector.
 
-Every function is pure and takes a match (`matcher`). The defaults are the figures of SAM 3's published
-training configuration, those of its mask losses included (it keeps them for training with segmentation).
+Every function is pure and takes a match (`matcher`). The defaults are those of SAM 3's published fine-tuning
+configuration (`roboflow_v100_full_ft_100_images.yaml`), with the mask losses that it keeps for training with
+segmentation.
 Axes: L layers, P prompts, Q queries, M object slots, h, w rows and columns of a mask.
 """
 
@@ -35,6 +36,7 @@ class DetectionLossConfig:
     class_weight, presence_weight, l1_weight, giou_weight, mask_weight, dice_weight, semantic_weight,
       semantic_dice_weight: factors of the parts; 0 leaves a part out.
     many_weight: factor of everything that the one-to-many rows add (models with `one_to_many` only).
+    many_masks: the one-to-many rows have mask losses, too.
     positive_weight: factor of matched queries in the classification loss.
     score_alpha: the target of a matched query is probability ** alpha * IoU ** (1 - alpha), at least 0.01.
     score_gamma: unmatched queries count with probability ** gamma.
@@ -42,6 +44,8 @@ class DetectionLossConfig:
     mask_points: this many random points a mask instead of every pixel; None, every pixel.
     queries_scale: the classification loss is divided by this many queries a prompt, whatever the model has;
       None, by those of the model.
+    scale_by_prompts: multiply the whole by the root of the number of real prompts, so that a batch of many
+      counts for more.
     matcher: costs of the matching.
   """
 
@@ -54,6 +58,7 @@ class DetectionLossConfig:
   semantic_weight: float = 20.0
   semantic_dice_weight: float = 30.0
   many_weight: float = 2.0
+  many_masks: bool = True
   positive_weight: float = 10.0
   score_alpha: float = 0.25
   score_gamma: float = 2.0
@@ -63,6 +68,7 @@ class DetectionLossConfig:
   semantic_gamma: float = 2.0
   mask_points: int | None = None
   queries_scale: int | None = 200
+  scale_by_prompts: bool = True
   matcher: MatcherConfig = MatcherConfig()
 
 
@@ -136,29 +142,40 @@ def mask_losses(
   objects: jax.Array,
   config: DetectionLossConfig,
   key: jax.Array | None = None,
+  queries: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-  """Focal and dice loss of each object's own query.
+  """Focal and dice loss of matched pairs, the predictions made as large as the targets.
 
   Args:
-    masks: float32 [P, Q, h, w] logits. match: [P, Q, M], at most one query an object.
+    masks: float32 [P, Q, h, w] logits. match: [P, Q, M], at most `queries` of them an object.
     objects: [], what the sums are divided by. key: for `mask_points`.
 
   Returns:
     Two float32 []. The focal loss is averaged over pixels (or points) first.
   """
-  query = jnp.argmax(match, axis=1)  # [P, M]
-  mine = jnp.take_along_axis(masks, query[:, :, None, None], axis=1)
-  known = targets.has_mask & (match.sum(1) > 0)
+  P, Q, M = match.shape
+  N = min(queries, Q)
+  matched, query = jax.lax.top_k(jnp.swapaxes(match, 1, 2), N)  # [P, M, N]
+  known = ((matched > 0) & targets.has_mask[..., None]).reshape(P, M * N)
+  mine = jnp.take_along_axis(masks, query.reshape(P, M * N, 1, 1), axis=1)
   if config.mask_points is not None:
     if key is None:
       raise ValueError("mask_points needs a key")
-    mine, true = _at_points(mine, targets.masks, config.mask_points, key)
+    mine, true = _at_points(mine, jnp.repeat(targets.masks, N, axis=1), config.mask_points, key)
+    focal = focal_loss(mine, true, config.mask_alpha, config.mask_gamma).mean(-1)
+    dice = dice_loss(mine, true)
   else:
-    true = targets.masks.astype(jnp.float32)
-    mine = _resize(mine, true.shape[-2:])
-    mine, true = (a.reshape(*a.shape[:2], -1) for a in (mine, true))
-  focal = focal_loss(mine, true, config.mask_alpha, config.mask_gamma).mean(-1)
-  dice = dice_loss(mine, true)
+
+    @jax.checkpoint
+    def one_each(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+      """The losses [P] of one pair a prompt: logits [P, h, w], the object's number []."""
+      true = targets.masks[:, pair[1]].astype(jnp.float32)
+      a, b = _resize(pair[0], true.shape[-2:]).reshape(P, -1), true.reshape(P, -1)
+      return focal_loss(a, b, config.mask_alpha, config.mask_gamma).mean(-1), dice_loss(a, b)
+
+    # One after another: all of them at 1008 px, with what their gradients need, would be gigabytes.
+    pairs = jnp.swapaxes(mine, 0, 1), jnp.arange(M * N) // N
+    focal, dice = (x.T for x in jax.lax.map(one_each, pairs))
   return (focal * known).sum() / objects, (dice * known).sum() / objects
 
 
@@ -166,7 +183,7 @@ def semantic_losses(
   logits: jax.Array, targets: DetectionTargets, config: DetectionLossConfig
 ) -> tuple[jax.Array, jax.Array]:
   """Focal and dice loss of the union of all objects, [P, 1, h, w]; over prompts whose masks are all known."""
-  true = (targets.masks.astype(jnp.float32) * targets.has_mask[:, :, None, None]).max(1)
+  true = jnp.where(targets.has_mask[:, :, None, None], targets.masks, 0).max(1).astype(jnp.float32)
   logits = _resize(logits, true.shape[-2:])[:, 0]
   logits, true = (a.reshape(a.shape[0], -1) for a in (logits, true))
   use = targets.valid.any(-1) & (targets.has_mask == targets.valid).all(-1) & targets.exhaustive
@@ -184,7 +201,8 @@ def detection_loss(
   """All of it, from a forward with `output_intermediates=True`.
 
   Classification, presence and boxes are summed over the decoder's layers, each with its own match; masks and
-  the semantic map have one output. Divided by the number of objects (boxes, masks) or prompts (the rest).
+  the semantic map have one output. Divided by the number of objects (boxes, masks) or prompts (the rest); the
+  sum is then multiplied by the root of the number of prompts (`scale_by_prompts`).
 
   Returns:
     (loss float32 [], metrics of float32 []: the parts before weighting, of the last layer where there are
@@ -200,11 +218,12 @@ def detection_loss(
     )
   logits, boxes = taps["decoder_logits"], taps["decoder_boxes"]
   objects = _count(targets.valid)
+  keys = (None, None) if key is None else jax.random.split(key)
   match = _per_layer(match_one_to_one, logits, boxes, targets, config)
   score = score_loss(logits, boxes, match, targets, config)
   presence = presence_loss(taps["decoder_presence_logits"], targets)
   l1, giou = box_losses(boxes, match, targets, objects)
-  mask, dice = mask_losses(output.pred_masks, match[-1], targets, objects, config, key)
+  mask, dice = mask_losses(output.pred_masks, match[-1], targets, objects, config, keys[0])
   semantic, semantic_dice = semantic_losses(output.semantic_seg, targets, config)
   loss = (
     (config.class_weight * score + config.presence_weight * presence).sum()
@@ -225,6 +244,11 @@ def detection_loss(
     l1, giou = box_losses(boxes_m, match_m, targets, objects)
     score = score_loss(logits_m, boxes_m, match_m, targets, config)
     many = (config.class_weight * score + config.l1_weight * l1 + config.giou_weight * giou).sum()
+    if config.many_masks and (config.mask_weight or config.dice_weight):
+      mask, dice = mask_losses(
+        taps["one_to_many_masks"], match_m[-1], targets, objects, config, keys[1], config.matcher.many_top
+      )
+      many += config.mask_weight * mask + config.dice_weight * dice
     loss = loss + config.many_weight * many
     metrics["one_to_many"] = many
   present = targets.valid.any(-1)
@@ -232,6 +256,8 @@ def detection_loss(
   iou = pairwise_iou(box_ops.cxcywh_to_xyxy(boxes[-1]), box_ops.cxcywh_to_xyxy(targets.boxes))[0]
   metrics["presence_accuracy"] = right.sum() / _count(targets.prompt_valid)
   metrics["matched_iou"] = (iou * match[-1]).sum() / objects
+  if config.scale_by_prompts:
+    loss = loss * jnp.sqrt(_count(targets.prompt_valid))
   return loss, metrics
 
 

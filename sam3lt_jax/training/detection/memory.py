@@ -21,7 +21,7 @@ from sam3lt_jax.config import Sam3LiteTextConfig
 from sam3lt_jax.data.batches import BatchConfig
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.training.detection.lora import LoraConfig, count_parameters
-from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, prepare
+from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, batch_config, prepare
 
 CHOICES = {
   "full": {},
@@ -36,7 +36,7 @@ def abstract_batch(model_config: Sam3LiteTextConfig, config: FinetuneConfig) -> 
   d, size = config.data, config.image_size or model_config.vision.image_size
   B, K, M, N = d.batch_size, d.prompts, d.objects, d.max_boxes if d.box_prompts else 0
   T = model_config.profile.context_length
-  side = d.mask_side or 4 * (size // model_config.vision.patch_size)
+  side = batch_config(config, size).mask_side
   shapes = {
     "pixel_values": ((B, size, size, 3), "float32"),
     "input_ids": ((B, K, T), "int32"),

@@ -14,26 +14,65 @@ import numpy as np
 
 from sam3lt_jax import parallel, storage
 from sam3lt_jax.checkpoints.engine import flatten
-from sam3lt_jax.config import TextConfig
+from sam3lt_jax.config import Profile, TextConfig
 from sam3lt_jax.data.batches import DetectionBatches
 from sam3lt_jax.data.records import Record
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing.processor import Sam3Processor
+from sam3lt_jax.training import rules
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.detection.lora import count_parameters
-from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, exported, prepare
+from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, batch_config, exported, prepare
 from sam3lt_jax.training.loop import fit
 from sam3lt_jax.training.outcome import write_outcome
-from sam3lt_jax.training.run_files import check_unchanged
+from sam3lt_jax.training.run_files import check_unchanged, working_in
 from sam3lt_jax.training.state import TrainState
 
-_BEST = ("eval_cgF1", "max")
 # What of an evaluation goes to metrics.jsonl; all of it is in finetune.json.
 _SHOWN = ("cgF1", "pmF1", "IL_MCC", "mean_matched_iou")
 
 Report = Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """By which measure on the validation records the best state is chosen, and why; of equals, the latest.
+
+  Attributes:
+    measure: "cgF1", "pmF1", or None: the last state is taken.
+    why: for the reader.
+  """
+
+  measure: str | None
+  why: str
+
+  @classmethod
+  def by(cls, scores: Mapping[str, float] | None) -> Choice:
+    """cgF1 where it is defined: it needs phrases that are absent as well as phrases that are present.
+
+    Args:
+      scores: `CgF1.compute()` of the validation records, of any model; None: there are none.
+    """
+    if scores is None:
+      return cls(None, "there are no validation images")
+    if not scores["positive_pairs"]:
+      return cls(None, "no phrase that is asked of the validation images is present in them")
+    if not scores["negative_pairs"]:
+      return cls("pmF1", "every phrase that is asked of the validation images is present, where cgF1 is 0")
+    return cls("cgF1", "the validation images are asked for phrases that are present and absent")
+
+  @property
+  def best(self) -> tuple[str, str] | None:
+    """As `fit` takes it."""
+    return None if self.measure is None else (f"eval_{self.measure}", "max")
+
+  def __str__(self) -> str:
+    which = (
+      "last state" if self.measure is None else f"state of the best {self.measure} (of equals, the latest)"
+    )
+    return f"the {which} will be kept: {self.why}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +84,7 @@ class FinetuneResult:
       frozen is bit for bit what it was.
     before, after: `CgF1.compute()` of held-out records before the run and of what is returned; None without
       any.
+    choice: which of its states is returned.
     trained_parameters: how many numbers were trained.
     written: name -> path.
   """
@@ -53,6 +93,7 @@ class FinetuneResult:
   variables: Variables
   before: dict[str, float] | None
   after: dict[str, float] | None
+  choice: Choice
   trained_parameters: int
   written: dict[str, str]
 
@@ -65,7 +106,7 @@ def finetune(
   *,
   validation: Sequence[Record] | None = None,
   iou_type: str = "segm",
-  profile: Any = None,
+  profile: str | Profile | None = "transformers",
   processor: Sam3Processor | None = None,
   mesh: jax.sharding.Mesh | None = None,
   log_every: int | None = None,
@@ -85,10 +126,12 @@ def finetune(
     records: what to train on, see `sam3lt_jax.data`.
     directory: of the run.
     config: its numbers; None: the defaults.
-    validation: records held out; then cgF1 on them is measured and the best state is the result, otherwise
-      the last.
+    validation: records held out; then cgF1 on them is measured and the best state is the result (see
+      `Choice`), otherwise the last.
     iou_type: what cgF1 compares: "segm" masks, "bbox" boxes (for annotations without masks).
-    profile: overrides the source's, see `from_pretrained`.
+    profile: the rules that the model is trained under and will have, see `from_pretrained`: by default those
+      of transformers, where `transformers/` then finds what the model finds here. None: the source's own; as
+      for (model, variables), which have theirs.
     processor: for (model, variables) with a tokenizer of its own.
     mesh: of `parallel.make_mesh`; None: all devices.
     log_every, evaluate_every, checkpoint_every: in steps; None: a 50th, a tenth, a tenth of the run.
@@ -101,59 +144,62 @@ def finetune(
 
   Raises:
     ValueError: patterns that find nothing, numbers out of range, a batch that the devices do not divide, a
-      changed run in `directory`, or nothing can be written there. Errors of `fit`, `from_pretrained`,
-      `save_pretrained` come as they are.
+      changed run in `directory`, another process works there, or nothing can be written there. Errors of
+      `fit`, `from_pretrained`, `save_pretrained` come as they are.
   """
   config = config or FinetuneConfig()
   report = report or functools.partial(print, flush=True)
   mesh = parallel.make_mesh() if mesh is None else mesh
   parallel.check_divides(config.data.batch_size, mesh.shape["data"])
-  facts = {
-    "finetune": config.fingerprint(),
-    "records": len(records),
-    "validation": 0 if validation is None else len(validation),
-    **(fingerprint or {}),
-  }
-  # Before a model is loaded: that can take minutes.
   storage.check_directory(directory, "directory")
-  check_unchanged(directory, facts, partly=True)
-  predictor = _load(source, config, profile, processor)
-  run = _Run(config, predictor, os.path.abspath(os.fspath(directory)), validation, iou_type, report)
-  report(
-    f"{run.trained:,} of {count_parameters(run.start['params']):,} parameters are trained"
-    f"{f', adapters of rank {config.lora.rank} among them' if config.lora else ''}; {len(records):,} images"
-  )
-  data = DetectionBatches(
-    records,
-    predictor.model.config,
-    config.data,
-    processor=predictor.processor,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  facts |= run.fingerprint()
-  check_unchanged(directory, facts)  # `fit` does, too, but after the evaluation
-  before = run.evaluate(run.start)
-  every = {"log_every": (log_every, 50), "evaluate_every": (evaluate_every, 10)}
-  every["checkpoint_every"] = (checkpoint_every, 10)
-  state = fit(
-    run.first_state(),
-    run.setup.step,
-    data,
-    total_steps=config.steps,
-    directory=directory,
-    frozen=run.setup.frozen,
-    mesh=mesh,
-    evaluate=None if validation is None else run.evaluate_state,
-    best=None if validation is None else _BEST,
-    fingerprint=facts,
-    report=report,
-    **{
-      name: max(1, config.steps // parts) if given is None else given
-      for name, (given, parts) in every.items()
-    },
-  )
-  return run.finish(state, before)
+  with working_in(directory):
+    facts = {
+      "finetune": config.fingerprint(),
+      "records": len(records),
+      "validation": 0 if validation is None else len(validation),
+      **(fingerprint or {}),
+    }
+    check_unchanged(directory, facts, partly=True)  # before a model is loaded: that can take minutes
+    predictor = _load(source, config, profile, processor)
+    run = _Run(config, predictor, os.path.abspath(os.fspath(directory)), validation, iou_type, report)
+    report(
+      f"{run.trained:,} of {count_parameters(run.start['params']):,} parameters are trained"
+      f"{f', adapters of rank {config.lora.rank} among them' if config.lora else ''}; {len(records):,} images"
+    )
+    report(f"profile {predictor.model.config.profile.name}: the rules that it is trained under and will have")
+    data = DetectionBatches(
+      records,
+      predictor.model.config,
+      batch_config(config, predictor.processor.image_size),
+      processor=predictor.processor,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    facts |= run.fingerprint()
+    check_unchanged(directory, facts)  # `fit` does, too, but after the evaluation
+    before = run.evaluate(run.start)
+    choice = Choice.by(before)
+    report(str(choice))
+    every = {"log_every": (log_every, 50), "evaluate_every": (evaluate_every, 10)}
+    every["checkpoint_every"] = (checkpoint_every, 10)
+    state = fit(
+      run.first_state(),
+      run.setup.step,
+      data,
+      total_steps=config.steps,
+      directory=directory,
+      frozen=run.setup.frozen,
+      mesh=mesh,
+      evaluate=None if validation is None else run.evaluate_state,
+      best=choice.best,
+      fingerprint=facts,
+      report=report,
+      **{
+        name: max(1, config.steps // parts) if given is None else given
+        for name, (given, parts) in every.items()
+      },
+    )
+    return run.finish(state, before, choice)
 
 
 def hold_out(
@@ -194,8 +240,8 @@ def _load(source: Any, config: FinetuneConfig, profile: Any, processor: Sam3Proc
     if processor is not None:
       raise ValueError("processor is for (model, variables); a checkpoint brings its own")
     return Predictor.from_pretrained(
-      source, profile=profile, dtype=config.dtype, param_dtype="float32", image_size=config.image_size,
-      fuse=False, compile_ahead=False,
+      source, profile=profile and rules.fitting(profile, source), dtype=config.dtype, param_dtype="float32",
+      image_size=config.image_size, fuse=False, compile_ahead=False,
     )  # fmt: skip
   model, variables = source
   processor = processor or Sam3Processor(model.config, image_size=config.image_size)
@@ -257,10 +303,10 @@ class _Run:
       )
     return {"model": self.model.config.to_json(), "start_crc32": digest}
 
-  def finish(self, state: TrainState, before: dict[str, float] | None) -> FinetuneResult:
-    if self.validation is not None:
+  def finish(self, state: TrainState, before: dict[str, float] | None, choice: Choice) -> FinetuneResult:
+    if choice.best is not None:
       checkpoints = TrainCheckpoints(
-        os.path.join(self.directory, "checkpoints"), best=_BEST, report=self.report
+        os.path.join(self.directory, "checkpoints"), best=choice.best, report=self.report
       )
       if checkpoints.best_step() is not None:
         state = checkpoints.restore_best(state)
@@ -270,11 +316,14 @@ class _Run:
       variables=variables,
       before=before,
       after=self.evaluate(variables),
+      choice=choice,
       trained_parameters=self.trained,
       written={},
     )
     if before is not None:
-      self.report(f"cgF1 on held-out images: {before['cgF1']:.2f} before, {result.after['cgF1']:.2f} after")
+      name, scores = choice.measure or "cgF1", (before, result.after)
+      then, now = (f"{x[name]:.2f}" if name == "cgF1" else f"{x[name]:.4f}" for x in scores)
+      self.report(f"{name} on held-out images: {then} before, {now} after {int(state.step)} steps")
     return dataclasses.replace(result, written=self.write(result, int(state.step)))
 
   def write(self, result: FinetuneResult, step: int) -> dict[str, str]:
@@ -282,6 +331,7 @@ class _Run:
     own = self.model.config.text.vocab_size != TextConfig().vocab_size
     numbers = {
       "step": step,
+      "chosen_by": {"measure": result.choice.measure, "why": result.choice.why},
       "before": result.before,
       "after": result.after,
       "trained_parameters": result.trained_parameters,

@@ -51,15 +51,17 @@ class FinetuneConfig:
 
   Attributes:
     steps: calls of the train step, each on one batch.
-    data: batches, prompts, augmentation and their seed, see `sam3lt_jax.data.batches.BatchConfig`.
+    data: batches, prompts, augmentation and their seed, see `sam3lt_jax.data.batches.BatchConfig`. Its
+      `mask_side` None is the image's side here, see `batch_config`.
     loss: weights of the losses.
     freeze: parts (see `PARTS`) or regular expressions over parameter paths that stay as they are.
     lora: adapters; then everything else is frozen except what `train` finds.
     train: with `lora`, regular expressions (or parts) of parameters that are trained beside the adapters.
     lr, vision_lr, text_lr, lora_lr: peak rates of the detector, of the vision encoder, of the text encoder
       with its projection, and of adapters wherever they are.
-    layer_decay: a ViT layer n layers below the trunk's top learns at vision_lr * layer_decay ** n. None: all
-      alike.
+    layer_decay: the trunk's top layer learns at vision_lr * layer_decay, each one below at layer_decay times
+      that, what comes before the first of them likewise; the position table and the neck at vision_lr. None:
+      all alike.
     end_lr: share of the peak that is left at the end of the cosine.
     warmup_steps: updates of linear warm-up from 0; None: a tenth of the run, at most 20.
     weight_decay, clip_norm, moment_dtype, accumulate, ema_decay: see `OptimizerConfig`.
@@ -154,6 +156,11 @@ class Setup:
     key = jax.random.key(self.config.seed)
     ema = self.config.ema_decay is not None
     return TrainState.create(self.params, self.tx, key, batch_stats=self.batch_stats, ema=ema)
+
+
+def batch_config(config: FinetuneConfig, image_size: int) -> BatchConfig:
+  """`config.data` with true masks as large as the image, as SAM 3 is trained: predicted ones are enlarged."""
+  return dataclasses.replace(config.data, mask_side=config.data.mask_side or image_size)
 
 
 def prepare(model: Sam3LiteText, variables: Mapping[str, Any], config: FinetuneConfig) -> Setup:
@@ -288,8 +295,9 @@ def _rates(config: FinetuneConfig, trainable: Mapping[str, Any]) -> tuple[tuple[
   layered = any(re.match(r"vision_encoder/backbone/layers_\d+/" + _NO_ADAPTER, path) for path in paths)
   if layered and config.layer_decay is not None:
     trunk = {"vision_encoder": {"backbone": trainable["vision_encoder"]["backbone"]}}
-    factors = {path.split("/")[2]: f for path, f in layer_factors(trunk, config.layer_decay).items()}
-    rates += [(f"^vision_encoder/backbone/{name}/{_NO_ADAPTER}", f) for name, f in factors.items() if f != 1]
+    factors = {p.split("/")[2]: f for p, f in layer_factors(trunk, config.layer_decay).items() if f != 1}
+    alike = f"(?!position_embeddings){_NO_ADAPTER}"  # the table lies in `embeddings` and has the full rate
+    rates += [(f"^vision_encoder/backbone/{name}/{alike}", f) for name, f in factors.items()]
   return tuple((p, f) for p, f in rates if f != 1 and any(re.search(p, path) for path in paths))
 
 

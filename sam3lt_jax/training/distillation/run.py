@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel, storage
+from sam3lt_jax import locks, parallel, storage
 from sam3lt_jax.checkpoints import sources
 from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
 from sam3lt_jax.errors import ArgumentError, renamed
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
-from sam3lt_jax.training import freezing
+from sam3lt_jax.training import freezing, rules
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.distillation import features as feature_files
 from sam3lt_jax.training.distillation import text_part
@@ -36,7 +36,7 @@ from sam3lt_jax.training.loop import fit
 from sam3lt_jax.training.optimizer import make_optimizer
 from sam3lt_jax.training.outcome import write_outcome
 from sam3lt_jax.training.prompts import PromptSet, prompt_batches, read_prompts, split_prompts, token_rows
-from sam3lt_jax.training.run_files import check_unchanged
+from sam3lt_jax.training.run_files import check_unchanged, working_in
 from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import make_train_step
 
@@ -103,35 +103,38 @@ def distill(
 
   Raises:
     ValueError: anything in `config` that cannot be: an unknown teacher or student, widths, vocabularies or
-      contexts that do not fit, no phrases, a changed run in `out`, or nothing can be written there. Errors
-      of `fit`, `read_prompts`, `from_pretrained`, `save_pretrained` come as they are.
+      contexts that do not fit, no phrases, a changed run in `out`, another process works there, or nothing
+      can be written there. Errors of `fit`, `read_prompts`, `from_pretrained`, `save_pretrained` come as they
+      are.
     NonFiniteLoss: names the phrases of the batch (in its message, the first 16).
   """
   report = report or functools.partial(print, flush=True)
-  run = _prepare(config, teacher, tokenizer, mesh, report)
-  state = run.train()
-  variables = run.student_variables(state)
-  after = run.evaluate(variables) if run.evaluate is not None else None
-  model, spliced = text_part.splice(run.student, variables, *run.whole)
-  found = None
-  if len(images):
-    asked = list(phrases) if phrases else (run.held or run.phrases)[:ASKED]
-    on_device = jax.device_put((spliced, run.whole[1]), jax.local_devices()[0])
-    found = agreement(
-      (model, on_device[0]), (run.whole[0], on_device[1]), images, asked, tokenizer=run.own_tokenizer
+  storage.check_directory(config.out, "out")
+  with working_in(config.out):
+    run = _prepare(config, teacher, tokenizer, mesh, report)
+    state = run.train()
+    variables = run.student_variables(state)
+    after = run.evaluate(variables) if run.evaluate is not None else None
+    model, spliced = text_part.splice(run.student, variables, *run.whole)
+    found = None
+    if len(images):
+      asked = list(phrases) if phrases else (run.held or run.phrases)[:ASKED]
+      on_device = jax.device_put((spliced, run.whole[1]), jax.local_devices()[0])
+      found = agreement(
+        (model, on_device[0]), (run.whole[0], on_device[1]), images, asked, tokenizer=run.own_tokenizer
+      )
+    result = DistillationResult(
+      model=model,
+      variables=spliced,
+      init=run.init,
+      before=run.before,
+      after=after,
+      agreement=found,
+      teacher_parameters=_count(run.teacher.variables),
+      student_parameters=_count(variables),
+      written={},
     )
-  result = DistillationResult(
-    model=model,
-    variables=spliced,
-    init=run.init,
-    before=run.before,
-    after=after,
-    agreement=found,
-    teacher_parameters=_count(run.teacher.variables),
-    student_parameters=_count(variables),
-    written={},
-  )
-  return dataclasses.replace(result, written=_write(config, result, run.own_tokenizer, report))
+    return dataclasses.replace(result, written=_write(config, result, run.own_tokenizer, report))
 
 
 @dataclasses.dataclass
@@ -217,7 +220,6 @@ class _Distillation:
 def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
   """Reads, loads and checks everything, cheapest first."""
   c = config
-  storage.check_directory(c.out, "out")
   if c.features is not None:
     storage.check_directory(c.features, "features")
     feature_files.check_target(c.features)
@@ -250,7 +252,7 @@ def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
     context_length=c.context_length,
     seed=c.seed,
   )
-  report(f"student: {init}")
+  report(f"student: {init}; profile {student.config.profile.name}, {c.context_length} tokens")
   # `fit` does, too, but after the features are exported and the start is evaluated.
   check_unchanged(c.out, facts | _model_facts(reader, student))
   words = ClipTokenizer(profile=student.config.profile) if own is None else own
@@ -320,7 +322,7 @@ def _saved_tokenizer(source: str, profile: Profile, teacher: Sam3LiteTextConfig)
   if found.kind == "random" or not os.path.isfile(os.path.join(directory, "tokenizer.json")):
     return None
   if teacher.text.vocab_size != TextConfig().vocab_size:  # pruned: the profiles' padding is of CLIP's table
-    profile = dataclasses.replace(profile, pad_token_id=teacher.profile.pad_token_id)
+    profile = rules.padded_like(profile, ClipTokenizer.from_file(directory, teacher.profile))
   return ClipTokenizer.from_file(directory, profile)
 
 
@@ -342,7 +344,9 @@ def _check_vocabulary(tokenizer: Any, phrases: Sequence[str], student: Sam3LiteT
 def _stored_features(config, teacher: Teacher, phrases, tokenizer, report: Report):
   """The exported features, made by the first process where they are not there yet."""
   if jax.process_index() == 0:
-    feature_files.export_features(config.features, teacher, phrases, tokenizer, report=report)
+    # Beside the folder: it must be empty, or hold features, to be written into.
+    with locks.exclusive(os.path.abspath(os.path.expanduser(config.features)) + ".lock", wait=1):
+      feature_files.export_features(config.features, teacher, phrases, tokenizer, report=report)
   barrier("sam3lt-teacher-features")
   stored = feature_files.TeacherFeatures(config.features)
   stored.check(teacher.identity(), phrases, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.data.batches import BatchConfig
 from sam3lt_jax.data.load import load_records
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
+from sam3lt_jax.training.detection import run as detection_run
 from sam3lt_jax.training.detection import setup
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.run import finetune, hold_out
@@ -114,6 +116,30 @@ def test_merged_model_is_the_adapted_model(done):
   for name in tiny.OUTPUTS:
     np.testing.assert_allclose(merged[name], adapted[name], atol=1e-4, err_msg=name)
   assert np.abs(merged["pred_logits"] - base["pred_logits"]).max() > 0.1
+
+
+def test_data_without_negatives_choose_by_pmf1_and_the_later_of_equals(records, tmp_path, monkeypatch):
+  """One class in every picture: cgF1 is 0 throughout, and the earliest state used to be shipped."""
+  pmf1 = iter([0.1, 0.2, 0.5, 0.5, 0.4, 0.5])  # before, after 1, 2, 3 and 4 steps, and of what is returned
+
+  def evaluate(self, variables):
+    value = next(pmf1)
+    return {"cgF1": 0.0, "pmF1": value, "IL_MCC": 0.0, "mean_matched_iou": value, "positive_pairs": 3,
+            "negative_pairs": 0}  # fmt: skip
+
+  monkeypatch.setattr(detection_run._Run, "evaluate", evaluate)
+  said = []
+  config = dataclasses.replace(CONFIG, steps=4)
+  result = finetune(
+    start(), records, tmp_path, config, validation=held(records), evaluate_every=1, report=said.append
+  )
+  numbers = json.loads((tmp_path / "finetune.json").read_text())
+  assert numbers["step"] == 3 and numbers["chosen_by"]["measure"] == result.choice.measure == "pmF1"
+  assert "every phrase that is asked" in numbers["chosen_by"]["why"]
+  assert any(
+    line.startswith("the state of the best pmF1 (of equals, the latest) will be kept") for line in said
+  )
+  assert "pmF1 on held-out images: 0.1000 before, 0.5000 after 3 steps" in said
 
 
 def test_written_models_load(done):

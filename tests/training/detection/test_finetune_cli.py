@@ -73,7 +73,7 @@ def test_defaults_are_the_published_figures(on_disk, asked):
   assert (config.weight_decay, config.clip_norm, config.lora, config.freeze) == (0.1, 0.1, None, ())
   assert config.one_to_many and config.dropout and not config.remat
   assert config.data.augment == AugmentConfig() and config.data.prompts == 4
-  assert asked["validation"] is None and len(asked["records"]) == 6
+  assert asked["validation"] is None and len(asked["records"]) == 6 and asked["profile"] == "transformers"
   # Nothing but the data's numbers differs from the configuration's own defaults.
   assert config == FinetuneConfig(data=config.data)
 
@@ -83,7 +83,8 @@ def test_options_reach_the_configuration(on_disk, asked):
     "--lora-rank 8 --lora-alpha 4 --train scoring masks --lr 1e-3 --vision-lr 2e-4 --text-lr 3e-5"
     " --lora-lr 4e-3 --layer-decay 1 --weight-decay 0 --clip 2 --ema 0.99 --accumulate 3 --steps 7 --batch 5"
     " --objects 6 --negatives 0.25 --box-prompts 0.5 --no-augment --image-size 112 --no-dropout"
-    " --no-one-to-many --remat --dtype bfloat16 --seed 9 --profile transformers --iou bbox"
+    " --mask-side 28"
+    " --no-one-to-many --remat --dtype bfloat16 --seed 9 --profile original --iou bbox"
     " --evaluate-every 2 --checkpoint-every 4"
   )
   annotations = on_disk[on_disk.index("--annotations") + 1]
@@ -97,10 +98,31 @@ def test_options_reach_the_configuration(on_disk, asked):
     image_size=112, seed=9,
   )  # fmt: skip
   assert (data.batch_size, data.objects, data.negatives, data.box_prompts) == (5, 6, 0.25, 0.5)
-  assert data.augment is None and data.seed == 9
-  assert len(asked["validation"]) == 6 and asked["profile"] == "transformers" and asked["iou_type"] == "bbox"
+  assert data.augment is None and data.seed == 9 and data.mask_side == 28
+  assert len(asked["validation"]) == 6 and asked["profile"] == "original" and asked["iou_type"] == "bbox"
   assert (asked["evaluate_every"], asked["checkpoint_every"]) == (2, 4)
   assert asked["fingerprint"]["annotations"]["name"] == "annotations.json"
+
+
+def test_the_measure_that_chooses_is_one_that_is_defined():
+  pairs = {"positive_pairs": 3, "negative_pairs": 2}
+  assert run.Choice.by(pairs).measure == "cgF1"
+  assert run.Choice.by(pairs | {"negative_pairs": 0}).best == ("eval_pmF1", "max")
+  assert run.Choice.by(pairs | {"positive_pairs": 0}).best is None
+  assert run.Choice.by(None).best is None and "no validation images" in str(run.Choice.by(None))
+
+
+def test_annotations_edited_without_a_change_of_size_are_another_run(on_disk, asked):
+  annotations = pathlib.Path(on_disk[on_disk.index("--annotations") + 1])
+  facts = []
+  text = annotations.read_text()
+  for edited in (text, text, text.replace("red circle", "rad circle")):
+    annotations.write_text(edited)
+    with pytest.raises(Asked):
+      main([*on_disk, "--out", "x", "--validation", str(annotations)])
+    facts.append((asked["fingerprint"]["annotations"], asked["fingerprint"]["validation_annotations"]))
+  annotations.write_text(text)
+  assert facts[0] == facts[1] and facts[0][0] != facts[2][0] and facts[0][1] != facts[2][1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -114,6 +115,17 @@ def test_mask_losses_take_the_objects_own_query():
   np.testing.assert_allclose(dice, 0.4, rtol=1e-6)
 
 
+def test_mask_losses_of_several_queries_an_object():
+  # Both queries answer for the object, the sure one rightly: its losses are 0, so the sum is the other's.
+  true = jnp.array([[[[1, 1], [0, 0]]]])
+  masks = jnp.stack([jnp.where(true[0, 0] > 0, 50.0, -50.0), jnp.zeros((2, 2)), jnp.full((2, 2), 9.0)])[None]
+  t = targets([[LEFT]], [[True]], masks=true)
+  match = jnp.array([[[1.0], [1.0], [0.0]]])
+  focal, dice = losses.mask_losses(masks, match, t, jnp.array(1.0), DetectionLossConfig(), queries=4)
+  np.testing.assert_allclose(focal, (0.25 + 0.75) / 2 * 0.25 * HALF, rtol=1e-6)
+  np.testing.assert_allclose(dice, 0.4, rtol=1e-6)
+
+
 def test_masks_of_another_size_are_resized_and_points_agree_on_flat_masks():
   masks = jnp.full((1, 1, 2, 2), -3.0)
   t = targets([[LEFT]], [[True]], masks=jnp.ones((1, 1, 8, 8)))
@@ -133,6 +145,54 @@ def test_semantic_loss_is_of_the_union_and_skips_absent_phrases():
   focal, dice = losses.semantic_losses(logits, t, DetectionLossConfig())
   np.testing.assert_allclose(focal, (0.6 + 0.4) / 2 * 0.25 * HALF, rtol=1e-6)
   np.testing.assert_allclose(dice, 0.4, rtol=1e-6)
+
+
+def output_with_masks() -> Sam3LiteTextOutput:
+  """Two queries of one layer, each a second time in the one-to-many rows; the first sits on LEFT."""
+  logits, boxes = jnp.zeros((1, 1, 2)), jnp.array([[[LEFT, RIGHT]]])
+  masks = jnp.zeros((1, 2, 2, 2))
+  taps = {
+    "decoder_logits": logits, "decoder_boxes": boxes, "decoder_presence_logits": jnp.zeros((1, 1, 1)),
+    "one_to_many_logits": logits, "one_to_many_boxes": boxes, "one_to_many_masks": masks,
+  }  # fmt: skip
+  return Sam3LiteTextOutput(masks, boxes[0], logits[0], jnp.zeros((1, 1)), jnp.zeros((1, 1, 2, 2)), taps)
+
+
+def test_one_to_many_rows_have_mask_losses_of_the_published_weight():
+  t = targets([[LEFT]], [[True]], masks=[[[[1, 1], [0, 0]]]])
+  output = output_with_masks()
+  loss, metrics = losses.detection_loss(output, t)
+  without, _ = losses.detection_loss(output, t, DetectionLossConfig(many_masks=False))
+  # One query is matched (IoU 1); at logits of 0 its focal loss is log(2) / 8 and its dice loss 0.4.
+  expected = 2.0 * (200.0 * 0.125 * HALF + 10.0 * 0.4)
+  np.testing.assert_allclose(loss - without, expected, rtol=1e-5)
+  np.testing.assert_allclose(metrics["mask"], 0.125 * HALF, rtol=1e-6)  # of the one-to-one rows, as ever
+
+
+def test_the_whole_is_scaled_by_the_root_of_the_number_of_prompts():
+  t = targets([[LEFT]], [[True]], masks=[[[[1, 1], [0, 0]]]])
+  four = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), t)
+  output = output_with_masks()
+  stacked = output.replace(
+    **{
+      name: jnp.repeat(getattr(output, name), 4, axis=0)
+      for name in ("pred_masks", "pred_boxes", "pred_logits", "presence_logits", "semantic_seg")
+    },
+    intermediates={
+      k: jnp.repeat(x, 4, axis=0 if k == "one_to_many_masks" else 1) for k, x in output.intermediates.items()
+    },
+  )
+  one, _ = losses.detection_loss(output, t)
+  loss, _ = losses.detection_loss(stacked, four)
+  np.testing.assert_allclose(loss, 2 * one, rtol=1e-5)
+  plain, _ = losses.detection_loss(stacked, four, DetectionLossConfig(scale_by_prompts=False))
+  np.testing.assert_allclose(plain, one, rtol=1e-5)
+  padded = dataclasses.replace(
+    four, prompt_valid=jnp.arange(4) < 1, valid=four.valid & (jnp.arange(4) < 1)[:, None],
+    has_mask=four.has_mask & (jnp.arange(4) < 1)[:, None],
+  )  # fmt: skip
+  loss, _ = losses.detection_loss(stacked, padded)
+  np.testing.assert_allclose(loss, one, rtol=1e-5)  # what pads the batch is no prompt
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,10 @@ def factors(**fields):
 
 
 def test_published_rates_by_part_and_layer():
-  """Two ViT layers: the last learns at 2.5e-5 * 0.9, the first at 0.9 ** 2 of it, embeddings at 0.9 ** 3."""
+  """Two ViT layers: the last at 2.5e-5 * 0.9, the first at 2.5e-5 * 0.9 ** 2, what is before at * 0.9 ** 3.
+
+  The position table at 2.5e-5: SAM 3's configuration takes `*pos_embed*` out of the decay.
+  """
   rates = factors()
   expected = {
     "detr_decoder/box_head/layer1/kernel": 8e-5,
@@ -41,7 +44,9 @@ def test_published_rates_by_part_and_layer():
     "vision_encoder/neck/fpn_layers_0/proj1/kernel": 2.5e-5,
     "vision_encoder/backbone/layers_1/mlp/fc1/kernel": 2.5e-5 * 0.9,
     "vision_encoder/backbone/layers_0/attention/q_proj/bias": 2.5e-5 * 0.81,
-    "vision_encoder/backbone/embeddings/position_embeddings": 2.5e-5 * 0.729,
+    "vision_encoder/backbone/embeddings/patch_embeddings/projection/kernel": 2.5e-5 * 0.729,
+    "vision_encoder/backbone/embeddings/position_embeddings": 2.5e-5,
+    "vision_encoder/backbone/layer_norm/scale": 2.5e-5 * 0.729,
     "text_encoder/final_layer_norm/scale": 5e-6,
     "text_projection/kernel": 5e-6,
   }
@@ -199,7 +204,7 @@ def test_memory_table_of_a_small_program():
   batch_stats = sum(4 * x.size for x in jax.tree.leaves(shapes()[1]["batch_stats"]))
   assert 0 < m["state"] - 3 * 4 * m["trainable"] - batch_stats < 40  # the step, two counts, the key
   batch = memory.abstract_batch(tiny.config(), config)
-  assert batch["target_masks"].shape == (2, 1, 2, 24, 24) and batch["input_boxes"].shape == (2, 1, 0, 4)
+  assert batch["target_masks"].shape == (2, 1, 2, 84, 84) and batch["input_boxes"].shape == (2, 1, 0, 4)
   assert m["batch"] == 2 * (84 * 84 * 3 * 4 + 2 * 16 * 4 + 2 * 16 + 2 * 576 + 2 * 2 + 2)
   assert m["aliased"] >= 12 * m["trainable"]
   assert m["total"] == m["arguments"] + m["outputs"] - m["aliased"] + m["temporary"]

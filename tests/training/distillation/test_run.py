@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 
 import chex
 import numpy as np
 import pytest
 
 from sam3lt_jax import from_pretrained
+from sam3lt_jax.config import TextConfig
 from sam3lt_jax.training.distillation.config import DistillationConfig
 from sam3lt_jax.training.distillation.features import encoder
+from sam3lt_jax.training.distillation.losses import DistillationLossConfig
 from sam3lt_jax.training.distillation.run import distill
 from sam3lt_jax.training.errors import NonFiniteLoss
 from sam3lt_jax.training.prompts import split_prompts
@@ -182,6 +185,40 @@ def test_no_phrases(tmp_path):
     config((), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+  "student, peak, end, epochs, warmup, clip, cosine, consistency, batch",
+  [
+    ("s0", 1.25e-3, 1.25e-6, 100, 0.1, 1.0, 2.0, 0.1, (64, 2)),
+    ("s1", 7.5e-4, 1.25e-6, 80, 0.1, 1.0, 1.5, 0.1, (64, 2)),
+    ("l", 2.5e-4, 2.5e-7, 60, 5 / 60, 2.0, 1.0, 0.05, (32, 4)),
+    (TextConfig(num_hidden_layers=2), 1.25e-3, 1.25e-6, 100, 0.1, 1.0, 2.0, 0.1, (64, 2)),
+  ],
+)
+def test_each_student_has_the_authors_recipe(
+  student, peak, end, epochs, warmup, clip, cosine, consistency, batch
+):
+  """The figures of stage1/configs/text_improved_{s0,s1,l}.yaml, with rates as their trainer scales them."""
+  c = DistillationConfig(prompts="p.json", out="o", student=student)
+  o = c.optimizer(c.total_steps(64000))
+  assert (o.peak_lr, o.end_lr) == (pytest.approx(peak), pytest.approx(end))
+  assert (c.epochs, c.warmup, o.clip_norm, (c.batch_size, o.accumulate)) == (epochs, warmup, clip, batch)
+  assert (c.loss.mse, c.loss.cosine, c.loss.consistency) == (1.0, cosine, consistency)
+  assert o.layer_decay is None and o.whole_cosine  # as their code has it, whatever the files say
+  other = DistillationConfig(
+    prompts="p.json", out="o", student=student, peak_lr=1.0, batch_size=512, accumulate=1,
+    loss=DistillationLossConfig(cosine=3.0), clip_norm=math.inf, epochs=2,
+  )  # fmt: skip
+  o = other.optimizer(100)
+  assert (o.peak_lr, o.clip_norm, other.loss.cosine, other.total_steps(512)) == (1.0, math.inf, 3.0, 2)
+
+
+def test_the_profile_decides_how_many_tokens():
+  c = DistillationConfig(prompts="p.json", out="o")
+  assert (c.profile, c.context_length) == ("transformers", 32)
+  assert DistillationConfig(prompts="p.json", out="o", profile="original").context_length == 16
+  assert DistillationConfig(prompts="p.json", out="o", context_length=8).context_length == 8
+
+
 def test_the_authors_recipe_is_the_default():
   c = DistillationConfig(prompts="p.json", out="o")
   optimizer = c.optimizer(c.total_steps(6400))
@@ -190,8 +227,8 @@ def test_the_authors_recipe_is_the_default():
   assert optimizer.peak_lr == pytest.approx(1.25e-3) and optimizer.end_lr == pytest.approx(1.25e-6)
   assert optimizer.warmup_init_lr == pytest.approx(2.5e-7)
   assert (optimizer.b1, optimizer.b2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.999, 1e-8, 0.05)
-  assert optimizer.clip_norm == 1.0 and optimizer.accumulate == 2 and optimizer.layer_decay == 0.9
-  assert c.context_length == 16 and c.dtype == "bfloat16" and c.profile == "original"
+  assert optimizer.clip_norm == 1.0 and optimizer.accumulate == 2
+  assert c.dtype == "bfloat16"
   as_given = dataclasses.replace(c, lr_rows=None).optimizer(100)
   assert (as_given.peak_lr, as_given.end_lr, as_given.warmup_init_lr) == (5e-3, 5e-6, 1e-6)
   assert dataclasses.replace(c, steps=7).total_steps(100) == 8

@@ -1,4 +1,4 @@
-"""Exclusive locks on local files: who works on a shard, and who makes the plan.
+"""Exclusive locks on local files: who works on a shard, who makes the plan, who trains in a folder.
 
 flock: the kernel drops it when its holder dies, however that dies, so there are no stale locks. It works
 across hosts on NFS (Linux 2.6.12 and later). Where a file system has no locks the work goes on without, with
@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 
-from sam3lt_jax.jobs import files
+from sam3lt_jax import storage
 
 try:
   import fcntl
@@ -26,6 +26,7 @@ except ImportError:  # Windows
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _POLL = 0.02  # seconds
+KEPT = "what was computed before is kept: mend that and start the same command again"
 _open_locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 
@@ -44,7 +45,7 @@ class FileLock:
     """
     end = time.monotonic() + wait
     while True:
-      with files.writing(self.path):
+      with _writing(self.path):
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
       # The holder may have removed the file after it was opened here: that lock is nobody's.
       if _flock(descriptor) and _is_at(descriptor, self.path):
@@ -58,7 +59,7 @@ class FileLock:
   def say(self, about: dict) -> None:
     """Writes who holds it, and since when, into the file, for `holder`."""
     data = json.dumps(about).encode()
-    with files.writing(self.path):
+    with _writing(self.path):
       os.ftruncate(self._descriptor, 0)
       os.pwrite(self._descriptor, data, 0)
 
@@ -73,6 +74,10 @@ class FileLock:
     if self._descriptor is not None:
       os.close(self._descriptor)
       self._descriptor = None
+
+
+def _writing(path: str) -> contextlib.AbstractContextManager:
+  return storage.writing(path, KEPT, when=lambda e: isinstance(e, OSError))
 
 
 def _flock(descriptor: int, shared: bool = False) -> bool:
@@ -124,15 +129,12 @@ def host_name() -> str:
 
 @contextlib.contextmanager
 def exclusive(path: str, wait: float) -> Iterator[None]:
-  """Holds the lock `path` for the block; at a URL it does nothing.
+  """Holds the lock `path` for the block.
 
   Raises:
     ValueError: another process held it for all of `wait` seconds.
     CannotWrite: the file cannot be made.
   """
-  if files.is_remote(path):
-    yield
-    return
   lock = FileLock(path)
   if not lock.acquire(wait):
     raise ValueError(f"another process has held {path} for {wait:g} seconds; try again when it is done")
