@@ -27,7 +27,7 @@ from PIL import Image
 
 from sam3lt_jax import Predictor
 
-PARTS = ("engine", "predictor", "start", "batch")
+PARTS = ("engine", "predictor", "clicks", "start", "batch")
 PHOTO = (853, 1280)  # height, width
 KEPT = 10
 _START = """
@@ -102,6 +102,30 @@ def predictor(one: Predictor, args: argparse.Namespace, photo: str) -> list[tupl
   return rows
 
 
+def clicks(args: argparse.Namespace, photo: str) -> list[tuple[str, float, str]]:
+  """About one photo; with random weights as many masks are kept as the thresholds are made for."""
+  one = Predictor.from_pretrained(
+    args.model, tracker=args.tracker or True, dtype=args.dtype, image_size=args.image_size
+  ).set_image(photo)
+  rng, rows = np.random.default_rng(0), []
+
+  def points(count):
+    return rng.uniform(0, min(PHOTO), (count, 1, 2))
+
+  ms = milliseconds(lambda: one.predict(points=points(1)) and None, args.repeats)
+  rows.append(("a click on an encoded photo, to its mask", ms, ""))
+  ms = milliseconds(lambda: one.predict(points=points(64)) and None, max(args.repeats // 4, 2))
+  rows.append(("64 objects, a click each", ms, ""))
+  ious = [
+    record["predicted_iou"] for record in one.generate_masks(photo, pred_iou_thresh=0.0, points_per_side=8)
+  ]
+  bound = float(np.quantile(ious, 0.9)) if ious else 0.88
+  kept = len(one.generate_masks(photo, pred_iou_thresh=bound))
+  ms = milliseconds(lambda: one.generate_masks(photo, pred_iou_thresh=bound) and None, 3)
+  rows.append(("everything, 1024 points, from the file", ms, f"{kept} kept"))
+  return rows
+
+
 def start(args: argparse.Namespace, photo: str, cache: str) -> list[tuple[str, float, str]]:
   rows = []
   for how in ("cold", "warm"):
@@ -163,6 +187,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
   parser.add_argument("--model", default="random:s0")
+  parser.add_argument("--tracker", help="of the part clicks; default: in --model itself")
   parser.add_argument("--image-size", type=int)
   parser.add_argument("--dtype", default="bfloat16")
   parser.add_argument("--photos", type=int, default=512, help="of the batch job")
@@ -185,6 +210,8 @@ def main() -> None:
         rows = engine(loaded, args)
       elif part == "predictor":
         rows = predictor(loaded, args, photo)
+      elif part == "clicks":
+        rows = clicks(args, photo)
       elif part == "start":
         rows = start(args, photo, cache)
       else:
