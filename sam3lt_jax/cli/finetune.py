@@ -57,7 +57,12 @@ written to the output folder:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = "%(prog)s --annotations FILE --images DIR --out DIR [options]"
   parser.epilog = _EPILOG
-  data = parser.add_argument_group("data")
+  _add_data(parser.add_argument_group("data"))
+  _add_model(parser.add_argument_group("model"))
+  _add_run(parser.add_argument_group("run"))
+
+
+def _add_data(data: argparse._ArgumentGroup) -> None:
   add = data.add_argument
   add("--annotations", required=True, metavar="FILE", help="COCO or SA-Co JSON")
   add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
@@ -90,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )  # fmt: skip
   add("--image-size", type=count, metavar="PX", help="side of the model's input (default: the model's)")
 
-  model = parser.add_argument_group("model")
+
+def _add_model(model: argparse._ArgumentGroup) -> None:
   add = model.add_argument
   add_model(
     model,
@@ -114,7 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="to keep Adam's mean of gradients in; bfloat16 saves 2 bytes each (default: float32)",
   )  # fmt: skip
 
-  run = parser.add_argument_group("run")
+
+def _add_run(run: argparse._ArgumentGroup) -> None:
   add = run.add_argument
   add("--out", dest="directory", required=True, metavar="DIR", help="the run's folder; a run in it goes on")
   add("--steps", type=count, default=1000, metavar="N", help="(default: 1000)")
