@@ -73,7 +73,7 @@ class Dense(nn.Module):
 
 def repeat_rows(x: jax.Array, rows: int) -> jax.Array:
   """x [B, ...] -> [rows, ...], each row as many times in a row as it takes; rows is a multiple of B."""
-  return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0)
+  return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)
 
 
 class PatchConv(nn.Module):
@@ -285,7 +285,9 @@ class Attention(nn.Module):
     An input with fewer rows serves several of the others' each, and is projected once (see `repeat_rows`).
     Returns [B, T, D] in dtype.
     """
-    D, rows = query.shape[-1], max(len(query), len(key))
+    D, rows = query.shape[-1], query.shape[0]
+    if rows != key.shape[0]:  # never so in an export, whose batch is symbolic
+      rows = max(rows, key.shape[0])
     inner = self.inner or D
     if inner % self.num_heads:
       raise ValueError(f"num_heads must divide the width, got {self.num_heads} heads for width {inner}")
