@@ -205,7 +205,7 @@ def test_memory_table_of_a_small_program():
   assert 0 < m["state"] - 3 * 4 * m["trainable"] - batch_stats < 40  # the step, two counts, the key
   batch = memory.abstract_batch(tiny.config(), config)
   assert batch["target_masks"].shape == (2, 1, 2, 84, 84) and batch["input_boxes"].shape == (2, 1, 0, 4)
-  assert m["batch"] == 2 * (84 * 84 * 3 * 4 + 2 * 16 * 4 + 2 * 16 + 2 * 576 + 2 * 2 + 2)
+  assert m["batch"] == 2 * (84 * 84 * 3 * 4 + 2 * 16 * 4 + 2 * 16 + 2 * 84 * 84 + 2 * 2 + 2)
   assert m["aliased"] >= 12 * m["trainable"]
   assert m["total"] == m["arguments"] + m["outputs"] - m["aliased"] + m["temporary"]
   assert m["temporary"] > 0
