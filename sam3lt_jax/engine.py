@@ -212,17 +212,15 @@ class Engine:
     self._split, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
     self.on_start: Callable[[float, jax.Array], None] = lambda start, output: None
 
-    def program(function: Callable, out: NamedSharding) -> Program:
-      return Program(function.__name__, lambda *given: function(model, *given), mesh, out, model.dtype)
+    def program(function: Callable, out: NamedSharding, *models: Any) -> Program:
+      return Program(function.__name__, functools.partial(function, *models), mesh, out, model.dtype)
 
     self.tracker, self.tracker_variables = tracker or (None, None)
     if tracker is not None:
       self._check_tracker()
-    of_both = functools.partial(encode, model, self.tracker)
-    self._encode = Program("encode", lambda *given: of_both(*given), mesh, self._split, model.dtype)
-    self._detect, self._read = program(detect, self._split), program(read, everywhere)
-    of_tracker = functools.partial(click, self.tracker)
-    self._click = Program("click", lambda *given: of_tracker(*given), mesh, self._split, model.dtype)
+    self._encode = program(encode, self._split, model, self.tracker)
+    self._detect, self._read = program(detect, self._split, model), program(read, everywhere, model)
+    self._click = program(click, self._split, self.tracker)
     self.phrases = PhraseTable(self._read, processor, mesh, PHRASE_BATCHES[: 1 if on_cpu else None])
     self._masks = MaskSource(mesh, masks_on_device, processor.profile.mask_order)
     # Both references enlarge a tracker's logits.

@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.ndimage
 
+from sam3lt_jax.data import rle
 from sam3lt_jax.errors import ArgumentError
-from sam3lt_jax.interactive import mask_box
 from sam3lt_jax.ops.nms import box_nms
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing.clicks import clicks_of
+from sam3lt_jax.processing.masks import largest_part, mask_box, small_parts
 
 if TYPE_CHECKING:
   from sam3lt_jax.predictor import Predictor
 
 Record = dict[str, Any]
 _NEAR_EDGE = 20  # pixels; a mask that ends so near to the border of its crop is one that was cut
-_EIGHT = np.ones((3, 3), bool)
 _nms = jax.jit(box_nms)
 
 
@@ -141,7 +140,7 @@ def _of_crop(
   ious, stability, boxes, logits, where = [], [], [], [], []
   for start in range(0, len(points), options.points_per_batch):
     some = points[start : start + options.points_per_batch]
-    clicks = clicks_of(size, 4 * vision.tracker.image.shape[1], some[:, None])
+    clicks = clicks_of(size, vision.tracker.mask_side, some[:, None])
     first = start
     for count, found in engine.click(vision, clicks, options.stability_score_offset):
       iou, stable = (np.asarray(x[0, :count, 1:]) for x in (found.ious, found.stability))
@@ -251,10 +250,7 @@ def _finish(record: Record, output_mode: str) -> None:
   x1, y1, x2, y2 = mask_box(mask).tolist()
   record["area"], record["bbox"] = int(np.count_nonzero(mask)), [x1, y1, x2 - x1, y2 - y1]
   if output_mode == "coco_rle":
-    from pycocotools import mask as coco_mask
-
-    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    record["segmentation"] = {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+    record["segmentation"] = rle.jsonable(rle.encode(mask))
 
 
 def _without_small_regions(records: list[Record], options: Options) -> list[Record]:
@@ -278,17 +274,12 @@ def _without_small(mask: np.ndarray, area: int, *, holes: bool) -> tuple[np.ndar
 
   Of islands the largest stays in any case.
   """
-  labels, count = scipy.ndimage.label(mask ^ holes, _EIGHT)
-  sizes = np.bincount(labels.ravel(), minlength=count + 1)
-  small = sizes < area
-  small[0] = False
+  small = small_parts(mask ^ holes, area - 1)
   if not small.any():
     return mask, False
-  if holes:
-    return mask | small[labels], True
-  if small[1:].all():
-    small[1 + sizes[1:].argmax()] = False
-  return mask & ~small[labels], True
+  if not holes and np.array_equal(small, mask):
+    return largest_part(mask), True
+  return mask ^ small, True
 
 
 class SamAutomaticMaskGenerator:

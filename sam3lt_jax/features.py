@@ -89,6 +89,11 @@ class TrackerFeatures:
   image: jax.Array
   fine: tuple[jax.Array, jax.Array]
 
+  @property
+  def mask_side(self) -> int:
+    """Of the square masks that the tracker gives and takes."""
+    return self.fine[0].shape[1]
+
 
 @flax.struct.dataclass
 class Clicks:

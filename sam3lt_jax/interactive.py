@@ -6,6 +6,7 @@ Axes: P objects, C masks of an object, H, W the image, h, w the model's masks (2
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ from sam3lt_jax.engine import Engine
 from sam3lt_jax.features import VisionFeatures
 from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.arrays import to_numpy
-from sam3lt_jax.processing.cleaning import clean
 from sam3lt_jax.processing.clicks import ClickArrays, clicks_of
-from sam3lt_jax.processing.results import Results
+from sam3lt_jax.processing.masks import clean, mask_box
+from sam3lt_jax.processing.results import Results, hold_masks
 
 if TYPE_CHECKING:
   from sam3lt_jax.predictor import Predictor
@@ -67,30 +68,24 @@ def answer(engine: Engine, vision: VisionFeatures, clicks: ClickArrays, multimas
 
 def results(engine: Engine, found: Answer, size: tuple[int, int], mask_threshold: float) -> Results:
   """Of an answer with one mask an object."""
-  profile = engine.tracker.config.profile
-  P = len(found.ious)
-  bound = float(np.log(mask_threshold) - np.log1p(-mask_threshold))
-  masks = np.empty((P, *size), bool)
-  for p in range(P):
-    cleaned = clean(found.logits[p, 0], profile.hole_area)
-    masks[p] = postprocess.resize_masks(cleaned, size) > bound
+  profile, P = engine.tracker.config.profile, len(found.ious)
+  boxes = np.empty((P, 4), np.float32)
+
+  def masks() -> Iterator[np.ndarray]:
+    for box, (logits,) in zip(boxes, found.logits):
+      cleaned = clean(logits, profile.hole_area)
+      mask = postprocess.binary_mask(cleaned, size, mask_threshold, "upsample_then_sigmoid")
+      box[:] = mask_box(mask)
+      yield mask
+
+  held = hold_masks(masks(), P, size)
   labels = ("object",) if P == 1 else tuple(f"object {p + 1}" for p in range(P))
-  boxes = np.stack([mask_box(mask) for mask in masks])
-  return Results(
-    boxes, found.ious[:, 0], masks, labels, size, limited(found.logits[:, 0], profile.logit_limit)
-  )
+  logits = limited(found.logits[:, 0], profile.logit_limit)
+  return Results(boxes, found.ious[:, 0], held, labels, size, logits)
 
 
 def limited(logits: np.ndarray, limit: float | None) -> np.ndarray:
   return logits if limit is None else np.clip(logits, -limit, limit)
-
-
-def mask_box(mask: np.ndarray) -> np.ndarray:
-  """float32 [4]: (x1, y1, x2, y2) around bool [H, W], the last pixels included; zeros of an empty mask."""
-  ys, xs = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-  if not len(ys):
-    return np.zeros(4, np.float32)
-  return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float32)
 
 
 class SamPredictor:
@@ -155,11 +150,12 @@ class SamPredictor:
       ValueError: no image was set, or naming the argument.
     """
     vision, size = self.predictor.encoded()
-    side = 4 * vision.tracker.image.shape[1]
     if mask_input is not None and np.ndim(mask_input) == 4:
       mask_input = to_numpy(mask_input, "mask_input")[:, 0]
     names = ("point_coords", "point_labels", "box", "mask_input")
-    clicks = clicks_of(size, side, point_coords, point_labels, box, mask_input, names=names)
+    clicks = clicks_of(
+      size, vision.tracker.mask_side, point_coords, point_labels, box, mask_input, names=names
+    )
     engine = self.predictor.engine
     found = answer(engine, vision, clicks, multimask_output)
     profile = engine.tracker.config.profile

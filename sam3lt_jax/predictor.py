@@ -300,7 +300,7 @@ class Predictor:
     if any(value is not None for value in pointing.values()):
       finding = {"text": text, "boxes": boxes, "box_labels": box_labels, "threshold": threshold}
       self._one_kind(pointing, finding)
-      clicks = clicks_of(size, 4 * vision.tracker.image.shape[1], points, point_labels, box, mask)
+      clicks = clicks_of(size, vision.tracker.mask_side, points, point_labels, box, mask)
       _, mask_threshold = self._thresholds(0.5, mask_threshold)
       return interactive.results(
         self.engine, interactive.answer(self.engine, vision, clicks, None), size, mask_threshold

@@ -163,10 +163,8 @@ def _own_config(path: str, memory: bool) -> TrackerConfig | None:
 
 
 def _is_tracker(directory: str) -> bool:
-  return orbax_io.is_saved(directory) and "tracker" in str(
-    _model_type(read_json(os.path.join(directory, "config.json")))
-  )
-
-
-def _model_type(config: Any) -> Any:
-  return config.get("model_type") if isinstance(config, Mapping) else None
+  """Of a tracker's own directory; a model's has another type of configuration."""
+  if not orbax_io.is_saved(directory):
+    return False
+  config = read_json(os.path.join(directory, "config.json"))
+  return isinstance(config, Mapping) and "tracker" in str(config.get("model_type"))

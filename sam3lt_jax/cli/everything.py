@@ -126,9 +126,9 @@ def _one(predictor: Any, photo: str, out: str, options: dict[str, Any]) -> str:
 def _overlay(image: np.ndarray, records: list[dict[str, Any]]):
   """The photo with the masks, both at most `_SHOWN` pixels a side."""
   from PIL import Image
-  from pycocotools import mask as coco_mask
 
-  from sam3lt_jax.interactive import mask_box
+  from sam3lt_jax.data import rle
+  from sam3lt_jax.processing.masks import mask_box
   from sam3lt_jax.processing.results import Results
 
   height, width = image.shape[:2]
@@ -137,8 +137,8 @@ def _overlay(image: np.ndarray, records: list[dict[str, Any]]):
   small = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
   masks = np.zeros((len(records), *size), bool)
   for mask, record in zip(masks, records):
-    whole_mask = coco_mask.decode(record["segmentation"])
-    mask[:] = np.asarray(Image.fromarray(whole_mask).resize(size[::-1], Image.Resampling.NEAREST)) > 0
+    whole_mask = Image.fromarray(rle.decode(record["segmentation"]))
+    mask[:] = whole_mask.resize(size[::-1], Image.Resampling.NEAREST)
   boxes = np.stack([mask_box(mask) for mask in masks]) if records else np.zeros((0, 4))
   scores = np.array([record["predicted_iou"] for record in records])
   found = Results(boxes, scores, masks, tuple(str(i) for i in range(1, len(records) + 1)), size)

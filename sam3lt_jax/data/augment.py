@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sam3lt_jax.data.rle import mask_bounds
+from sam3lt_jax.processing.masks import mask_bounds
 
 FILL = 127  # of what a zoomed-out window shows beside the image; near 0 after normalisation
 _SIDED = re.compile(r"\b(?:left|right)(?:most|wards?|hand|handed)?\b", re.IGNORECASE)

@@ -43,14 +43,6 @@ def bounds(rle: Rle) -> np.ndarray:
   return np.array([x, y, x + width, y + height], np.float32)
 
 
-def mask_bounds(mask: np.ndarray) -> np.ndarray | None:
-  """As `bounds`, of a bool [H, W]; None for an empty mask."""
-  rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-  if not len(rows):
-    return None
-  return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
-
-
 def jsonable(rle: Rle) -> Rle:
   """The RLE with its counts as a string, as JSON holds it."""
   return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.jobs.reading import Failure
@@ -51,14 +50,14 @@ def instance(prompt: Prompt, number: int, score: float, box: np.ndarray, mask: n
     box: float32 [4], (x1, y1, x2, y2) in pixels.
     mask: bool [H, W].
   """
-  rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+  rle = rle_ops.encode(mask)
   return {
     "phrase": prompt.phrase,
     "question": int(number),
     "score": _short(score),
     "box": [_short(v) for v in box],
-    "area": int(coco_mask.area(rle)),
-    "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
+    "area": rle_ops.area(rle),
+    "segmentation": rle_ops.jsonable(rle),
   }
 
 

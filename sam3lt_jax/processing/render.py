@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from sam3lt_jax.processing.images import load_image
+from sam3lt_jax.processing.masks import mask_bounds
 
 if TYPE_CHECKING:
   from sam3lt_jax.processing.results import Results
@@ -180,12 +181,9 @@ def _unit(size: tuple[int, int]) -> float:
 
 
 def _bounds(mask: np.ndarray) -> Box | None:
-  """(x1, y1, x2, y2) around the True pixels, ends exclusive; None if there are none."""
-  rows = np.flatnonzero(mask.any(axis=1))
-  if not len(rows):
-    return None
-  columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
-  return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+  """`mask_bounds` in whole numbers."""
+  bounds = mask_bounds(mask)
+  return None if bounds is None else tuple(bounds.astype(int).tolist())
 
 
 def _drawing_order(results: Results, crops: Sequence[Box | None]) -> list[int]:

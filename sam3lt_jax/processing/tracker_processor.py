@@ -16,8 +16,8 @@ from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.arrays import to_numpy
-from sam3lt_jax.processing.cleaning import clean
 from sam3lt_jax.processing.clicks import ClickArrays, clicks_of
+from sam3lt_jax.processing.masks import clean
 from sam3lt_jax.processing.processor import ProcessorOutput, image_list
 
 _NAMES = ("input_points", "input_labels", "input_boxes", "input_masks")

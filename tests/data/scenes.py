@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.processing.masks import mask_bounds
 
 HEIGHT, WIDTH = 60, 80
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
@@ -65,7 +66,7 @@ def coco_dataset() -> dict[str, Any]:
     data["images"].append({"id": image_id, "file_name": name, "height": HEIGHT, "width": WIDTH})
     for phrase, *shape in objects:
       mask = mask_of(*shape)
-      x1, y1, x2, y2 = rle_ops.mask_bounds(mask).tolist()
+      x1, y1, x2, y2 = mask_bounds(mask).tolist()
       data["annotations"].append(
         {
           "id": len(data["annotations"]) + 1,
@@ -116,7 +117,7 @@ def saco_dataset() -> dict[str, Any]:
       for given, *shape in objects:
         if given == phrase:
           mask = mask_of(*shape)
-          x1, y1, x2, y2 = rle_ops.mask_bounds(mask).tolist()
+          x1, y1, x2, y2 = mask_bounds(mask).tolist()
           data["annotations"].append(
             {
               "id": len(data["annotations"]) + 1,

@@ -7,7 +7,7 @@ import pytest
 
 from sam3lt_jax.data import augment
 from sam3lt_jax.data.augment import NO_AUGMENTATION, Augmentation, AugmentConfig
-from sam3lt_jax.data.rle import mask_bounds
+from sam3lt_jax.processing.masks import mask_bounds
 from tests.data import scenes
 
 SIZE = (scenes.HEIGHT, scenes.WIDTH)

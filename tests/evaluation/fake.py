@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.processing.masks import mask_bounds
 from sam3lt_jax.processing.results import Results
 from tests.data import scenes
 
@@ -36,5 +36,5 @@ class FakePredictor:
         found += there or [(phrase, 0.2, "box", 0, 0, 4, 4)]
     found = [f for f in found if np.float32(f[1]) > np.float32(threshold)]
     masks = np.array([scenes.mask_of(*f[2:]) for f in found]).reshape(-1, scenes.HEIGHT, scenes.WIDTH)
-    boxes = np.array([rle_ops.mask_bounds(m) for m in masks]).reshape(-1, 4)
+    boxes = np.array([mask_bounds(m) for m in masks]).reshape(-1, 4)
     return Results(boxes, [f[1] for f in found], masks, [f[0] for f in found], masks.shape[1:])

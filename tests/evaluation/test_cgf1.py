@@ -8,6 +8,7 @@ from pycocotools import mask as coco_mask
 
 from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.evaluation.cgf1 import IOU_THRESHOLDS, CgF1
+from sam3lt_jax.processing.masks import mask_bounds
 
 LENGTH = 20
 
@@ -19,7 +20,7 @@ def strips(*spans):
 
 
 def as_boxes(masks):
-  return np.array([rle_ops.mask_bounds(m) for m in masks]).reshape(-1, 4)
+  return np.array([mask_bounds(m) for m in masks]).reshape(-1, 4)
 
 
 # Five pairs: (predictions, scores, objects).
@@ -77,7 +78,7 @@ def test_masks_in_every_form_and_boxes_give_the_same():
   def runs(masks):
     out = []
     for m in masks:
-      x1, _, x2, _ = rle_ops.mask_bounds(m).astype(int)
+      x1, _, x2, _ = mask_bounds(m).astype(int)
       out.append({"size": [1, LENGTH], "counts": [int(x1), int(x2 - x1), int(LENGTH - x2)]})
     return out
 

@@ -7,6 +7,7 @@ import pytest
 
 from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.evaluation.coco_ap import LVIS_MEASURES, MEASURES, coco_ap
+from sam3lt_jax.processing.masks import mask_bounds
 from sam3lt_jax.processing.results import Results
 
 SIZE = (40, 50)
@@ -36,7 +37,7 @@ def dataset(**fields):
 
 def found(image_id, category, *masks_and_scores):
   masks = np.array([m for m, _ in masks_and_scores])
-  boxes = [rle_ops.mask_bounds(m) for m in masks]
+  boxes = [mask_bounds(m) for m in masks]
   scores = [s for _, s in masks_and_scores]
   results = Results(boxes, scores, masks, ["x"] * len(masks), SIZE)
   return results.to_coco(image_id, {"x": category})

@@ -1,4 +1,4 @@
-"""Holes and specks against the authors' post-processing, and by hand."""
+"""What is read off a mask: holes and specks against the authors' post-processing, and by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax.ops.interpolation import interpolation_matrix
-from sam3lt_jax.processing.cleaning import clean
+from sam3lt_jax.processing.masks import clean
 from tests.checkpoints.common import fixture
 
 
