@@ -1,14 +1,13 @@
 """Damaged and hostile annotations: each public reader reads them or says in a ValueError what is wrong.
 
-As in `tests/checkpoints/test_fuzz.py`, a case is made from its seed: those kept, then 0, 1, ... until time is
+As in `tests/fuzz.py`, a case is made from its seed: those kept, then 0, 1, ... until time is
 up. To look for more: `SAM3LT_FUZZ_SECONDS=600 python -m pytest tests/data/test_fuzz.py`.
 """
 
+import functools
 import json
 import logging
-import os
 import random
-import time
 
 import numpy as np
 import pytest
@@ -18,10 +17,11 @@ from sam3lt_jax.data.annotations import images_of, read_json
 from sam3lt_jax.data.load import load_records
 from sam3lt_jax.evaluation.cgf1 import CgF1
 from sam3lt_jax.evaluation.coco_ap import coco_ap
-from tests.checkpoints.test_fuzz import mutate_bytes, mutate_json
+from tests import fuzz
 from tests.data import scenes
+from tests.fuzz import mutate_bytes, mutate_json
 
-SECONDS = float(os.environ.get("SAM3LT_FUZZ_SECONDS", 0.6))  # a reader
+SECONDS = fuzz.seconds(0.6)
 KEPT = {
   "coco": (3, 24, 28, 66, 136, 186, 318, 342, 349, 537, 644, 1106, 1192),
   "lvis": (2, 3, 6, 19, 38, 48, 66, 138, 186, 319, 349, 443, 549, 644, 696, 1106),
@@ -29,16 +29,8 @@ KEPT = {
   "results": (35, 67, 70),
   "rle": (146, 174, 566),
 }
+cases = functools.partial(fuzz.cases, KEPT, SECONDS)
 SIZES = (2**16, 2**31, 2**32, 2**32 + 20, 2**64 + 60, -60, 60.5, "60", "6e1", 1e300)
-
-
-def cases(reader):
-  end = time.monotonic() + SECONDS
-  yield from KEPT[reader]
-  seed = 0
-  while time.monotonic() < end:
-    yield seed
-    seed += 1
 
 
 def check(seed, read, *arguments, **options):

@@ -1,13 +1,13 @@
 """A job's folder as others left it: each reader does what it can, or says in a sentence what is wrong.
 
-As in `tests.checkpoints.test_fuzz`: cases are made from seeds, those in `KEPT` once found something.
+As in `tests.fuzz`: cases are made from seeds, those in `KEPT` once found something.
 """
 
+import functools
 import hashlib
 import json
 import random
 import shutil
-import time
 
 import pytest
 
@@ -16,10 +16,12 @@ from sam3lt_jax.jobs.ledger import Busy, ShardWriter
 from sam3lt_jax.jobs.merge import merge
 from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.status import job_status, table
-from tests.checkpoints.test_fuzz import SECONDS, check, json_file, mutate_bytes, mutate_json
+from tests import fuzz
+from tests.fuzz import check, json_file, mutate_bytes, mutate_json
 from tests.jobs import work
 
 KEPT = {"plan": (), "items": (), "shard": (), "digest": (87,), "part": ()}
+cases = functools.partial(fuzz.cases, KEPT, fuzz.seconds(1) / 2)
 NUMBER, SIZE = 10, 4
 
 
@@ -36,15 +38,6 @@ def template(tmp_path_factory):
   with ShardWriter(plan, plan.shards[1]) as writer:
     writer.append([work.record(item) for item in plan.shards[1].items[:3]])
   return plan.directory
-
-
-def cases(reader):
-  end = time.monotonic() + SECONDS / 2
-  yield from KEPT[reader]
-  seed = 0
-  while time.monotonic() < end:
-    yield seed
-    seed += 1
 
 
 def readers(out):

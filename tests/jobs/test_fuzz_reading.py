@@ -1,16 +1,14 @@
 """Damaged and hostile images, tar shards, lists and questions: read, or refused in a documented error.
 
-As in `tests/checkpoints/test_fuzz.py`, a case is made from its seed: those kept, then 0, 1, ... until time is
+As in `tests/fuzz.py`, a case is made from its seed: those kept, then 0, 1, ... until time is
 up. To look for more: `SAM3LT_FUZZ_SECONDS=600 python -m pytest tests/jobs/test_fuzz_reading.py`.
 """
 
 import functools
 import io
 import json
-import os
 import random
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -20,10 +18,12 @@ from sam3lt_jax.jobs.questions import Questions
 from sam3lt_jax.jobs.reading import Failure, Pixels, read_image
 from sam3lt_jax.jobs.sources import Item, list_items, read_bytes
 from sam3lt_jax.processing.images import load_image
-from tests.checkpoints.test_fuzz import check, json_file, mutate_bytes
+from tests import fuzz
+from tests.fuzz import check, json_file, mutate_bytes
 
-SECONDS = float(os.environ.get("SAM3LT_FUZZ_SECONDS", 0.6))  # a reader
+SECONDS = fuzz.seconds(0.6)
 KEPT = {"image": (), "tar": (), "list": (), "coco": (), "questions": (1909,)}
+cases = functools.partial(fuzz.cases, KEPT, SECONDS)
 SIDE, MOST = 28, 1 << 20  # pixels
 
 FORMATS = [
@@ -37,15 +37,6 @@ FORMATS += [
   for name, has in (("WEBP", "webp"), ("AVIF", "avif"), ("JPEG2000", "jpg_2000"))
   if features.check(has)
 ]
-
-
-def cases(reader):
-  end = time.monotonic() + SECONDS
-  yield from KEPT[reader]
-  seed = 0
-  while time.monotonic() < end:
-    yield seed
-    seed += 1
 
 
 def encoded():
