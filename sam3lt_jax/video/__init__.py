@@ -1,0 +1,1 @@
+"""Clips: objects followed from frame to frame, in memory that does not grow."""
