@@ -7,6 +7,7 @@ names and scores. Line widths and text grow with the picture.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -50,23 +51,32 @@ _JPEG_SIDE = 65_500  # the longest that libjpeg writes
 _UNKNOWN = "\U0010ffff"  # never assigned: shows a font's sign for a missing glyph
 
 
-def instance_colors(labels: Sequence[str], color_by: str = "auto") -> list[Color]:
+def instance_colors(
+  labels: Sequence[str], color_by: str = "auto", ids: Sequence[int] | np.ndarray | None = None
+) -> list[Color]:
   """One RGB colour an instance.
 
   Args:
     labels: the instances' labels.
     color_by: "instance": instance i has always the same colour, whatever the label; "label": a label has the
       same colour in every picture (from its spelling; if two of a picture meet, the later moves on) and
-      its instances differ in shade; "auto": "instance" if all labels are equal, else "label".
+      its instances differ in shade; "id": an id has the same colour in every frame, whatever else is in it;
+      "auto": "id" where there are ids, "instance" if all labels are equal, else "label".
+    ids: `Results.ids`.
 
   Raises:
-    ValueError: another `color_by`.
+    ValueError: another `color_by`, or "id" without ids.
   """
-  if color_by not in ("auto", "instance", "label"):
-    raise ValueError(f"color_by must be 'auto', 'instance' or 'label', got {color_by!r}")
+  if color_by not in ("auto", "id", "instance", "label"):
+    raise ValueError(f"color_by must be 'auto', 'id', 'instance' or 'label', got {color_by!r}")
+  if color_by == "id" and ids is None:
+    raise ValueError("color_by must be 'auto', 'instance' or 'label' for results without ids, got 'id'")
   distinct = list(dict.fromkeys(labels))
-  if color_by == "instance" or (color_by == "auto" and len(distinct) < 2):
-    return [_shade(PALETTE[i % len(PALETTE)], i // len(PALETTE)) for i in range(len(labels))]
+  if color_by == "auto":
+    color_by = "id" if ids is not None else "instance" if len(distinct) < 2 else "label"
+  if color_by in ("id", "instance"):
+    numbers = ids if color_by == "id" else range(len(labels))
+    return [_shade(PALETTE[i % len(PALETTE)], i // len(PALETTE)) for i in map(int, numbers)]
   # Few labels share the first, most different half of the palette.
   choice = _FIRST_COLORS if len(distinct) <= _FIRST_COLORS else len(PALETTE)
   slots: dict[str, int] = {}
@@ -106,8 +116,8 @@ def render(
   Args:
     image: the photo the results belong to: anything `load_image` takes (a path, turned upright
       by its EXIF orientation; a PIL image; an array [H, W, 3] or [H, W]). It is not changed.
-    labels, scores: write the names, the scores. Best scores first, and only as long as they cover less than a
-      third of the picture.
+    labels, scores: write the names (with the ids, "truck #3"), the scores. Best scores first, and only as
+      long as they cover less than a third of the picture.
     boxes: draw the boxes too. An instance with an empty mask gets its box anyhow.
     outlines: draw the masks' outlines.
     opacity: of the fill, 0 (none) to 1.
@@ -137,7 +147,7 @@ def render(
       f"image must be the one the results belong to: {results.size[0]}x{results.size[1]} (height x width), "
       f"got {canvas.height}x{canvas.width}"
     )
-  colors = instance_colors(results.labels, color_by)
+  colors = instance_colors(results.labels, color_by, results.ids)
   if scale == "auto":
     most = _JPEG_SIDE / max(canvas.size)
     scale = min(64, math.ceil(_LEGIBLE / _unit(canvas.size)), math.floor(most) if most >= 1 else most)
@@ -162,8 +172,6 @@ def render(
 
 def scaled(results: Results, scale: float) -> Results:
   """The results in the photo made larger or smaller, masks and boxes, to be drawn on it."""
-  from sam3lt_jax.processing.results import Results
-
   height, width = (max(1, round(s * scale)) for s in results.size)
   masks = [
     np.asarray(
@@ -172,7 +180,7 @@ def scaled(results: Results, scale: float) -> Results:
     for one in results
   ]
   masks = np.stack(masks) >= 128 if masks else np.zeros((0, height, width), bool)
-  return Results(results.boxes * scale, results.scores, masks, results.labels, (height, width))
+  return dataclasses.replace(results, boxes=results.boxes * scale, masks=masks, size=(height, width))
 
 
 def _unit(size: tuple[int, int]) -> float:
@@ -327,7 +335,8 @@ def _write_names(
   placed: list[Box] = []
   room = canvas.width * canvas.height / 3
   for i in np.argsort(-results.scores, kind="stable"):
-    name, chosen = _writable(results.labels[i], font) if labels else ("", font)
+    name = results.labels[i] if results.ids is None else f"{results.labels[i]} #{results.ids[i]}"
+    name, chosen = _writable(name, font) if labels else ("", font)
     score = f"{results.scores[i]:.2f}" if scores else ""
     text, used = _fitted(name, score, chosen, size, canvas.width - 2 * pad)
     if not text:

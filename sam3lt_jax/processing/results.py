@@ -86,6 +86,7 @@ class Results:
     size: (height, width) of the image.
     logits: float32 [N, h, w], the masks as the tracker gave them, to start from in a next round; None where
       they do not come from clicks.
+    ids: int64 [N], which object of a video each instance is, the same in every frame; None for a photo.
 
   Raises:
     ValueError: the arrays' shapes do not fit each other. (Of no instance, [0] is accepted for any shape.)
@@ -97,6 +98,7 @@ class Results:
   labels: tuple[str, ...]
   size: tuple[int, int]
   logits: np.ndarray | None = None
+  ids: np.ndarray | None = None
 
   def __post_init__(self):
     size = tuple(int(s) for s in self.size)
@@ -124,6 +126,13 @@ class Results:
       object.__setattr__(self, name, array)
     if self.logits is not None and (np.ndim(self.logits) != 3 or len(self.logits) != n):
       raise ValueError(f"logits must have shape ({n}, h, w), got {np.shape(self.logits)}")
+    if self.ids is not None:
+      ids = to_numpy(self.ids, "ids")
+      if ids.shape != (n,) or (n and ids.dtype.kind not in "iu"):
+        raise ValueError(
+          f"ids must be {n} integers, one an instance, or None, got {ids.dtype} of shape {ids.shape}"
+        )
+      object.__setattr__(self, "ids", ids.astype(np.int64, copy=False))
     object.__setattr__(self, "labels", labels)
     object.__setattr__(self, "size", size)
 
@@ -150,6 +159,8 @@ class Results:
   def concatenate(cls, results: Iterable[Results]) -> Results:
     """All instances of several results of the same image, in the order given.
 
+    `ids` stay if all that hold an instance have them. `logits` do not stay.
+
     Raises:
       ValueError: no results, or results of images of different sizes.
     """
@@ -159,12 +170,14 @@ class Results:
     sizes = sorted({part.size for part in parts})
     if len(sizes) > 1:
       raise ValueError(f"results must belong to images of one size, got (height, width) {sizes}")
+    ids = [part.ids for part in parts if len(part)]
     return cls(
       np.concatenate([part.boxes for part in parts]),
       np.concatenate([part.scores for part in parts]),
       hold_masks((one.mask for part in parts for one in part), sum(map(len, parts)), parts[0].size),
       tuple(label for part in parts for label in part.labels),
       parts[0].size,
+      ids=None if not ids or any(i is None for i in ids) else np.concatenate(ids),
     )
 
   def __len__(self) -> int:
@@ -212,8 +225,12 @@ class Results:
   def _take(self, index: np.ndarray) -> Results:
     labels, held = tuple(self.labels[i] for i in index), self._held
     masks = held.take(index) if isinstance(held, PackedMasks) else held[index]
-    logits = None if self.logits is None else self.logits[index]
-    return Results(self.boxes[index], self.scores[index], masks, labels, self.size, logits)
+    extra = {
+      name: None if (rows := getattr(self, name)) is None else rows[index] for name in ("logits", "ids")
+    }
+    return dataclasses.replace(
+      self, boxes=self.boxes[index], scores=self.scores[index], masks=masks, labels=labels, **extra
+    )
 
   def with_label(self, *labels: str) -> Results:
     """The instances whose label is one of `labels`, order kept."""
@@ -237,10 +254,11 @@ class Results:
   def __repr__(self) -> str:
     height, width = self.size
     head = f"Results({len(self)} instance{'' if len(self) == 1 else 's'}, size={height}x{width})"
-    rows = [
-      f"  {i}: {self.labels[i]!r} {self.scores[i]:.3f} box=({', '.join(f'{v:.1f}' for v in self.boxes[i])})"
-      for i in range(min(len(self), _REPR_ROWS))
-    ]
+    rows = []
+    for i in range(min(len(self), _REPR_ROWS)):
+      name = repr(self.labels[i]) if self.ids is None else f"#{self.ids[i]} {self.labels[i]!r}"
+      box = ", ".join(f"{v:.1f}" for v in self.boxes[i])
+      rows.append(f"  {i}: {name} {self.scores[i]:.3f} box=({box})")
     if len(self) > _REPR_ROWS:
       rows.append(f"  ... {len(self) - _REPR_ROWS} more")
     return "\n".join([head, *rows])
@@ -258,7 +276,8 @@ class Results:
     """The instances as COCO annotations: plain Python values, so `json.dumps` takes them.
 
     Each holds `id`, `image_id`, `category_id`, `bbox` (x, y, width, height in pixels, from `boxes`),
-    `segmentation` (compressed RLE, `counts` a string), `area` (of the mask), `iscrowd` 0 and `score`:
+    `segmentation` (compressed RLE, `counts` a string), `area` (of the mask), `iscrowd` 0, `score` and, where
+    there are `ids`, `track_id`:
     annotations of a data set and, by `pycocotools.coco.COCO.loadRes`, results to evaluate. `loadRes` replaces
     the area by that of `bbox` where there is one: drop that key to evaluate masks by their own area.
 
@@ -294,10 +313,13 @@ class Results:
           "score": score,
         }
       )
+      if self.ids is not None:
+        annotations[-1]["track_id"] = int(self.ids[i])
     return annotations
 
   def to_supervision(self):
-    """A `supervision.Detections`: xyxy, mask, confidence, class_id (order of appearance) and `class_name`.
+    """A `supervision.Detections`: xyxy, mask, confidence, class_id (order of appearance), `class_name`, and
+    tracker_id where there are `ids`.
 
     Raises:
       ImportError: supervision is not installed.
@@ -314,6 +336,7 @@ class Results:
       mask=self.masks.copy(),
       confidence=self.scores.copy(),
       class_id=np.array([class_ids[label] for label in self.labels], dtype=int),
+      tracker_id=None if self.ids is None else self.ids.copy(),
       data={"class_name": np.array(self.labels, dtype=str)},
     )
 
@@ -365,7 +388,7 @@ class Results:
       Image.fromarray(numbers.astype(np.uint16)).save(path)
       return [path]
     image = Image.fromarray(numbers.astype(np.uint8))
-    image.putpalette([0, 0, 0, *(v for colour in instance_colors(self.labels) for v in colour)])
+    image.putpalette([0, 0, 0, *(v for colour in instance_colors(self.labels, ids=self.ids) for v in colour)])
     image.save(path)
     return [path]
 

@@ -1,5 +1,7 @@
 """The overlay: what can be said of a picture by numbers. (How it looks was judged by eye.)"""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -57,6 +59,25 @@ def test_colors_by_label_are_stable():
   assert len(instance_colors(names)) == 25
   with pytest.raises(ValueError, match="color_by must be"):
     instance_colors(["a"], color_by="size")
+
+
+def test_colors_by_id_do_not_depend_on_the_frame():
+  size = (60, 200)
+  masks = discs(size, [(30, 30, 20), (100, 30, 20), (170, 30, 20)], ["truck", "car", "truck"])
+  first = dataclasses.replace(masks, ids=[4, 25, 9])
+  second = first[[2, 0]]  # one object has left, the others changed places
+
+  def seen(results, x):
+    drawn = render(flat(size, 0), results, labels=False, scores=False, outlines=False, opacity=1)
+    return drawn.getpixel((x, 30))
+
+  assert [seen(first, 30), seen(first, 170)] == [seen(second, 30), seen(second, 170)]
+  assert len({seen(first, 30), seen(first, 100), seen(first, 170)}) == 3
+  assert seen(second, 100) == (0, 0, 0)
+  assert len(set(instance_colors(["a"] * 60, ids=range(60)))) == 60
+  assert instance_colors(["a", "b"], "label", ids=[1, 2]) == instance_colors(["a", "b"])
+  with pytest.raises(ValueError, match=r"color_by must be .* without ids"):
+    instance_colors(["a"], color_by="id")
 
 
 @pytest.mark.parametrize("value", [0, 90, 255])
@@ -219,6 +240,8 @@ def test_names_and_scores(monkeypatch):
   assert labels_of(size, results, monkeypatch)[1] == ["truck 0.95"]
   assert labels_of(size, results, monkeypatch, scores=False)[1] == ["truck"]
   assert labels_of(size, results, monkeypatch, labels=False)[1] == ["0.95"]
+  tracked = dataclasses.replace(results, ids=[3])
+  assert labels_of(size, tracked, monkeypatch)[1] == ["truck #3 0.95"]
   long = discs((60, 80), [(40, 30, 20)], ["an endless description " * 5])
   (text,) = labels_of((60, 80), long, monkeypatch)[1]
   assert text.startswith("an") and text.endswith("... 0.95")

@@ -1,5 +1,6 @@
 """Results: shapes, choosing, and what is written for others to read."""
 
+import dataclasses
 import json
 import pickle
 import sys
@@ -168,6 +169,27 @@ def test_concatenate():
     Results.concatenate([])
 
 
+def test_ids_stay_with_their_instances():
+  plain = make()
+  results = dataclasses.replace(plain, ids=[7, 3, 40, 3])
+  assert results.ids.dtype == np.int64 and plain.ids is None and plain[:2].ids is None
+  assert results[[2, 0]].ids.tolist() == [40, 7] and results[results.ids == 3].labels == ("wheel", "wheel")
+  assert results.sort().ids.tolist() == results.ids[np.argsort(-results.scores)].tolist()
+  assert Results.concatenate([results[:1], Results.empty(SIZE), results[2:]]).ids.tolist() == [7, 40, 3]
+  assert Results.concatenate([results, plain]).ids is None
+  assert results[:0].ids.shape == (0,) and Results.empty(SIZE).ids is None
+  assert repr(results).splitlines()[3].startswith("  2: #40 'truck' 0.")
+  assert [a["track_id"] for a in json.loads(json.dumps(results.to_coco()))] == [7, 3, 40, 3]
+  assert "track_id" not in plain.to_coco()[0]
+  assert pickle.loads(pickle.dumps(results)).ids.tolist() == [7, 3, 40, 3]
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [[1], [2], [3], [4]], [0.5, 1, 2, 3], ["a", "b", "c", "d"], 5])
+def test_wrong_ids_are_named(ids):
+  with pytest.raises(ValueError, match=r"^ids must be 4 integers"):
+    dataclasses.replace(make(), ids=ids)
+
+
 def test_repr_is_short():
   text = repr(make(12))
   assert text.startswith("Results(12 instances, size=20x30)")
@@ -225,6 +247,8 @@ def test_to_supervision():
   assert np.array_equal(detections.confidence, results.scores)
   assert detections.class_id.tolist() == [0, 1, 0, 1]
   assert detections.data["class_name"].tolist() == list(results.labels)
+  assert detections.tracker_id is None
+  assert dataclasses.replace(results, ids=[7, 3, 40, 5]).to_supervision().tracker_id.tolist() == [7, 3, 40, 5]
   assert len(Results.empty(SIZE).to_supervision()) == 0
 
 
