@@ -42,6 +42,10 @@ _ACCEPTED = (
 Item = TypeVar("Item")
 
 
+class FrameError(ValueError):
+  """A frame that cannot be used, in the middle of a clip: what came before it stands."""
+
+
 class Frame(NamedTuple):
   """One frame: its number from 0 on, seconds since the first one, and `image`, uint8 [H, W, 3] RGB."""
 
@@ -61,9 +65,11 @@ class Frames:
       nothing says it (a stream, an iterator).
     live: it can be read once, and only forwards (a stream, an iterator).
     problem: what was wrong with a file, one sentence, known once it was read to its end; None: nothing.
+    path: of a video file; None for anything else.
   """
 
   live = False
+  path: str | None = None
 
   def __init__(self, name: str, size: tuple[int, int], rate: float, count: int | None):
     self.name, self.size, self.rate, self.count = name, size, rate, count
@@ -103,6 +109,11 @@ class Frames:
       has = "" if self.count is None else f", which has {self.count}"
       raise IndexError(f"there is no frame {index} in {self.name}{has}")
     return frame
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What tells this source from another, wherever it lies: plain JSON values."""
+    return {"size": list(self.size)}
 
   def close(self) -> None:
     """Lets files and cameras go."""
@@ -200,6 +211,11 @@ class _Pictures(Frames):
     self._is_slow = isinstance(pictures[0], (str, os.PathLike))
     super().__init__(name, _picture(pictures[0], 0).shape[:2], rate or RATE, len(pictures))
 
+  @property
+  def identity(self) -> dict[str, Any]:
+    paths = [os.path.basename(p) for p in self._pictures if isinstance(p, (str, os.PathLike))]
+    return super().identity | {"frames": self.count, "names": [*paths[:1], *paths[-1:]], "rate": self.rate}
+
   def _frames(self, start: int) -> Iterator[Frame]:
     for index in range(start, len(self._pictures)):
       yield self._frame(index)
@@ -246,13 +262,13 @@ def _picture(picture: Any, index: int) -> np.ndarray:
   try:
     return load_image(picture)
   except ValueError as e:
-    raise ValueError(f"frame {index}: {e}") from e
+    raise FrameError(f"frame {index}: {e}") from e
 
 
 def _check_size(frames: Frames, index: int, size: tuple[int, int]) -> None:
   if size != frames.size:
     (height, width), (H, W) = size, frames.size
-    raise ValueError(
+    raise FrameError(
       f"frame {index} of {frames.name} is {width}x{height} pixels and the frames before it {W}x{H}: all"
       " frames of a clip must be of one size"
     )
@@ -281,7 +297,7 @@ class _Video(Frames):
 
   def __init__(self, path: str):
     name = f"video {shown(path)!r}"
-    self._path, self._lock = path, threading.Lock()
+    self.path, self._lock = path, threading.Lock()
     if os.stat(path).st_size == 0:
       raise ValueError(f"{name} is empty (0 bytes)")
     self._stamps = array.array("q")  # of frames 0, 1, ..., as far as they were decoded
@@ -309,9 +325,13 @@ class _Video(Frames):
     count = len(first) if len(first) < _LOOKED_AT else max(said, _LOOKED_AT) if said else None
     super().__init__(name, _upright(first[0]).shape[:2], float(rate or RATE), count)
 
+  @property
+  def identity(self) -> dict[str, Any]:
+    return super().identity | {"name": os.path.basename(self.path), "bytes": os.stat(self.path).st_size}
+
   @contextlib.contextmanager
   def _opened(self) -> Iterator[tuple[Any, Any]]:
-    container = _open(self._path, self.name)
+    container = _open(self.path, self.name)
     with container:
       stream = _video_stream(container, self.name)
       stream.thread_type = "AUTO"

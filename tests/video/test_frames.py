@@ -42,7 +42,7 @@ def test_a_video_file(clip):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts", ".avi"])
 def test_any_frame_is_what_reading_from_the_start_gives(tmp_path, suffix):
   frames = open_frames(clips.write(tmp_path / f"clip{suffix}", 40))
-  fresh = [open_frames(frames._path)[i] for i in (17, 3)]  # before anything else was read
+  fresh = [open_frames(frames.path)[i] for i in (17, 3)]  # before anything else was read
   found = list(frames)
   for i in (30, 3, 4, 11, 12, 13, 39, 0, 38, 5):
     assert frames[i].image.tobytes() == found[i].image.tobytes() and frames[i][:2] == found[i][:2]
