@@ -1,1 +1,1 @@
-"""Video: frames in, tracked masks out, in constant memory."""
+"""Clips: objects followed from frame to frame, in memory that does not grow."""
