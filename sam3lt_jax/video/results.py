@@ -6,7 +6,8 @@ Axes: N objects, H, W the video.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,17 +25,22 @@ class FrameResults:
 
   Attributes:
     index: the frame's number, from 0 on. time: seconds since the first frame.
-    results: `Results` with `ids`, in order of the ids. An object keeps its id for the whole clip.
     image: uint8 [H, W, 3], the frame itself.
+    make: makes `results`, when they are first asked for, in any thread.
     removed: ids of objects that were put out in earlier frames and turned out to be none: with `latency=0`
       alone.
   """
 
   index: int
   time: float
-  results: Results
   image: np.ndarray
+  make: Callable[[], Results]
   removed: tuple[int, ...] = ()
+
+  @functools.cached_property
+  def results(self) -> Results:
+    """`Results` with `ids`, in their order. An object keeps its id for the whole clip."""
+    return self.make()
 
   @property
   def ids(self) -> np.ndarray:

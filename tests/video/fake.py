@@ -65,7 +65,7 @@ class Tracking:
     boxes = np.array([mask_box(masks[i]) for i in kept], np.float32).reshape(-1, 4)
     scores, labels = np.full(len(kept), 0.7 + hidden / 5000, np.float32), tuple(PHRASES[i] for i in kept)
     results = Results(boxes, scores, masks[kept], labels, masks.shape[1:], ids=np.array(kept, np.int64))
-    return FrameResults(frame.index, frame.time, results, frame.image)
+    return FrameResults(frame.index, frame.time, frame.image, lambda: results)
 
   def finish(self):
     self._end = True
