@@ -246,16 +246,27 @@ class Engine:
       self.use_tracker_variables(self.tracker_variables)
 
   def program(
-    self, function: Callable, out: NamedSharding, *models: Any, donate: tuple[int, ...] = ()
+    self,
+    function: Callable,
+    out: NamedSharding,
+    *models: Any,
+    donate: tuple[int, ...] = (),
+    name: str | None = None,
   ) -> Program:
     """A program of this engine's devices, which counts among its `programs`.
 
     Args:
       function: of (*models, constants, *arguments); the program takes what follows the models.
       out: where results lie. donate: see `Program`.
+      name: None: the function's.
     """
     made = Program(
-      function.__name__, functools.partial(function, *models), self.mesh, out, self.model.dtype, donate
+      name or function.__name__,
+      functools.partial(function, *models),
+      self.mesh,
+      out,
+      self.model.dtype,
+      donate,
     )
     self._programs.append(made)
     return made
