@@ -300,16 +300,16 @@ class _Video(Frames):
     self.path, self._lock = path, threading.Lock()
     if os.stat(path).st_size == 0:
       raise ValueError(f"{name} is empty (0 bytes)")
-    self._stamps = array.array("q")  # of frames 0, 1, ..., as far as they were decoded
-    self._stamped = True
+    # Of frames 0, 1, ..., as far as they were decoded: the stamps that a seek looks for, and seconds.
+    self._stamps, self._times = array.array("q"), array.array("d")
+    self._stamped = True  # by stamps that increase
     self._cursor: tuple[Iterator[tuple[int, Any]], int] | None = None
     self._broken: int | None = None  # the first packet, about a frame each, that could not be decoded
     self.name = name
     with self._opened() as (container, stream):
       rate = stream.average_rate or stream.guessed_rate
       said, self._base = stream.frames, stream.time_base
-      self._said = said if container.format.name.startswith("mov") else 0  # others' headers guess
-      self._ends = _duration(stream)
+      self._ends, self._is_cut = _duration(stream), _is_cut(stream, os.stat(path).st_size)
       if not said and rate and (self._ends or container.duration):
         said = round(float(rate) * (self._ends or container.duration / 1e6))
       first = []
@@ -320,7 +320,7 @@ class _Video(Frames):
     if not first:
       raise ValueError(f"{name} holds no frame that can be decoded")
     stamps = [frame.pts for frame in first]
-    self._stamped = None not in stamps and all(a < b for a, b in itertools.pairwise(stamps))
+    self._by_rate = None in stamps or any(a >= b for a, b in itertools.pairwise(stamps))  # as AVI has it
     self._start = stamps[0]
     count = len(first) if len(first) < _LOOKED_AT else max(said, _LOOKED_AT) if said else None
     super().__init__(name, _upright(first[0]).shape[:2], float(rate or RATE), count)
@@ -365,13 +365,11 @@ class _Video(Frames):
     """(number, decoded frame) from number `at` on."""
     if self._stamped and 0 < at < len(self._stamps):
       with self._opened() as (container, stream):
-        wanted = self._stamps[at]
-        container.seek(wanted, stream=stream)  # to a frame before it that needs no other
-        decoded = self._decoded(container, stream)
-        first = next((frame for frame in decoded if frame.pts is None or frame.pts >= wanted), None)
-        if first is not None and first.pts == wanted:
-          yield at, first
-          yield from enumerate(decoded, at + 1)
+        first, decoded = self._sought(container, stream, self._stamps[at])
+        if first is not None:
+          for index, frame in enumerate(itertools.chain([first], decoded), at):
+            self._note(index, frame)
+            yield index, frame
           return
     with self._opened() as (container, stream):
       index, last = -1, None
@@ -386,13 +384,28 @@ class _Video(Frames):
           yield index, frame
       self._ended(index + 1, last)
 
+  def _sought(self, container: Any, stream: Any, stamp: int) -> tuple[Any, Iterator[Any]]:
+    """The frame with this stamp, None where it is not found, and those after it."""
+    with contextlib.suppress(import_av().error.FFmpegError):  # some formats cannot be sought in
+      container.seek(stamp, stream=stream)  # to a frame before it that needs no other
+    decoded = self._decoded(container, stream)
+    first = next((frame for frame in decoded if frame.pts is None or frame.pts >= stamp), None)
+    return (first if first is not None and first.pts == stamp else None), decoded
+
   def _note(self, index: int, frame: Any) -> None:
     with self._lock:
-      if self._stamped and index == len(self._stamps):
-        if frame.pts is None or (index and frame.pts <= self._stamps[-1]):
-          self._stamped = False
-        else:
-          self._stamps.append(frame.pts)
+      if index < len(self._times):
+        return
+      before = self._times[-1] if index else -1 / self.rate
+      seconds = index / self.rate
+      if not self._by_rate:
+        seconds = before if frame.pts is None else float((frame.pts - self._start) * self._base)
+        if seconds <= before:
+          seconds = before + 1 / self.rate
+      self._stamped &= frame.pts is not None and (not index or frame.pts > self._stamps[-1])
+      if self._stamped:
+        self._stamps.append(frame.pts)
+      self._times.append(seconds)
 
   def _ended(self, count: int, last: Any) -> None:
     """Whether that is where the file was meant to end."""
@@ -400,21 +413,15 @@ class _Video(Frames):
     early = False
     if self._ends is not None and last is not None and last.time is not None:
       early = self._ends - last.time > 1.0
-    if early or self._said > count:
-      lost = f", of {self._said}" if self._said else ""
-      self.problem = f"{self.name} breaks off after {count} frames{lost}: the file is cut off or damaged"
+    if early or self._is_cut:
+      self.problem = f"{self.name} breaks off after {count} frames: the file is cut off"
     elif self._broken is not None:
       self.problem = f"{self.name} is damaged near frame {self._broken}; {count} frames were decoded"
-
-  def _time(self, index: int, frame: Any) -> float:
-    if not self._stamped or frame.pts is None:
-      return index / self.rate
-    return float((frame.pts - self._start) * self._base)
 
   def _made(self, index: int, frame: Any) -> Frame:
     image = _upright(frame)
     _check_size(self, index, image.shape[:2])
-    return Frame(index, self._time(index, frame), image)
+    return Frame(index, self._times[index], image)
 
   def _frames(self, start: int) -> Iterator[Frame]:
     for index, frame in self._numbered(start):
@@ -501,6 +508,12 @@ def _duration(stream: Any) -> float | None:
   """Seconds of a stream, where its file says it exactly: Matroska does."""
   told = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
   return None if told is None else 3600 * int(told[1]) + 60 * int(told[2]) + float(told[3])
+
+
+def _is_cut(stream: Any, size: int) -> bool:
+  """Whether the file's index, where it has one, names bytes beyond its end."""
+  entries = getattr(stream, "index_entries", None)  # of newer PyAV
+  return bool(entries) and entries[-1].pos + entries[-1].size > size
 
 
 def _camera(number: int) -> tuple[str, str]:
