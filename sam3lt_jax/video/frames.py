@@ -110,6 +110,12 @@ class Frames:
       raise IndexError(f"there is no frame {index} in {self.name}{has}")
     return frame
 
+  def measure(self) -> int:
+    """How many frames there are, exactly: a file is decoded to its end for it. Raises ValueError if live."""
+    if self.live:
+      raise ValueError(f"{self.name} can be read once: how many frames it has is known at its end")
+    return self.count
+
   @property
   def identity(self) -> dict[str, Any]:
     """What tells this source from another, wherever it lies: plain JSON values."""
@@ -304,6 +310,7 @@ class _Video(Frames):
     self._stamps, self._times = array.array("q"), array.array("d")
     self._stamped = True  # by stamps that increase
     self._cursor: tuple[Iterator[tuple[int, Any]], int] | None = None
+    self._measured = False  # it was read to its end
     self._broken: int | None = None  # the first packet, about a frame each, that could not be decoded
     self.name = name
     with self._opened() as (container, stream):
@@ -328,6 +335,12 @@ class _Video(Frames):
   @property
   def identity(self) -> dict[str, Any]:
     return super().identity | {"name": os.path.basename(self.path), "bytes": os.stat(self.path).st_size}
+
+  def measure(self) -> int:
+    if not self._measured:
+      for _ in self._numbered(1 << 62):
+        pass
+    return self.count
 
   @contextlib.contextmanager
   def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -409,8 +422,7 @@ class _Video(Frames):
 
   def _ended(self, count: int, last: Any) -> None:
     """Whether that is where the file was meant to end."""
-    self.count = count
-    early = False
+    self.count, self._measured, early = count, True, False
     if self._ends is not None and last is not None and last.time is not None:
       early = self._ends - last.time > 1.0
     if early or self._is_cut:

@@ -37,14 +37,18 @@ from sam3lt_jax.processing.prompts import Prompt, prompts_of
 from sam3lt_jax.processing.results import Results, hold_masks
 from sam3lt_jax.video.decisions import CLICKED, without_overlap
 from sam3lt_jax.video.frames import Frame, FrameError, Frames, ahead, open_frames
+from sam3lt_jax.video.interactive import HISTORY, InferenceState, InteractiveVideo
 from sam3lt_jax.video.phrases import Found, FrameObjects, PhraseTracks
 from sam3lt_jax.video.results import FrameResults
 
 CLICKED_LABEL = "object"  # what an object is called that belongs to no phrase
 
 
-class VideoPredictor:
+class VideoPredictor(InteractiveVideo):
   """Follows what phrases, example boxes and clicks ask for through videos of any length.
+
+  For clicks on any frame and following in both directions it has the names of SAM 2's video predictor, see
+  `InteractiveVideo`; `init_state` takes any source of frames.
 
       tracker = VideoPredictor.from_pretrained("s0", tracker="facebook/sam3")
       for frame in tracker.track("clip.mp4", text=["person", "dog"]):
@@ -56,10 +60,13 @@ class VideoPredictor:
     config: the thresholds of phrase video.
   """
 
-  def __init__(self, predictor: Predictor, video: str | PhraseVideoConfig = "original"):
+  def __init__(
+    self, predictor: Predictor, video: str | PhraseVideoConfig = "original", history: int = HISTORY
+  ):
     """Args:
     predictor: with a tracker that remembers, on one device.
     video: thresholds and rules: "original", "transformers" or your own.
+    history: see `InteractiveVideo`.
     """
     predictor.need_tracker()
     engine = predictor.engine
@@ -67,6 +74,7 @@ class VideoPredictor:
       raise ArgumentError("tracker", " must have the parts that remember frames; this one is of images alone")
     if engine.mesh.size > 1:
       raise ArgumentError("devices", f" must be one device, as a clip runs on one, got {engine.mesh.size}")
+    super().__init__(engine, history)
     self.predictor, self.config = predictor, PhraseVideoConfig.named(video)
 
   @classmethod
@@ -76,17 +84,18 @@ class VideoPredictor:
     *,
     tracker: str | os.PathLike | bool,
     video: str | PhraseVideoConfig = "original",
+    history: int = HISTORY,
     **options: Any,
   ) -> VideoPredictor:
     """Args:
     source, tracker, options: of `Predictor.from_pretrained`.
-    video: see the class.
+    video, history: see the class.
     """
-    return cls(Predictor.from_pretrained(source, tracker=tracker, **options), video)
+    return cls(Predictor.from_pretrained(source, tracker=tracker, **options), video, history)
 
-  @property
-  def engine(self) -> Engine:
-    return self.predictor.engine
+  def init_state(self, source: Any, rate: float | None = None) -> InferenceState:
+    """source, rate: see `open_frames`; not a live one."""
+    return super().init_state(_Images(open_frames(source, rate)))
 
   def on_device(self, device: jax.Device) -> VideoPredictor:
     """The same on another device, with a copy of the weights there."""
@@ -95,7 +104,7 @@ class VideoPredictor:
       engine.model, engine.variables, self.predictor.processor, fuse=False, devices=[device],
       tracker=(engine.tracker, engine.tracker_variables),
     )  # fmt: skip
-    return VideoPredictor(copy, self.config)
+    return VideoPredictor(copy, self.config, self.history)
 
   def fingerprint(self) -> dict[str, Any]:
     """What masks depend on, in plain JSON values: a clip goes on only with what it began with."""
@@ -405,6 +414,19 @@ class Tracking:
     mask_of = _masks(self._engine, objects, size)
     make = functools.partial(_finished, objects, labels, mask_of, size)
     return FrameResults(frame.index, frame.time, frame.image, make, objects.removed)
+
+
+class _Images(Sequence):
+  """The images of `Frames`, by number."""
+
+  def __init__(self, frames: Frames):
+    self._frames, self._count = frames, frames.measure()
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    return self._frames[index].image
 
 
 def _tuples(value: Any) -> Any:

@@ -103,6 +103,16 @@ def test_short_clips_know_their_length_whatever_the_file_says(tmp_path):
     assert open_frames(clips.write(tmp_path / f"clip{suffix}", 9)).count == 9
 
 
+def test_measured(tmp_path):
+  frames = open_frames(clips.write(tmp_path / "clip.ts", 33))
+  assert frames.measure() == 33 == frames.count == frames.measure()
+  cut = open_frames(clips.truncated(clips.write(tmp_path / "a.mp4", 60, options={"movflags": "faststart"})))
+  assert cut.count == 60 > cut.measure() == len([frame.index for frame in cut.read()]) > 20
+  assert open_frames(clips.frames(3)).measure() == 3
+  with pytest.raises(ValueError, match="the iterator can be read once"):
+    open_frames(iter(clips.frames(3))).measure()
+
+
 # ---------------------------------------------------------------- pictures
 
 
