@@ -152,9 +152,14 @@ class VideoPredictor(InteractiveVideo):
     Raises:
       ValueError, OSError, ImportError: of `open_frames`; a bad prompt or option; a state of something else.
     """
-    frames = open_frames(source, rate)
     prompts = prompts_of(text, boxes, box_labels)
-    given = {}
+    phrases = [prompt.phrase for prompt in prompts]
+    if twice := [phrase for k, phrase in enumerate(phrases) if phrase in phrases[:k]]:
+      raise ArgumentError("text", f" must be different phrases, got {twice[0]!r} twice")
+    frames = open_frames(source, rate)
+    if boxes is not None:
+      _check_frame(frames, boxes_frame)
+    given: dict[str, Any] = {}
     if threshold is not None:
       threshold = check_threshold("threshold", threshold)
       given["new_det_thresh"] = threshold
@@ -201,9 +206,12 @@ class Tracking:
     self.frames, self._prompts = frames, list(prompts)
     for prompt in prompts:  # in the frame's size; raises
       engine.box_arrays(prompt, frames.size)
-    make = functools.partial(_tracks, engine, config, frames, latency)
     self._done = self._out = 0  # frames that were tracked, and put out
-    self._tracks = make() if state is None else self._resumed(make, state)
+    count = None if frames.live else frames.count
+    self._tracks = PhraseTracks(engine, frames.size, config, frames=count, latency=latency)
+    if state is not None:
+      self._resume(state)
+    self._tracks.shown.update(k for k, prompt in enumerate(self._prompts) if prompt.text is None)
     self._images: dict[int, Frame] = {}
     self._last: tuple[Any, int] | None = None  # features and row of the newest frame
     self._ready: collections.deque[FrameResults] = collections.deque()
@@ -295,7 +303,7 @@ class Tracking:
     about["boxes_frame"], about["batch"] = self._boxes_frame, self._batch
     np.savez(file, tracking=np.array(json.dumps(about)), **self._tracks.state())
 
-  def _resumed(self, make: Callable[..., PhraseTracks], path: str | os.PathLike) -> PhraseTracks:
+  def _resume(self, path: str | os.PathLike) -> None:
     try:
       with np.load(path, allow_pickle=False) as data:
         state = dict(data)
@@ -303,16 +311,14 @@ class Tracking:
     except (ValueError, KeyError, EOFError, OSError) as e:
       if isinstance(e, OSError) and e.errno is not None:
         raise
-      raise ArgumentError(
-        "state", f"={os.fspath(path)!r} is no file of Tracking.save, or a damaged one"
-      ) from e
+      raise ArgumentError("state", f"={os.fspath(path)!r} is not what Tracking.save wrote, or damaged") from e
     self._done, self._out, self._boxes_frame = about["done"], about["out"], about["boxes_frame"]
     self._batch = about["batch"]
     given = about["prompts"]
     self._prompts = [
       Prompt(t, tuple(map(tuple, boxes)), labels and tuple(labels)) for t, boxes, labels in given
     ]
-    return make(state=state)
+    self._tracks.load_state(state)
 
   # ---------------------------------------------------------------- frames
 
@@ -328,6 +334,15 @@ class Tracking:
           break
         yield from self._track(chunk)
     self.can_be_saved = False
+    if (
+      error is None
+      and not self._ending
+      and self._done <= self._boxes_frame
+      and any(p.boxes for p in self._prompts)
+    ):
+      error = ArgumentError(
+        "boxes_frame", f"={self._boxes_frame}: {self.frames.name} has {self._done} frames"
+      )
     yield [self._results(objects) for objects in self._tracks.finish()]
     if error is not None:
       raise error
@@ -416,6 +431,16 @@ class Tracking:
     return FrameResults(frame.index, frame.time, frame.image, make, objects.removed)
 
 
+def _check_frame(frames: Frames, index: Any) -> None:
+  if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+    raise ArgumentError("boxes_frame", f" must be a whole number of at least 0, got {index!r}")
+  # What a file says of itself may be wrong, so that it is counted before it is believed.
+  if not frames.live and index >= (frames.count or 0) and index >= frames.measure():
+    raise ArgumentError(
+      "boxes_frame", f" must be a frame of {frames.name}, which has {frames.count}, got {index}"
+    )
+
+
 class _Images(Sequence):
   """The images of `Frames`, by number."""
 
@@ -432,13 +457,6 @@ class _Images(Sequence):
 def _tuples(value: Any) -> Any:
   """JSON's lists as the tuples that they were."""
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _tracks(
-  engine: Engine, config: PhraseVideoConfig, frames: Frames, latency: int | None, state: Any = None
-) -> PhraseTracks:
-  count = None if frames.live else frames.count
-  return PhraseTracks(engine, config, frames=count, latency=latency)
 
 
 def _masks(engine: Engine, objects: FrameObjects, size: tuple[int, int]) -> Callable[[int], np.ndarray]:
