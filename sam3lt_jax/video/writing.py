@@ -253,9 +253,10 @@ class _Run:
           waiting.extend(pool.submit(self._one, frame) for frame in found)
           write(2 * workers)
           since += 1
-          if stop() and self._frames.live:
+          stopping = stop()
+          if stopping and self._frames.live:
             tracking.finish()
-          elif stop() and tracking.can_be_saved:
+          elif stopping and tracking.can_be_saved:
             written.stopped = True
             break
           if since == files.every or (files.every is None and time.perf_counter() - saved > _SECONDS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from tests.video.test_writing import contents
 
 TEXT = ["red square", "blue square"]
 # Random weights find anything on any frame; some of it is found often enough to stay.
-OPTIONS = {"threshold": 0.0, "max_objects": 4}
-COUNT = 22
+OPTIONS = {"threshold": 0.0, "max_objects": 2}  # of one kind: each compiles
+COUNT = 20
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def assert_same(found, wanted):
 
 def test_a_clip(whole):
   assert [f.index for f in whole] == list(range(COUNT))
-  assert max(map(len, whole)) >= 2, "nothing was found: this test and those below say nothing"
+  assert max(map(len, whole)) == 2, "nothing was found: this test and those below say nothing"
   for f in whole:
     assert f.image.shape == (clips.HEIGHT, clips.WIDTH, 3)
     assert f.masks.shape == (len(f), clips.HEIGHT, clips.WIDTH) and f.masks.any(axis=(1, 2)).all()
@@ -85,7 +86,7 @@ def test_frames_are_held_back(predictor, clip):
   tracking.close()
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.full)])  # which compiles all again
 def test_going_on_from_a_saved_state(predictor, clip, tmp_path, batch):
   wanted = list(track(predictor, clip, batch=batch))
   tracking = track(predictor, clip, batch=batch)
@@ -98,6 +99,7 @@ def test_going_on_from_a_saved_state(predictor, clip, tmp_path, batch):
   assert_same(found + list(later), wanted)
 
 
+@pytest.mark.full
 def test_a_batch_changes_rounding_at_most(predictor, clip, whole):
   found = list(track(predictor, clip, batch=4))
   assert [f.ids.tolist() for f in found] == [f.ids.tolist() for f in whole]
@@ -115,6 +117,7 @@ def test_stepping_in(predictor, clip):
   labels = set()
   frame = next(tracking)
   labels |= set(frame.labels)
+  tracking.remove(int(frame.ids[0]))  # to have room
   before = set(frame.ids.tolist())
   clicked = tracking.click(points=[[20.0, 16.0], [50.0, 40.0]], point_labels=[1, 0])
   (new,) = set(clicked.ids.tolist()) - before
@@ -138,25 +141,18 @@ def test_stepping_in(predictor, clip):
 
 
 def test_boxes_on_a_frame(predictor, clip):
-  tracking = predictor.track(
-    clip, boxes=[[10, 10, 30, 25]], boxes_frame=2, latency=0, batch=1, threshold=0.0, max_objects=3
-  )
+  tracking = predictor.track(clip, boxes=[10, 10, 30, 25], boxes_frame=2, latency=0, batch=1, **OPTIONS)
   found = list(tracking)
-  assert not len(found[0]) and not len(found[1]) and 1 <= len(found[2]) <= 3
+  assert not len(found[0]) and not len(found[1]) and 1 <= len(found[2]) <= 2
   assert set(found[2].labels) == {"visual"} and len(found) == COUNT
 
 
 def test_files_are_the_same_after_a_stop(predictor, clip, tmp_path, monkeypatch):
   monkeypatch.setattr(overlay, "PIECE", 8)
-  done = []
-  for folder, stop in (("whole", lambda: False), ("halves", lambda: len(done) > 3)):
-    files = Files(str(tmp_path / folder), davis=True, every=5)
-    options = OPTIONS | {"batch": 1}
-    written = write_tracks(
-      predictor, clip, files, TEXT, stop=stop, on_frame=lambda n, count: done.append(n), **options
-    )
-    if folder == "whole":
-      done.clear()
+  steps, options = itertools.count(), OPTIONS | {"batch": 1}
+  write_tracks(predictor, clip, Files(str(tmp_path / "whole"), davis=True, every=5), TEXT, **options)
+  files = Files(str(tmp_path / "halves"), davis=True, every=5)
+  written = write_tracks(predictor, clip, files, TEXT, stop=lambda: next(steps) > 16, **options)
   assert written.stopped and 0 < written.frames < COUNT
   write_tracks(predictor, clip, files, TEXT, **options)
   assert contents(tmp_path / "whole") == contents(tmp_path / "halves")
@@ -170,8 +166,8 @@ def test_sam2s_names_take_any_source(predictor, clip):
     clips.HEIGHT,
     clips.WIDTH,
   )
-  with pytest.raises(ValueError, match="frame_idx must be a frame from 0 to 21, got 22"):
-    predictor.add_new_points_or_box(state, frame_idx=22, obj_id=1, points=[[20, 16]], labels=[1])
+  with pytest.raises(ValueError, match="frame_idx must be a frame from 0 to 19, got 20"):
+    predictor.add_new_points_or_box(state, frame_idx=20, obj_id=1, points=[[20, 16]], labels=[1])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +179,7 @@ def test_sam2s_names_take_any_source(predictor, clip):
     ("max_objects must be a whole number of at least 1, got 0", {"max_objects": 0}),
     ("batch must be a whole number from 1 to 4, got 9", {"batch": 9}),
     ("latency must be", {"latency": -1}),
-    ("boxes_frame must be a frame of .*, which has 22, got 22", {"boxes": [1, 1, 9, 9], "boxes_frame": 22}),
+    ("boxes_frame must be a frame of .*, which has 20, got 20", {"boxes": [1, 1, 9, 9], "boxes_frame": 20}),
     (
       "boxes_frame must be a whole number of at least 0, got -1",
       {"boxes": [1, 1, 9, 9], "boxes_frame": -1},
