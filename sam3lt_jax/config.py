@@ -268,7 +268,7 @@ class MaskDecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrackerProfile:
-  """Where the two references' trackers disagree on images, one explicit field a point.
+  """Where the two references' trackers disagree, one explicit field a point; on images first, then on video.
 
   Attributes:
     name: "original", "transformers" or anything else for a mixture; no code branches on it.
@@ -279,6 +279,23 @@ class TrackerProfile:
     tokens_without_points: a prompt without a point or box gets two tokens that say so. False: none.
     hole_area: holes of up to so many cells of the 288 x 288 mask are filled before it is enlarged.
     logit_limit: low-resolution logits are handed back within +-this, for the next round; None: as they are.
+    memory_mask_by_image_side: a mask is made one of 0s and 1s (or of probabilities) at the side of the input
+      and then brought to the memory encoder's. False: its logits are brought there first.
+    memory_quality: frames are remembered for later ones when score times IoU is above this; the frame before
+      always is. None: the last ones are remembered whatever they are.
+    all_cond_pointers: object pointers of all frames with prompts that are not ahead are read. False: of the
+      (at most 4) whose maps are.
+    mask_prompt_of_image_side: a mask that is given is brought to the side of the input and made one of 0s and
+      1s. False: to the memory encoder's, and stays soft.
+    mask_pointer_of_best: the pointer of a mask that is given is that of the best of three. False: of the
+      single-mask token.
+    corrections_remember: clicks on a frame that was tracked already are answered with memory and without the
+      mask before, and the frame stays an ordinary one. False: without memory, from the mask before, and the
+      frame becomes one with a prompt.
+    refine_from_mask: later clicks on a frame start from the mask before.
+    group_rules: objects that first appear on one frame share what the original's batching makes them share:
+      frames with prompts, the mean quality, and pixels of given masks, which belong to one of them. False:
+      each object is on its own.
   """
 
   name: str
@@ -287,16 +304,30 @@ class TrackerProfile:
   tokens_without_points: bool
   hole_area: int
   logit_limit: float | None
+  memory_mask_by_image_side: bool = True
+  memory_quality: float | None = 0.01
+  all_cond_pointers: bool = False
+  mask_prompt_of_image_side: bool = False
+  mask_pointer_of_best: bool = False
+  corrections_remember: bool = False
+  refine_from_mask: bool = True
+  group_rules: bool = False
 
   @classmethod
   def original(cls) -> TrackerProfile:
-    """The authors' image predictor (facebookresearch/sam3, `sam1_task_predictor.py`)."""
+    """The authors' image predictor and video model (facebookresearch/sam3, `sam1_task_predictor.py`,
+    `sam3_tracker_base.py`, February 2026), but for `group_rules`, which their batching makes and they regret.
+    """
     return cls("original", True, False, False, 256, 32.0)
 
   @classmethod
   def transformers(cls) -> TrackerProfile:
-    """transformers 5.23.0, `Sam3TrackerModel` with `Sam3TrackerProcessor`."""
-    return cls("transformers", False, True, True, 0, None)
+    """transformers 5.23.0, `Sam3TrackerModel` with `Sam3TrackerProcessor`, and `Sam3TrackerVideoModel`."""
+    return cls(
+      "transformers", False, True, True, 0, None, memory_mask_by_image_side=False, memory_quality=None,
+      all_cond_pointers=True, mask_prompt_of_image_side=True, mask_pointer_of_best=True,
+      corrections_remember=True, refine_from_mask=False,
+    )  # fmt: skip
 
   @classmethod
   def named(cls, name: str | TrackerProfile) -> TrackerProfile:
@@ -403,6 +434,8 @@ class MemoryConfig:
   rope_theta: float = 10000.0
   hidden_size: int = 64  # of what is remembered
   num_maps: int = 7  # frames that are told apart by age, the prompted ones being one
+  max_cond_frames: int = 4  # frames with prompts whose maps are read
+  max_pointers: int = 16  # frames whose object pointers are read, this one included
   fuser_layers: int = 2
   fuser_intermediate_size: int = 1024
 

@@ -158,6 +158,8 @@ _MEMORY_FIELDS = {
   "intermediate_size": "memory_attention_feed_forward_hidden_size",
   "hidden_size": "memory_encoder_output_channels",
   "num_maps": "num_maskmem",
+  "max_cond_frames": "max_cond_frame_num",
+  "max_pointers": "max_object_pointers_in_encoder",
   "fuser_layers": "memory_fuser_num_layers",
   "fuser_intermediate_size": "memory_fuser_intermediate_dim",
 }
@@ -259,9 +261,10 @@ def _pick(cls, data: Mapping[str, Any] | None, where: str):
 
 
 def _profile(data: Any, kind: type = Profile) -> Any:
-  """The profile that `to_schema` wrote, every field of it."""
+  """The profile that `to_schema` wrote, every field of it but those with a default, which came later."""
   fields = {field.name for field in dataclasses.fields(kind)}
-  if not isinstance(data, Mapping) or set(data) != fields:
+  needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+  if not isinstance(data, Mapping) or not needed <= set(data) <= fields:
     got = sorted(data) if isinstance(data, Mapping) else data
     raise ValueError(f"sam3lt_jax.profile must hold exactly {sorted(fields)}, got {got}")
   return kind(**data)

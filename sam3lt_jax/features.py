@@ -115,3 +115,41 @@ class Clicks:
   masks: jax.Array | None = None
   has_mask: jax.Array | None = None
   image_index: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Memory:
+  """What is remembered of P objects on one frame, as memory attention reads it: `video.bank.choose` makes it.
+
+  Attributes:
+    maps: bfloat16 [P, K, h * w, C], those that are there first, in any order.
+    rows: int32 [P, K], which row of the table of ages each map gets.
+    count: int32 [P], how many maps are there.
+    pointers: [P, L, D], in any order.
+    distances: float32 [P, L], frames between the pointer's and this one, as a share of the most.
+    there: bool [P, L], which pointers are.
+  """
+
+  maps: jax.Array
+  rows: jax.Array
+  count: jax.Array
+  pointers: jax.Array
+  distances: jax.Array
+  there: jax.Array
+
+
+@flax.struct.dataclass
+class Tracked:
+  """What the tracker says of P objects on one frame.
+
+  Attributes:
+    masks: float32 [P, 4h, 4w] logits, -1024 everywhere where the object is not there.
+    pointers: [P, D], what stands for the object.
+    object_score_logits: float32 [P], above 0 where it is there.
+    ious: float32 [P] in [0, 1], the IoU with the true mask that the model expects.
+  """
+
+  masks: jax.Array
+  pointers: jax.Array
+  object_score_logits: jax.Array
+  ious: jax.Array

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.config import NOT_A_POINT, PADDING_LABEL, TrackerConfig
-from sam3lt_jax.features import Clicks, TrackerFeatures
+from sam3lt_jax.features import Clicks, Memory, Tracked, TrackerFeatures
 from sam3lt_jax.model_inputs import image_of_each_prompt
 from sam3lt_jax.nn.layers import Dense, Dtype, PatchConv, ReluMlp, Taps, embedding_init, repeat_rows, tap
 from sam3lt_jax.nn.memory_attention import MemoryAttention
@@ -29,6 +29,12 @@ from sam3lt_jax.nn.memory_encoder import MemoryEncoder
 from sam3lt_jax.nn.neck import Neck
 from sam3lt_jax.nn.prompt_encoder import PromptEncoder
 from sam3lt_jax.nn.tracker_mask_decoder import Decoded, TrackerMaskDecoder, single_mask
+from sam3lt_jax.ops import positions
+from sam3lt_jax.ops.resize import resized
+
+ABSENT_LOGIT = -1024.0  # everywhere in the mask of an object that is not there
+CELL = 16  # pixels a side of the memory encoder's masks for one token
+MEMORY_SCALE = 10.0  # of those masks: from minus to plus this
 
 
 @flax.struct.dataclass
@@ -47,7 +53,7 @@ class Sam3TrackerOutput:
 
 
 class Sam3Tracker(nn.Module):
-  """SAM 3's tracker. Its parts answer for images now; what remembers is there with its weights.
+  """SAM 3's tracker: clicks about an image, and what one frame of a clip takes; clips are `video`'s.
 
   `dtype` is what layers compute in, `param_dtype` what parameters are stored in; norms, softmax, places,
   scores and masks are float32 either way.
@@ -68,7 +74,9 @@ class Sam3Tracker(nn.Module):
     )  # fmt: skip
     self.no_memory_embedding = self._vector("no_memory_embedding", 1, 1, D)
     if (m := c.memory) is not None:
-      self.memory_attention = MemoryAttention(D, m.num_layers, m.intermediate_size, m.rope_theta, **kw)
+      self.memory_attention = MemoryAttention(
+        D, m.hidden_size, m.num_layers, m.intermediate_size, m.rope_theta, **kw
+      )
       self.memory_encoder = MemoryEncoder(D, m.hidden_size, m.fuser_layers, m.fuser_intermediate_size, **kw)
       self.mask_downsample = PatchConv(1, 4, use_bias=True, **kw)
       self.object_pointer_proj = ReluMlp((D, D, D), prefix="layers_", first=0, **kw)
@@ -121,12 +129,19 @@ class Sam3Tracker(nn.Module):
     image, fine = features.image, features.fine
     if clicks.image_index is not None:
       image, *fine = image_of_each_prompt((image, *fine), len(clicks.points), clicks.image_index)
-    B, h, w, _ = image.shape
-    points, labels, valid = self._checked(clicks, B)
+    clicks = self._checked(clicks, len(image))
     if self.config.profile.no_memory_on_image:
-      image = image + self.no_memory_embedding[0, 0].astype(self.dtype)
+      image = self._without_memory(image)
+    return self._decode(image, tuple(fine), clicks, taps)
+
+  def _without_memory(self, image: jax.Array) -> jax.Array:
+    return image + self.no_memory_embedding[0, 0].astype(self.dtype)
+
+  def _decode(self, image: jax.Array, fine: tuple, clicks: Clicks, taps: Taps = None) -> Decoded:
+    """image: [B or P, h, w, D], conditioned or not; fine: of B images."""
+    h, w = image.shape[1:3]
     side = h * self.config.patch_size
-    tokens, token_mask = self.prompt_encoder.points(points + 0.5 / side, labels, valid)
+    tokens, token_mask = self.prompt_encoder.points(clicks.points + 0.5 / side, clicks.labels, clicks.valid)
     tap(taps, "prompt_tokens", tokens)
     tap(taps, "prompt_mask", token_mask)
     if clicks.masks is None:
@@ -134,12 +149,12 @@ class Sam3Tracker(nn.Module):
     else:
       dense = self.prompt_encoder.masks(clicks.masks, clicks.has_mask)
       tap(taps, "mask_prompt", dense)
-      image = repeat_rows(image, len(points)) + dense
+      image = repeat_rows(image, len(tokens)) + dense
     places = self.prompt_encoder.image_places(h, w)
-    return self.mask_decoder(image, tuple(fine), places, tokens, token_mask, taps)
+    return self.mask_decoder(image, fine, places, tokens, token_mask, taps)
 
-  def _checked(self, clicks: Clicks, images: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """points, labels and which slots count, as the profile says."""
+  def _checked(self, clicks: Clicks, images: int) -> Clicks:
+    """With the slots that count as the profile says."""
     points, labels, valid = (jnp.asarray(x) for x in (clicks.points, clicks.labels, clicks.valid))
     shape = points.shape[:2]
     if points.ndim != 3 or points.shape[2] != 2 or labels.shape != shape or valid.shape != shape:
@@ -160,16 +175,124 @@ class Sam3Tracker(nn.Module):
       empty = ~valid.any(axis=1)
       labels = labels.at[:, 0].set(jnp.where(empty, NOT_A_POINT, labels[:, 0]))
       valid = valid.at[:, 0].set(valid[:, 0] | empty)
-    return points, labels, valid
+    return clicks.replace(points=points, labels=labels, valid=valid)
 
-  # ---------------------------------------------------------------- memory
+  # ---------------------------------------------------------------- one frame of a clip
+
+  def start_memory_attention(self, features: TrackerFeatures) -> jax.Array:
+    """What memory attention makes of a frame for every object alike: [B, h, w, D] of its features."""
+    return self.memory_attention.start(features.image)
+
+  def condition(self, started: jax.Array, memory: Memory) -> jax.Array:
+    """The image map with what is remembered of P objects: [P, h, w, D].
+
+    started: [1 or P, h, w, D], see `start_memory_attention`.
+    """
+    table = self.memory_temporal_positional_encoding[:, 0, 0].astype(jnp.float32)
+    P, L, D = memory.pointers.shape
+    C = table.shape[-1]
+    code = positions.frame_code(memory.distances, D)
+    places = self.temporal_positional_encoding_projection_layer(code)  # [P, L, C], of D / C tokens each
+    spread = lambda x: jnp.repeat(x, D // C, axis=1)  # noqa: E731
+    tokens = memory.pointers.reshape(P, L * (D // C), C)
+    return self.memory_attention(
+      started, memory.maps, table[memory.rows], memory.count, tokens, spread(places), spread(memory.there)
+    )
+
+  def follow(self, features: TrackerFeatures, started: jax.Array, memory: Memory) -> Tracked:
+    """P objects on a frame that nobody asked about.
+
+    features: of the frame, 1 row; started: of them, see `start_memory_attention`.
+    """
+    P = len(memory.count)
+    image = self.condition(started, memory)
+    return self._answer(self._decode(image, features.fine, self._no_clicks(P)), jnp.zeros(P, jnp.int32))
+
+  def prompted(
+    self,
+    features: TrackerFeatures,
+    clicks: Clicks,
+    started: jax.Array | None = None,
+    memory: Memory | None = None,
+  ) -> Tracked:
+    """P objects on a frame with clicks, a box or the logits to start from.
+
+    Args:
+      features: of the frame, 1 row.
+      clicks: without image_index; a row without any point is asked about like one of `follow`.
+      started, memory: None: nothing is remembered, as for a first frame.
+    """
+    image = self._without_memory(features.image) if memory is None else self.condition(started, memory)
+    points = clicks.valid.sum(axis=1)
+    empty = jnp.arange(clicks.valid.shape[1]) == 0
+    empty = empty & (points == 0)[:, None]
+    clicks = clicks.replace(labels=jnp.where(empty, NOT_A_POINT, clicks.labels), valid=clicks.valid | empty)
+    return self._answer(self._decode(image, features.fine, clicks), points)
+
+  def _no_clicks(self, P: int) -> Clicks:
+    return Clicks(jnp.zeros((P, 1, 2)), jnp.full((P, 1), NOT_A_POINT, jnp.int32), jnp.ones((P, 1), bool))
+
+  def _answer(self, decoded: Decoded, points: jax.Array) -> Tracked:
+    """One mask an object: the best of several where there is at most one point (a box is two), else the one
+    of the single-mask token. The pointer is of that token even where another's mask stands in for it.
+    """
+    several, row = points <= 1, jnp.arange(len(points))
+    best = 1 + decoded.ious[:, 1:].argmax(axis=1)
+    chosen = jnp.where(several, best, self.single(decoded))
+    score = decoded.object_score_logits[:, 0]
+    masks = jnp.where((score > 0)[:, None, None], decoded.masks[row, chosen], ABSENT_LOGIT)
+    pointers = self.object_pointers(decoded.tokens[row, jnp.where(several, best, 0)], score > 0)
+    return Tracked(masks, pointers, score, decoded.ious[row, chosen])
+
+  def pointers_of_masks(self, features: TrackerFeatures, masks: jax.Array) -> jax.Array:
+    """What stands for P objects that were given as masks: [P, D].
+
+    features: of the frame, 1 row. masks: float32 [P, S, S] in [0, 1], S as `mask_side` says.
+    """
+    P, side = len(masks), features.mask_side
+    logits = self.mask_downsample(masks[..., None])[..., 0].astype(jnp.float32)
+    if logits.shape[1] != side:
+      logits = resized(logits, side)
+    clicks = self._no_clicks(P).replace(masks=logits, has_mask=jnp.ones(P, bool))
+    # Of the image itself: neither memory nor the vector that stands for none.
+    decoded = self._decode(features.image, features.fine, clicks)
+    best = 1 + decoded.ious[:, 1:].argmax(axis=1)
+    token = best if self.config.profile.mask_pointer_of_best else jnp.zeros(P, jnp.int32)
+    there = (decoded.object_score_logits[:, 0] > 0) & (masks > 0).any(axis=(1, 2))
+    return self.object_pointers(decoded.tokens[jnp.arange(P), token], there)
+
+  def mask_side(self, grid: int) -> int:
+    """Of the square masks that objects may be given as, for a token grid of this side."""
+    return grid * (self.config.patch_size if self.config.profile.mask_prompt_of_image_side else CELL)
+
+  def mask_to_remember(
+    self, logits: jax.Array, binary: jax.Array, direct: bool = False, exclusive: jax.Array | None = None
+  ) -> jax.Array:
+    """float32 [P, 16h, 16w] in [-10, 10], as the memory encoder reads it.
+
+    Args:
+      logits: float32 [P, 4h, 4w].
+      binary: bool [P], masks that were asked for: what is above 0 counts, not how far.
+      direct: enlarge the logits at once, not by way of the image's side, whatever the profile says.
+      exclusive: bool [P], masks of which a pixel belongs to the highest alone. None: none are. By way of the
+        image's side only.
+    """
+    grid = logits.shape[-1] // 4
+    by_image = self.config.profile.memory_mask_by_image_side and not direct
+    x = resized(logits, grid * (self.config.patch_size if by_image else CELL))
+    if exclusive is not None:
+      rival = jnp.where(exclusive[:, None, None], x, -jnp.inf)
+      mine = rival.argmax(axis=0) == jnp.arange(len(x))[:, None, None]
+      x = jnp.where(mine | ~exclusive[:, None, None], x, jnp.minimum(x, -MEMORY_SCALE))
+    x = jnp.where(binary[:, None, None], (x > 0).astype(x.dtype), jax.nn.sigmoid(x))
+    return resized(2 * MEMORY_SCALE * x - MEMORY_SCALE, grid * CELL)
 
   def encode_memory(self, features: TrackerFeatures, masks: jax.Array, present: jax.Array) -> jax.Array:
     """What to remember of a frame: [P, h, w, C].
 
     Args:
       features: of the frame, of 1 or P rows.
-      masks: float32 [P, 16h, 16w], in [-10, 10]: 20 * probability - 10, or 20 * mask - 10 of a given mask.
+      masks: float32 [P, 16h, 16w], in [-10, 10], see `mask_to_remember`.
       present: bool [P], False where the object is hidden.
     """
     image = repeat_rows(features.image, len(masks))
@@ -196,7 +319,8 @@ class Sam3Tracker(nn.Module):
         self.temporal_positional_encoding_projection_layer(decoded.tokens[:, 0])
         self.mask_downsample(jnp.zeros((1, 32, 32, 1)))
         flat = memory.reshape(1, 4, m.hidden_size)
-        self.memory_attention(features.image, features.image[0], flat, flat, 1)
+        started, row = self.start_memory_attention(features), flat[:, :1]
+        self.memory_attention(started, flat[:, None], row, jnp.ones(1, jnp.int32), row, row, one)
 
     def init(rng):
       return self.init(rng, jnp.zeros((1, 2, 2, trunk_width), self.dtype), method=touch)

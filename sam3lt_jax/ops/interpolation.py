@@ -1,6 +1,7 @@
 """1-D linear resampling as torch does it, in numpy: as taps (two neighbours and a weight) and as a matrix.
 
-Source: torch `interpolate(mode="bilinear", align_corners=False, antialias=False)`.
+Source: torch `interpolate(mode="bilinear", align_corners=False)`; `antialias_matrix` is the one with
+antialias=True.
 """
 
 from __future__ import annotations
@@ -47,5 +48,21 @@ def interpolation_matrix(in_size: int, out_size: int, padded_size: int | None = 
   matrix = np.zeros((padded_size, in_size), np.float32)
   matrix[rows, low] += 1 - weight
   matrix[rows, high] += weight
+  matrix.setflags(write=False)
+  return matrix
+
+
+@functools.lru_cache(maxsize=16)
+def antialias_matrix(in_size: int, out_size: int) -> np.ndarray:
+  """Shrinking of one axis as a matrix: each result is a mean of its surroundings, weighted by a triangle.
+
+  torch's `interpolate` with antialias=True. float32 [out_size, in_size], read-only.
+  """
+  if not 0 < out_size <= in_size:
+    raise ValueError(f"antialias_matrix shrinks: out_size must be from 1 to {in_size}, got {out_size}")
+  scale = in_size / out_size
+  centre = scale * (np.arange(out_size)[:, None] + 0.5)
+  weights = np.maximum(0, 1 - np.abs(np.arange(in_size) + 0.5 - centre) / scale)
+  matrix = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
   matrix.setflags(write=False)
   return matrix

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.ops.interpolation import interpolation_matrix
+from sam3lt_jax.ops.interpolation import antialias_matrix, interpolation_matrix
 
 
 def resize_rows(table: jax.Array, rows: int) -> jax.Array:
@@ -15,3 +15,19 @@ def resize_rows(table: jax.Array, rows: int) -> jax.Array:
   return jnp.einsum(
     "tl,ld->td", interpolation_matrix(table.shape[0], rows), table.astype(jnp.float32)
   ).astype(table.dtype)
+
+
+def resized(maps: jax.Array, *size: int) -> jax.Array:
+  """Maps [P, H, W] enlarged bilinearly or shrunk with antialiasing, float32 [P, height, width].
+
+  size: height and width, or one number for both. Source: torch's `interpolate`, as both references call it.
+  """
+  height, width = size * (2 // len(size))
+  rows, columns = (
+    interpolation_matrix(n, to) if to >= n else antialias_matrix(n, to)
+    for n, to in zip(maps.shape[1:], (height, width))
+  )
+  if maps.shape[1:] == (height, width):
+    return maps
+  x = jnp.einsum("ih,phw->piw", rows, maps.astype(jnp.float32), precision="highest")
+  return jnp.einsum("jw,piw->pij", columns, x, precision="highest")

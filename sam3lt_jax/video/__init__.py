@@ -1,1 +1,1 @@
-"""Objects followed through a clip."""
+"""Clips: objects followed from frame to frame, in memory that does not grow."""

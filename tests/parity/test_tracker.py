@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -13,7 +14,7 @@ import pytest
 from sam3lt_jax.checkpoints import engine
 from sam3lt_jax.features import Clicks
 from sam3lt_jax.ops import positions
-from sam3lt_jax.ops.interpolation import interpolation_matrix
+from sam3lt_jax.video import bank as banks
 from tests.checkpoints.common import fixture
 from tests.parity import tracker as reference
 
@@ -103,12 +104,6 @@ def test_places():
 # ---------------------------------------------------------------- memory
 
 
-def _resized(x, size):
-  """[P, h, w] -> [P, size, size], bilinear."""
-  a = interpolation_matrix(x.shape[-1], size)
-  return np.einsum("ij,pjk,lk->pil", a, x, a)
-
-
 @pytest.mark.parametrize(
   "name", ["binarised", "sigmoid", "absent", "direct_sigmoid", "all_negative_binarised"]
 )
@@ -118,89 +113,76 @@ def test_memory_encoder(name):
   logits = f["memory_encoder/low_res_logits"][:, 0]
   if name == "all_negative_binarised":
     logits = -np.abs(logits) - 1
-  large = _resized(logits, int(case["mask_size"]))
-  soft = large > 0 if case["binarise"] else 1 / (1 + np.exp(-large))
-  masks = _resized(20.0 * soft - 10.0, 16 * reference.sizes()["grid"])
+  direct = int(case["mask_size"]) == 16 * reference.sizes()["grid"]
+  binary = np.full(len(logits), bool(case["binarise"]))
   features = reference.features([int(f["memory_encoder/frame"])])
   present = jnp.asarray(case["object_score_logits"] > 0)
-  got = tracker.apply(variables, features, jnp.asarray(masks, jnp.float32), present, method="encode_memory")
+  masks = tracker.apply(variables, logits, binary, direct, method="mask_to_remember")
+  if f"memory_encoder/{name}/conv_input_object0" in f:
+    close(masks[0], np.squeeze(f[f"memory_encoder/{name}/conv_input_object0"]), INSIDE, "mask to remember")
+  got = tracker.apply(variables, features, masks, present, method="encode_memory")
   close(got.transpose(0, 3, 1, 2), case["out"], INSIDE, "memory")
   assert name != "absent" or not present.all()
 
 
-_ATTENTION_CASES = {
-  "maps1_pointers1": 1, "maps3_pointers3": 3, "maps7_pointers7": 7, "maps7_pointers16": 7,
-  "maps10_pointers19": 10,
-}  # fmt: skip
+def _memory_case(name):
+  prefix = f"memory_attention/{name}/"
+  return {k.removeprefix(prefix): v for k, v in fixture("tracker").items() if k.startswith(prefix)}
 
 
-def _remembered(case, tracker, variables):
-  """The memory and its places as the rules of the authors' tracker choose them: at most 4 prompted frames,
-  the 6 before this one, pointers of the prompted and of the 15 before. Also the number of maps.
-  """
-  p, frame, M = variables["params"], int(case["frame"]), min(int(case["num_frames"]), 16)
+def _bank(case, tracker):
+  """What the bank holds after the case's frames came one by one, and the clock of its last."""
+  config, direction = tracker.config, -1 if case["reverse"] else 1
   where = {int(f): i for i, f in enumerate(case["stored_frames"])}
-  cond, others = ([int(f) for f in case[k]] for k in ("cond_frames", "other_frames"))
+  cond, frame = [int(f) for f in case["cond_frames"]], int(case["frame"])
   bits = case["maps_bf16"].astype(np.uint32) << 16
   maps = bits.view(np.float32).transpose(0, 1, 3, 4, 2)  # [frames, P, h, w, C]
-  _, P, h, w, C = maps.shape
-  sine = np.asarray(positions.map_positions(h, w, C))
-  rows = np.asarray(p["memory_temporal_positional_encoding"])[:, 0, 0]
-  recent = [(frame - r, r - 1) for r in range(1, 7) if frame - r in others]
-  chosen = [(f, len(rows) - 1) for f in cond] + recent
-  memory = [maps[where[f]].reshape(P, h * w, C) for f, _ in chosen]
-  places = [np.broadcast_to((sine + rows[r]).reshape(h * w, C), (P, h * w, C)) for _, r in chosen]
-  pointed = [f for f in cond if f <= frame] + [frame - r for r in range(1, M) if frame - r in others]
-  for f in pointed:
-    pointer = case["pointers"][where[f]].reshape(P, -1, C)
-    code = positions.frame_code(jnp.float32((frame - f) / (M - 1)), pointer[0].size)
-    place = tracker.apply(
-      variables, code, method=lambda m, x: m.temporal_positional_encoding_projection_layer(x)
-    )
-    memory.append(pointer)
-    places.append(np.broadcast_to(np.asarray(place), pointer.shape))
-  return np.concatenate(memory, 1), np.concatenate(places, 1), len(chosen)
+  P, grid, C = maps.shape[1], maps.shape[2], maps.shape[4]
+  slots = P + 1  # one of them stays dead
+  bank = banks.born(banks.empty(config, grid, slots, 8), jnp.arange(slots) < P, 0)
+  write = jax.jit(lambda bank, clock, *a: banks.write(bank, config, clock, bank.live, *a))
+  ahead = [f for f in cond if (f - frame) * direction >= 0]
+  for now in ahead + sorted(where.keys() - set(ahead), reverse=direction < 0):
+    padded = lambda x: np.pad(x, ((0, 1), *[(0, 0)] * (x.ndim - 1)), constant_values=np.nan)  # noqa: E731
+    quality = np.full(slots, case["quality"][where[now]] if case["selection"] else 1, np.float32)
+    bank = write(
+      bank, banks.Clock.at(now, config, bool(case["reverse"])), padded(maps[where[now]].reshape(P, -1, C)),
+      padded(case["pointers"][where[now]]), quality, np.full(slots, now in cond),
+    )  # fmt: skip
+  return bank, banks.Clock.at(frame, config, bool(case["reverse"]), int(case["num_frames"]))
 
 
-@pytest.mark.parametrize("name", _ATTENTION_CASES)
+@pytest.mark.parametrize(
+  "name", sorted({k.split("/")[1] for k in fixture("tracker") if k.startswith("memory_attention/")})
+)
 def test_memory_attention(name):
-  f, (tracker, variables) = fixture("tracker"), reference.load()
-  prefix = f"memory_attention/{name}/"
-  case = {k.removeprefix(prefix): v for k, v in f.items() if k.startswith(prefix)}
-  memory, places, maps = _remembered(case, tracker, variables)
-  assert maps == int(case["n_maps"]) == _ATTENTION_CASES[name]
-  image = reference.features([int(case["feature_frame"])]).image
-  image = jnp.broadcast_to(image, (len(memory), *image.shape[1:]))
-  place = positions.map_positions(*image.shape[1:])
+  case, (tracker, variables) = _memory_case(name), reference.load()
+  quality = 0.01 if case["selection"] else None
+  config = tracker.config.replace(profile=dataclasses.replace(tracker.config.profile, memory_quality=quality))
+  tracker = tracker.clone(config=config)
+  bank, clock = _bank(case, tracker)
+  P = case["out"].shape[0]
+  memory = banks.choose(bank, config, clock)
+  assert memory.count.tolist() == [int(case["n_maps"])] * P + [0]
+  assert memory.there.sum(axis=1).tolist() == [int(case["n_pointers"])] * P + [0]
+  features = reference.features([int(case["feature_frame"])])
 
   @jax.jit
-  def attend(variables, image, memory, places, mask):
-    return tracker.apply(
-      variables, image, place, memory, places, maps, mask, method=lambda m, *a: m.memory_attention(*a)
-    )
+  def conditioned(variables, features, memory):
+    started = tracker.apply(variables, features, method="start_memory_attention")
+    return tracker.apply(variables, started, memory, method="condition")
 
-  got = attend(variables, image, memory, places, np.ones(memory.shape[:2], bool))
+  got = conditioned(variables, features, memory)[:P]
   close(got.transpose(0, 3, 1, 2), case["out"], INSIDE, "conditioned map")
-  # What is masked must not matter.
-  extra = np.full_like(memory[:, :5], 1e3)
-  mask = np.pad(np.ones(memory.shape[:2], bool), ((0, 0), (0, 5)))
-  padded = attend(
-    variables, image, np.concatenate([memory, extra], 1), np.concatenate([places, extra], 1), mask
-  )
-  close(padded, np.asarray(got), 1e-5, "with masked tokens")
 
 
 # ---------------------------------------------------------------- no inert tensor
 
 _KEY_BIAS = "adds the same score to every key of a query, which the softmax cancels"
-_BY_SESSION = "read by what chooses the memory of a frame, not by a module"
 INERT = {
   r"neck/fpn_layers_3/.*": "the x0.5 level, which the tracker drops",
   r"mask_decoder/transformer/.*/k_proj/bias": _KEY_BIAS,
   r"no_memory_positional_encoding": "neither reference reads it",
-  r"memory_temporal_positional_encoding": _BY_SESSION,
-  r"temporal_positional_encoding_projection_layer/.*": _BY_SESSION,
-  r"mask_downsample/.*": _BY_SESSION,
 }
 
 
@@ -224,9 +206,16 @@ def test_every_leaf_moves_an_output():
       present = jnp.array([True, False])
       memory = m.encode_memory(features, masks, present)
       pointers = m.object_pointers(decoded.tokens[:, 0], present)
-      tokens = jnp.concatenate([memory.reshape(2, 64, -1), pointers.reshape(2, 4, -1)], axis=1)
-      seen = m.memory_attention(features.image, features.image[0], tokens, 0.1 * tokens, 1)
-      return (*decoded, memory, pointers, seen)
+      given = m.pointers_of_masks(features, 0.05 * masks + 0.5)
+      clock = banks.Clock.at(1, tracker.config, frames=16)
+      bank = banks.born(banks.empty(tracker.config, 8, 2), jnp.ones(2, bool), 0)
+      flat = memory.reshape(2, 64, -1), pointers, jnp.ones(2), jnp.ones(2, bool)
+      bank = banks.write(bank, tracker.config, clock.replace(frame=0), bank.live, *flat)
+      remembered = banks.choose(bank, tracker.config, clock)
+      # Unrounded, so that no small change is lost; both ends of the table of ages.
+      remembered = remembered.replace(maps=memory.reshape(2, 1, 64, -1), rows=jnp.array([[6], [0]]))
+      seen = m.condition(m.start_memory_attention(features), remembered)
+      return (*decoded, memory, pointers, given, seen)
 
     return tracker.apply(variables, method=run)
 

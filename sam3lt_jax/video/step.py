@@ -1,0 +1,189 @@
+"""One frame of a clip, as pure functions: what compiled programs of `video` are made of.
+
+    follow -> Tracked, then remember -> Bank        a frame that nobody asked about
+    prompt -> Tracked, then remember(cond=...)      clicks or a box on it
+    prompt_masks -> Bank, Tracked                   masks that are taken as they are
+
+All of them take all slots of a bank; what dead slots give means nothing. Axes as in `bank`; h, w rows and
+columns of the token grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sam3lt_jax.features import Clicks, Tracked, TrackerFeatures
+from sam3lt_jax.ops import target
+from sam3lt_jax.ops.resize import resized
+from sam3lt_jax.tracker import MEMORY_SCALE, Sam3Tracker
+from sam3lt_jax.video import bank as banks
+from sam3lt_jax.video.bank import Bank, Clock
+
+SLOTS_TOGETHER = 8  # where there is no CPU; slots beyond run after them, if any of them is live
+
+
+def one_frame(features: TrackerFeatures, row: jax.Array) -> TrackerFeatures:
+  """Row `row` (int32 []) of a batch's features."""
+  return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), features)
+
+
+def follow(
+  tracker: Sam3Tracker, variables: Any, bank: Bank, features: TrackerFeatures, clock: Clock
+) -> Tracked:
+  """Every object on a frame, from what is remembered of it; changes nothing.
+
+  features: of the frame, 1 row.
+  """
+  started = tracker.apply(variables, features, method="start_memory_attention")
+  memory = banks.choose(bank, tracker.config, clock)
+  return _by_slots(
+    lambda memory: tracker.apply(variables, features, started, memory, method="follow"), bank.live, memory
+  )
+
+
+def prompt(
+  tracker: Sam3Tracker,
+  variables: Any,
+  bank: Bank,
+  features: TrackerFeatures,
+  clock: Clock,
+  clicks: Clicks,
+  which: jax.Array,
+  with_memory: bool = False,
+) -> Tracked:
+  """The objects of slots `which` (bool [P]) on a frame with clicks, or logits to start from; changes nothing.
+
+  Args:
+    clicks: one row a slot, with masks and has_mask, without image_index.
+    with_memory: what is remembered of them is read too (static). False: as on a first frame.
+  """
+  if not with_memory:
+    return _by_slots(lambda c: tracker.apply(variables, features, c, method="prompted"), which, clicks)
+  started = tracker.apply(variables, features, method="start_memory_attention")
+  memory = banks.choose(bank, tracker.config, clock)
+  return _by_slots(
+    lambda given: tracker.apply(variables, features, given[0], started, given[1], method="prompted"),
+    which, (clicks, memory),
+  )  # fmt: skip
+
+
+def remember(
+  tracker: Sam3Tracker,
+  variables: Any,
+  bank: Bank,
+  features: TrackerFeatures,
+  clock: Clock,
+  tracked: Tracked,
+  *,
+  which: jax.Array | None = None,
+  logits: jax.Array | None = None,
+  cond: jax.Array | None = None,
+  binary: jax.Array | None = None,
+  exclusive: jax.Array | None = None,
+  direct: bool = False,
+) -> Bank:
+  """The bank after a frame.
+
+  Args:
+    which: bool [P], slots that this frame is remembered of; None: all live ones.
+    logits: float32 [P, 4h, 4w], masks to remember instead of the tracked ones.
+    cond: bool [P], for which of them it is a frame with a prompt; None: for none.
+    binary: bool [P], whose mask was given and counts as 0s and 1s; None: as `cond`.
+    exclusive, direct: see `Sam3Tracker.mask_to_remember`.
+  """
+  P = len(bank.live)
+  which = bank.live if which is None else which & bank.live
+  cond = jnp.zeros(P, bool) if cond is None else cond
+  binary = cond if binary is None else binary
+  logits = tracked.masks if logits is None else logits
+  present = tracked.object_score_logits > 0
+
+  def encode(given):
+    logits, binary, present = given
+    masks = logits
+    if exclusive is None:
+      masks = tracker.apply(variables, logits, binary, direct, method="mask_to_remember")
+    memory = tracker.apply(variables, features, masks, present, method="encode_memory")
+    return memory.reshape(len(memory), -1, memory.shape[-1]).astype(jnp.bfloat16)
+
+  if exclusive is not None:  # which reads all slots at once
+    logits = tracker.apply(variables, logits, binary, direct, exclusive, method="mask_to_remember")
+  maps = _by_slots(encode, which, (logits, binary, present))
+  quality = quality_of(tracked)
+  if tracker.config.profile.group_rules:
+    quality = banks.shared_quality(bank, quality)
+  return banks.write(bank, tracker.config, clock, which, maps, tracked.pointers, quality, cond)
+
+
+def quality_of(tracked: Tracked) -> jax.Array:
+  """float32 [P] in [0, 1]: how sure the tracker is that the object is there, times the IoU it expects."""
+  there = jnp.maximum(2 * jax.nn.sigmoid(tracked.object_score_logits) - 1, 0)
+  return there * tracked.ious
+
+
+def prompt_masks(
+  tracker: Sam3Tracker,
+  variables: Any,
+  bank: Bank,
+  features: TrackerFeatures,
+  clock: Clock,
+  masks: jax.Array,
+  which: jax.Array,
+  *,
+  logits: jax.Array | None = None,
+  exclusive: jax.Array | None = None,
+) -> tuple[Bank, Tracked]:
+  """Masks that are taken as they are, on a frame that is one with a prompt for the slots `which` (bool [P]).
+
+  Args:
+    masks: float32 [P, S, S] in [0, 1], S as `Sam3Tracker.mask_side` says; see `given_masks`.
+    logits: float32 [P, 4h, 4w] to remember; None: those of `masks`.
+    exclusive: see `Sam3Tracker.mask_to_remember`.
+  """
+  tracked = given_masks(tracker, variables, features, masks, which)
+  bank = remember(
+    tracker, variables, bank, features, clock, tracked, which=which, logits=logits, cond=which,
+    exclusive=exclusive,
+  )  # fmt: skip
+  return bank, tracked
+
+
+def given_masks(
+  tracker: Sam3Tracker, variables: Any, features: TrackerFeatures, masks: jax.Array, which: jax.Array
+) -> Tracked:
+  """Masks that are taken as they are, with the pointers that stand for them; see `prompt_masks`."""
+
+  def one(masks: jax.Array) -> Tracked:
+    there = (masks > 0).any(axis=(1, 2))
+    logits = resized(2 * MEMORY_SCALE * masks - MEMORY_SCALE, features.mask_side)
+    pointers = tracker.apply(variables, features, masks, method="pointers_of_masks")
+    score = jnp.where(there, MEMORY_SCALE, -MEMORY_SCALE)
+    return Tracked(logits, pointers, score, jnp.ones_like(score))
+
+  return _by_slots(one, which, masks)
+
+
+def _by_slots(function: Callable[[Any], Any], which: jax.Array, rows: Any) -> Any:
+  """`function` of some slots at a time, where any of them is meant; zeros elsewhere.
+
+  On a CPU one by one, which pays for the objects that there are and reads the maps that each has; elsewhere
+  `SLOTS_TOGETHER`.
+  """
+  P = len(which)
+  together = 1 if target.current().has_cpu else min(P, SLOTS_TOGETHER)
+  if P % together:
+    together = P
+  split = lambda x: x.reshape(P // together, together, *x.shape[1:])  # noqa: E731
+  kind = jax.eval_shape(function, jax.tree.map(lambda x: split(x)[0], rows))
+
+  def some(given):
+    any_of_them, rows = given
+    nothing = lambda _: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kind)  # noqa: E731
+    return jax.lax.cond(any_of_them.any(), function, nothing, rows)
+
+  out = jax.lax.map(some, jax.tree.map(split, (which, rows)))
+  return jax.tree.map(lambda x: x.reshape(P, *x.shape[2:]), out)
