@@ -61,16 +61,30 @@ Tag = TypeVar("Tag")
 # ---------------------------------------------------------------- the programs
 
 
-def encode(
-  model: Sam3LiteText, tracker: Sam3Tracker | None, variables: tuple[Variables, Variables], pixels: jax.Array
-) -> VisionFeatures:
-  """Images uint8 [R, S, S, 3]: a quarter of the bytes that float32 would take to the device."""
-  pixels = (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5
-  trunk = model.apply(variables[0], pixels, method="trunk_map")
-  vision = model.apply(variables[0], trunk, method="read_trunk")
-  if tracker is not None:
-    vision = vision.replace(tracker=tracker.apply(variables[1], trunk, method="get_image_features"))
-  return vision
+def encode(model: Sam3LiteText, with_trunk: bool, variables: Variables, pixels: jax.Array) -> VisionFeatures:
+  """Images uint8 [R, S, S, 3]: a quarter of the bytes that float32 would take to the device.
+
+  with_trunk: leave the trunk's map for a tracker that may be asked.
+  """
+  trunk = _trunk(model, variables, pixels)
+  vision = model.apply(variables, trunk, method="read_trunk")
+  return vision.replace(trunk=trunk) if with_trunk else vision
+
+
+def _trunk(model: Sam3LiteText, variables: Variables, pixels: jax.Array) -> jax.Array:
+  return model.apply(variables, (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5, method="trunk_map")
+
+
+def neck(tracker: Sam3Tracker, variables: Variables, trunk: jax.Array) -> TrackerFeatures:
+  """The trunk's map [R, h, w, D_trunk] for the tracker."""
+  return tracker.apply(variables, trunk, method="get_image_features")
+
+
+def encode_frames(
+  model: Sam3LiteText, tracker: Sam3Tracker, variables: tuple[Variables, Variables], pixels: jax.Array
+) -> TrackerFeatures:
+  """Images uint8 [R, S, S, 3] for the tracker alone."""
+  return neck(tracker, variables[1], _trunk(model, variables[0], pixels))
 
 
 def read(model: Sam3LiteText, variables: Variables, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -212,15 +226,16 @@ class Engine:
     self._split, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
     self.on_start: Callable[[float, jax.Array], None] = lambda start, output: None
 
-    def program(function: Callable, out: NamedSharding, *models: Any) -> Program:
-      return Program(function.__name__, functools.partial(function, *models), mesh, out, model.dtype)
-
+    self._programs: list[Program] = []
+    program = self.program
     self.tracker, self.tracker_variables = tracker or (None, None)
     if tracker is not None:
       self._check_tracker()
-    self._encode = program(encode, self._split, model, self.tracker)
+    self._encode = program(encode, self._split, model, tracker is not None)
     self._detect, self._read = program(detect, self._split, model), program(read, everywhere, model)
-    self._click = program(click, self._split, self.tracker)
+    if tracker is not None:
+      self._neck, self._click = (program(f, self._split, self.tracker) for f in (neck, click))
+      self._encode_frames = program(encode_frames, self._split, model, self.tracker)
     self.phrases = PhraseTable(self._read, processor, mesh, PHRASE_BATCHES[: 1 if on_cpu else None])
     self._masks = MaskSource(mesh, masks_on_device, processor.profile.mask_order)
     # Both references enlarge a tracker's logits.
@@ -229,6 +244,32 @@ class Engine:
     self.use_variables(variables)
     if tracker is not None:
       self.use_tracker_variables(self.tracker_variables)
+
+  def program(
+    self,
+    function: Callable,
+    out: NamedSharding,
+    *models: Any,
+    donate: tuple[int, ...] = (),
+    name: str | None = None,
+  ) -> Program:
+    """A program of this engine's devices, which counts among its `programs`.
+
+    Args:
+      function: of (*models, constants, *arguments); the program takes what follows the models.
+      out: where results lie. donate: see `Program`.
+      name: None: the function's.
+    """
+    made = Program(
+      name or function.__name__,
+      functools.partial(function, *models),
+      self.mesh,
+      out,
+      self.model.dtype,
+      donate,
+    )
+    self._programs.append(made)
+    return made
 
   def use_variables(self, variables: Variables) -> None:
     """Other weights of the same shapes, as after a training step; nothing is compiled anew."""
@@ -272,11 +313,11 @@ class Engine:
   @property
   def waited_s(self) -> float:
     """Seconds that calls have waited for compilation."""
-    return sum(p.waited_s for p in (self._encode, self._detect, self._read))
+    return sum(p.waited_s for p in self._programs)
 
   def programs(self) -> dict[str, list[jax.stages.Compiled]]:
     """What is compiled by now, by name."""
-    return {p.name: p.compiled() for p in (self._encode, self._detect, self._read)}
+    return {p.name: p.compiled() for p in self._programs}
 
   # ---------------------------------------------------------------- ahead of the first call
 
@@ -285,9 +326,12 @@ class Engine:
     pixels, vision, asked = self._shapes(self._rows(images), prompts)
     self._ahead.compile(self._read, self.variables, *self.phrases.inputs([BOX_ONLY_PHRASE]))
     self._ahead.compile(self._detect, self.variables, vision, asked)
-    self._ahead.compile(self._encode, self._both, pixels)
+    self._ahead.compile(self._encode, self.variables, pixels)
     if self.tracker is not None:
       features, clicks, offset = self._click_shapes(pixels.shape[0])
+      grid, D = features.image.shape[1], self.model.config.vision.hidden_size
+      trunk = jax.ShapeDtypeStruct((pixels.shape[0], grid, grid, D), self.model.dtype)
+      self._ahead.compile(self._neck, self.tracker_variables, _placed(trunk, self._split))
       self._ahead.compile(self._click, self.tracker_variables, features, clicks, offset)
 
   def _click_shapes(self, R: int) -> tuple[TrackerFeatures, Clicks, jax.ShapeDtypeStruct]:
@@ -304,11 +348,6 @@ class Engine:
     )  # fmt: skip
     offset = jax.ShapeDtypeStruct((), np.float32, sharding=parallel.replicated(self.mesh))
     return TrackerFeatures(shape(grid, grid, D), fine), clicks, offset
-
-  @property
-  def _both(self) -> tuple[Variables, Variables | None]:
-    """Weights that an image is encoded with."""
-    return self.variables, self.tracker_variables
 
   def _shapes(self, R: int, prompts: int) -> tuple[Any, VisionFeatures, Prompts]:
     """Arguments of `encode` and `detect` for R images, so many prompts and no boxes; nothing is traced."""
@@ -344,13 +383,13 @@ class Engine:
     pixels, vision, asked = self._shapes(self.rows, prompts)
     self._ahead.compile(self._detect, self.variables, vision, asked)  # both at the same time
     try:
-      e = self._encode.compile(self._both, pixels).memory_analysis()
+      e = self._encode.compile(self.variables, pixels).memory_analysis()
       d = self._detect.compile(self.variables, vision, asked).memory_analysis()
     except jax.errors.JaxRuntimeError:  # not even a plan of it fits
       return float("inf")
     # While one runs, the outputs of the call before and the next images' features are there as well. The
     # weights are counted here: a program's analysis leaves out those that it does not use.
-    weights = sum(map(_bytes_here, jax.tree.leaves(self._both)))
+    weights = sum(map(_bytes_here, jax.tree.leaves((self.variables, self.tracker_variables))))
     held = 2 * (e.output_size_in_bytes + d.output_size_in_bytes) + 2 * _bytes_here(pixels)
     return weights + held + max(e.temp_size_in_bytes, d.temp_size_in_bytes)
 
@@ -381,16 +420,31 @@ class Engine:
       boxes.append(boxes[-1] if same else self.box_arrays(prompt, size))
     return Asked(pixels, size, prompts, boxes)
 
-  def encode(self, pixels: Sequence[np.ndarray]) -> VisionFeatures:
+  def encode(self, pixels: Sequence[np.ndarray], clicks: bool = True) -> VisionFeatures:
     """Starts encoding 1 to `rows` images, uint8 [S, S, 3] each; their features, on the devices, have as
     many rows as the bucket that holds them.
+
+    clicks: for the tracker as well, where there is one.
     """
+    vision = self._run(self._encode, self.variables, self._pixels(pixels))
+    if self.tracker is None:
+      return vision
+    with explain_memory():
+      found = self._neck(self.tracker_variables, vision.trunk) if clicks else None
+    return vision.replace(tracker=found, trunk=None)
+
+  def encode_frames(self, pixels: Sequence[np.ndarray]) -> TrackerFeatures:
+    """The same for the tracker alone, as when objects are followed that nobody seeks by phrase."""
+    variables = self.variables, self.tracker_variables
+    return self._run(self._encode_frames, variables, self._pixels(pixels))
+
+  def _pixels(self, pixels: Sequence[np.ndarray]) -> jax.Array:
     if self._on_cpu:
       # No image is encoded before all is compiled: on a CPU of 2 cores both at once end no sooner, and take
       # 4% more memory at their peak (S0, float32; `python -m tests.benchmarks.compare --parts memory start`).
       self._ahead.wait()
     padding = [np.zeros_like(pixels[0])] * (self._rows(len(pixels)) - len(pixels))
-    return self._run(self._encode, self._both, self._place(np.stack([*pixels, *padding])))
+    return self._place(np.stack([*pixels, *padding]))
 
   def calls(self, asked: Sequence[Asked]) -> list[Call]:
     """How the prompts of up to R images are asked in few calls.
@@ -426,7 +480,7 @@ class Engine:
     """Starts one call on the features of `encode`, of the same images."""
     tokens, mask = self.phrases.tokens(self.variables, call.phrases)
     prompts = Prompts(tokens, mask, self._place(call.boxes), self._place(call.labels))
-    return self._run(self._detect, self.variables, vision.replace(tracker=None), prompts)
+    return self._run(self._detect, self.variables, vision.replace(tracker=None, trunk=None), prompts)
 
   def click(
     self, vision: VisionFeatures, clicks: ClickArrays, offset: float = 1.0
@@ -510,7 +564,7 @@ class Engine:
     """
     pending: tuple | None = None  # the call that the devices have
     for tag, asked in batches:
-      features = self.encode([one.pixels for one in asked]) if asked and vision is None else vision
+      features = self.encode([a.pixels for a in asked], clicks=False) if asked and vision is None else vision
       for one in asked:
         one.pixels = None  # 3 MB each, and no longer needed
       self.phrases.add(self.variables, [p.phrase for one in asked for p in one.prompts])

@@ -19,13 +19,15 @@ class VisionFeatures:
       training with dropout or `remat`, where every prompt computes its own.
     convolved: the neck's finer maps, [B, 4h, 4w, D] and [B, 2h, 2w, D], each through the convolution of the
       pixel decoder that it would be added before.
-    tracker: what the same image is for a `Sam3Tracker`; None where there is none.
+    tracker: what the same image is for a `Sam3Tracker`; None where there is none, or nobody will ask it.
+    trunk: [B, h, w, D_trunk], what that is made of; None likewise.
   """
 
   image: jax.Array
   mixed: jax.Array | None
   convolved: tuple[jax.Array, ...]
   tracker: TrackerFeatures | None = None
+  trunk: jax.Array | None = None
 
 
 @flax.struct.dataclass

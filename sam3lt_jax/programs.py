@@ -60,11 +60,21 @@ class Program:
     waited_s: seconds that callers have waited for compilation.
   """
 
-  def __init__(self, name: str, function: Callable, mesh: Mesh, out_shardings: Any, dtype: Any = None):
+  def __init__(
+    self,
+    name: str,
+    function: Callable,
+    mesh: Mesh,
+    out_shardings: Any,
+    dtype: Any = None,
+    donate: tuple[int, ...] = (),
+  ):
+    """donate: which arguments after the constants are given up, so that results may take their memory."""
     self._platform = mesh.devices.flat[0].platform
     self._mesh, self.name = mesh, name
     function.__name__ = name  # what logs and profiles show
-    self._jitted = jit(function, self._platform, dtype, out_shardings=out_shardings)
+    given_up = tuple(1 + i for i in donate)
+    self._jitted = jit(function, self._platform, dtype, out_shardings=out_shardings, donate_argnums=given_up)
     self._made: dict[tuple, futures.Future] = {}
     self._lock = threading.Lock()
     self.waited_s = 0.0

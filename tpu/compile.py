@@ -34,7 +34,7 @@ from sam3lt_jax.checkpoints import random_init
 from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 from sam3lt_jax.config import Sam3LiteTextConfig
 from sam3lt_jax.data.batches import BatchConfig
-from sam3lt_jax.features import Clicks, Prompts, VisionFeatures
+from sam3lt_jax.features import Clicks, Prompts
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.ops import target
 from sam3lt_jax.tracker import Sam3Tracker
@@ -66,7 +66,7 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
 
   def vision(images: int) -> Program:
     pixels = struct((ways * images, side, side, 3), jnp.uint8)
-    return Program(lambda v, x: engine.encode(model, None, (v, None), x), (variables, pixels), (False, True))
+    return Program(lambda v, x: engine.encode(model, False, v, x), (variables, pixels), (False, True))
 
   def detection(prompts: int) -> Program:
     function, arguments, _, _ = vision(1)
@@ -84,16 +84,21 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
   make = functools.partial(tracker.init_variables, trunk_width=config.vision.hidden_size)
   of_tracker = jax.eval_shape(make, jax.random.key(0))
 
-  def with_tracker(v: Any, t: Any, pixels: jax.Array) -> VisionFeatures:
-    return engine.encode(model, tracker, (v, t), pixels)
+  def neck() -> Program:
+    grid = side // config.vision.patch_size
+    trunk = struct((ways, grid, grid, config.vision.hidden_size), jnp.bfloat16)
+    return Program(lambda t, x: engine.neck(tracker, t, x), (of_tracker, trunk), (False, True))
 
-  def vision_and_tracker() -> Program:
+  def frame() -> Program:
     _, (_, pixels), _, _ = vision(1)
-    return Program(with_tracker, (variables, of_tracker, pixels), (False, False, True))
+    return Program(
+      lambda v, t, x: engine.encode_frames(model, tracker, (v, t), x), (variables, of_tracker, pixels),
+      (False, False, True),
+    )  # fmt: skip
 
   def clicks(objects: int) -> Program:
     lead, slots = (ways, objects), engine.POINT_BUCKETS[0]
-    features = jax.eval_shape(with_tracker, *vision_and_tracker().arguments).tracker
+    features = jax.eval_shape(neck().function, *neck().arguments)
     asked = Clicks(
       struct((*lead, slots, 2), jnp.float32), struct((*lead, slots), jnp.int32), struct((*lead, slots), bool)
     )
@@ -115,7 +120,7 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
     f"vision, {n} image{plural(n)}": lambda n=n: vision(n) for n in (1, 8)
   }
   found |= {f"detection, {n} prompt{plural(n)}": lambda n=n: detection(n) for n in (1, 4, 16)}
-  found |= {"vision and tracker, 1 image": vision_and_tracker}
+  found |= {"the tracker's neck, 1 image": neck, "a frame for the tracker": frame}
   found |= {f"clicks, {n} object{plural(n)}": lambda n=n: clicks(n) for n in (1, 64)}
   return found | {"training step, LoRA, 1 image": training}
 

@@ -32,16 +32,22 @@ def one_frame(features: TrackerFeatures, row: jax.Array) -> TrackerFeatures:
 
 
 def follow(
-  tracker: Sam3Tracker, variables: Any, bank: Bank, features: TrackerFeatures, clock: Clock
+  tracker: Sam3Tracker,
+  variables: Any,
+  bank: Bank,
+  features: TrackerFeatures,
+  clock: Clock,
+  which: jax.Array | None = None,
 ) -> Tracked:
-  """Every object on a frame, from what is remembered of it; changes nothing.
+  """Objects on a frame, from what is remembered of them; changes nothing.
 
-  features: of the frame, 1 row.
+  features: of the frame, 1 row. which: bool [P], slots that are meant; None: all live ones.
   """
+  which = bank.live if which is None else which & bank.live
   started = tracker.apply(variables, features, method="start_memory_attention")
   memory = banks.choose(bank, tracker.config, clock)
   return _by_slots(
-    lambda memory: tracker.apply(variables, features, started, memory, method="follow"), bank.live, memory
+    lambda memory: tracker.apply(variables, features, started, memory, method="follow"), which, memory
   )
 
 
@@ -101,6 +107,25 @@ def remember(
   binary = cond if binary is None else binary
   logits = tracked.masks if logits is None else logits
   present = tracked.object_score_logits > 0
+  maps = maps_of(tracker, variables, features, logits, present, binary, which, exclusive, direct)
+  quality = quality_of(tracked)
+  if tracker.config.profile.group_rules:
+    quality = banks.shared_quality(bank, quality)
+  return banks.write(bank, tracker.config, clock, which, maps, tracked.pointers, quality, cond)
+
+
+def maps_of(
+  tracker: Sam3Tracker,
+  variables: Any,
+  features: TrackerFeatures,
+  logits: jax.Array,
+  present: jax.Array,
+  binary: jax.Array,
+  which: jax.Array,
+  exclusive: jax.Array | None = None,
+  direct: bool = False,
+) -> jax.Array:
+  """What to remember of masks on a frame: bfloat16 [P, T, C]; arguments as in `remember`."""
 
   def encode(given):
     logits, binary, present = given
@@ -112,11 +137,7 @@ def remember(
 
   if exclusive is not None:  # which reads all slots at once
     logits = tracker.apply(variables, logits, binary, direct, exclusive, method="mask_to_remember")
-  maps = _by_slots(encode, which, (logits, binary, present))
-  quality = quality_of(tracked)
-  if tracker.config.profile.group_rules:
-    quality = banks.shared_quality(bank, quality)
-  return banks.write(bank, tracker.config, clock, which, maps, tracked.pointers, quality, cond)
+  return _by_slots(encode, which, (logits, binary, present))
 
 
 def quality_of(tracked: Tracked) -> jax.Array:
