@@ -3,8 +3,8 @@
     python examples/distill_text_encoder.py [TEACHER [STUDENT [PROMPTS [STEPS]]]]
 
 By default the bundled model's text encoder, all the phrases that it knows, and a student of a quarter of its
-size, so that it ends in about a minute with nothing downloaded. For the real model: `sam3 s0 noun_phrases.json`, and
-STEPS for 100 passes over the file.
+size, so that it ends in about a minute with nothing downloaded. For the real model:
+`sam3 s0 noun_phrases.json`, and STEPS for 100 passes over the file.
 """
 
 import dataclasses

@@ -20,8 +20,8 @@ def beside_the_scripts(monkeypatch):
 
 
 EXPECTED = {
-  "segment_photo.py": ("Results(20 instances, size=480x480)", "wrote segment_photo.png"),
-  "many_prompts_one_image.py": ("orange star: ", "like the star: ", "not like the square: ", "all at once: ["),
+  "segment_photo.py": ("Results(60 instances, size=480x480)", "wrote segment_photo.png"),
+  "many_prompts_one_image.py": ("orange star: ", "not like the square: ", "all at once: ["),
   "use_the_model_directly.py": (
     "pixel_values: float32 (1, 168, 168, 3)", "pred_masks: (1, 20, 48, 48)", "prompt tokens: (1, 18, 32)",
     "480, 480)",
