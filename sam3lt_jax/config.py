@@ -366,6 +366,9 @@ class PhraseVideoConfig:
     shrink_threshold: an object that keeps less of its area among the others is remembered as absent.
     shrink_at_mask_size: areas are counted on masks as the tracker gives them; False: as the memory takes
       them.
+    shrink_spares_single: an object alone in its phrase is remembered as it is, an empty one too.
+    new_masks_at_mask_size: a detection that becomes an object counts where its logit is at least 0.5, and is
+      enlarged then (transformers). False: where its enlarged logit is above 0 (original).
     max_num_objects: tracked at once.
     max_score: detection scores are held below it; 1: they are not.
     suppress_det_close_to_boundary: detections with a centre within 0.025 of the frame's edge do not count.
@@ -395,6 +398,8 @@ class PhraseVideoConfig:
   recondition_on_trk_masks: bool = False
   shrink_threshold: float = 0.3
   shrink_at_mask_size: bool = False
+  shrink_spares_single: bool = False
+  new_masks_at_mask_size: bool = False
   max_num_objects: int = 10000
   max_score: float = 0.999
   suppress_det_close_to_boundary: bool = False
@@ -414,7 +419,10 @@ class PhraseVideoConfig:
   @classmethod
   def transformers(cls) -> PhraseVideoConfig:
     """transformers 5.23.0, `Sam3VideoModel`, with the kernels that it wants."""
-    return cls("transformers", recondition_on_trk_masks=True, shrink_at_mask_size=True, max_score=1.0)
+    return cls(
+      "transformers", recondition_on_trk_masks=True, shrink_at_mask_size=True, shrink_spares_single=True,
+      new_masks_at_mask_size=True, max_score=1.0,
+    )  # fmt: skip
 
   @classmethod
   def named(cls, name: str | PhraseVideoConfig) -> PhraseVideoConfig:

@@ -50,14 +50,13 @@ def areas_among_others(
   return before.sum(0), after.sum(0)
 
 
-def keep_area(
-  logits: jax.Array, group: jax.Array, rank: jax.Array, ratio: float, side: int | None = None
+def keeps_area(
+  before: jax.Array, after: jax.Array, group: jax.Array, ratio: float, spare_single: bool = False
 ) -> jax.Array:
-  """bool [P]: objects that keep at least `ratio` of their area among the others; an object alone in its group
-  always does, an empty one among others never. Arguments as in `areas_among_others`.
+  """bool [P]: objects that keep at least `ratio` of their area among the others; an empty one never does.
 
+  spare_single: an object alone in its group always does. The others as in `areas_among_others`.
   Source: both references' `_suppress_object_pw_area_shrinkage`.
   """
-  before, after = areas_among_others(logits, group, rank, side)
   members = jax.ops.segment_sum(jnp.ones(len(group), jnp.int32), group, len(group))[group]
-  return (after / jnp.maximum(before, 1) >= ratio) | (members < 2)
+  return (after / jnp.maximum(before, 1) >= ratio) | (spare_single & (members < 2))

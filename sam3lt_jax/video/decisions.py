@@ -60,6 +60,18 @@ class Counters:
   removed: set[int] = dataclasses.field(default_factory=set)
   pinned: set[int] = dataclasses.field(default_factory=set)
 
+  def begin(self, i: int, frame: int, phrase: int) -> None:
+    """A new object that no detection stands for."""
+    self.ids.append(i)
+    self.next_id = max(self.next_id, i + 1)
+    self.phrase[i], self.score[i], self.first_frame[i] = phrase, 1.0, frame
+    self.keep_alive[i] = 0
+
+  def pin(self, i: int) -> None:
+    """The user says that this is an object."""
+    self.pinned.add(i)
+    self.score[i] = 1.0
+
   def remove(self, gone: set[int]) -> None:
     """Objects leave. What is known of them stays until `forget`."""
     self.ids = [i for i in self.ids if i not in gone]
@@ -303,7 +315,8 @@ def suppress_overlapping(
   last = np.array([counters.last_occluded.get(i, never[i]) for i in ids], int)
   phrases = np.array([counters.phrase[i] for i in ids], int)
   later = last[:, None] < last if reverse else last[:, None] > last
-  both = (iou >= threshold) & (phrases[:, None] == phrases) & ~np.eye(len(ids), dtype=bool)
+  same = (phrases[:, None] == phrases) & (phrases != CLICKED)
+  both = (iou >= threshold) & same & ~np.eye(len(ids), dtype=bool)
   hidden = (both & later & (last > NEVER_OCCLUDED)).any(axis=1)
   last[hidden | (np.asarray(areas) == 0)] = frame
   counters.last_occluded.update(zip(ids, last.tolist()))
@@ -402,6 +415,8 @@ def without_overlap(masks: Sequence[np.ndarray], scores: Sequence[float], phrase
   """
   taken: dict[int, np.ndarray] = {}
   for k in sorted(range(len(masks)), key=lambda k: -scores[k]):
+    if phrases[k] == CLICKED:
+      continue
     before = taken.get(phrases[k])
     if before is None:
       taken[phrases[k]] = masks[k].copy()

@@ -18,7 +18,9 @@ from tests.video import replay
 CLIPS = replay.names("video_decisions")
 MEMORY_SIDE = 128  # of masks as the recorded memory takes them
 areas_of = jit(lambda *arrays: overlap.areas_among_others(*arrays, MEMORY_SIDE))
-keeps = jit(lambda *arrays: overlap.keep_area(*arrays, 0.3))
+keeps = jit(
+  lambda m, group, rank: overlap.keeps_area(*overlap.areas_among_others(m, group, rank), group, 0.3)
+)
 
 
 def put_out(waiting, never):
@@ -99,7 +101,7 @@ def check_memory_areas(tracks, frame, hidden):
   group[n:] = rank[n:]  # slots that hold nothing
   logits = np.concatenate([tracks, np.full((16 - n, *tracks.shape[1:]), np.nan, np.float32)])
   before, after = (np.asarray(x)[:n] for x in areas_of(logits, group, rank))
-  gone = (after < np.float32(0.3) * np.maximum(before, 1)) & (n > 1)
+  gone = after < np.float32(0.3) * np.maximum(before, 1)
   left = np.where(gone, 0, before)
   ids = [i for i, area in zip(frame["object_ids_before"], left) if not area]
   assert [i for i in ids if i not in hidden] == frame["shrink_suppressed"]
