@@ -232,6 +232,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _segment_all(args: argparse.Namespace, names: dict[str, str], phrases: list[str]) -> int:
   """Segments photos (path -> name of what is written of it); returns how many failed."""
+  from sam3lt_jax.checkpoints import sources
+
+  sources.check_phrases(args.model, phrases)
   predictor = _load(args)
   random = args.model.startswith(RANDOM)
   report = _Report(args, phrases, predictor.model.config.profile)

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from sam3lt_jax.processing import render as module
 from sam3lt_jax.processing.render import PALETTE, instance_colors, render
 from sam3lt_jax.processing.results import Results
+from sam3lt_jax.shapes.scenes import COLOURS
 
 
 def discs(size, circles, labels=None):
@@ -94,7 +95,19 @@ def test_fill_and_outline(value):
   assert np.abs(edge - color).sum(axis=1).min() < 20  # the line itself
   if value:
     assert edge.sum(axis=1).min() < 0.75 * 3 * value  # its dark rim
-  assert np.array_equal(out, np.asarray(render(picture, results, labels=False, scores=False)))
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_a_colour_that_was_asked_for_stays_that_colour(name):
+  """Under every tint of `render` it still looks more like itself than like another."""
+  colors, size = np.array(list(COLOURS.values())), (60, 90)
+  mine, near = list(COLOURS).index(name), oklab(colors)
+  for i, tint in enumerate(instance_colors(["a"] * 60)):
+    results = dataclasses.replace(discs(size, [(45, 30, 25)]), ids=[i])
+    photo = Image.new("RGB", size[::-1], COLOURS[name])
+    seen = render(photo, results, labels=False, scores=False).getpixel((45, 30))
+    assert np.linalg.norm(near - oklab(seen), axis=1).argmin() == mine, (tint, seen)
+    assert seen != COLOURS[name] or tint == COLOURS[name]  # and it is tinted
 
 
 def test_options_switch_things_off():
@@ -224,6 +237,31 @@ def test_labels_do_not_hide_each_other(monkeypatch):
       hidden += max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
   area = sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in spots)
   assert hidden < 0.02 * area
+
+
+def test_a_label_stands_by_the_main_part(monkeypatch):
+  size = (600, 800)
+  body = discs(size, [(600, 450, 90)])
+  masks = body.masks.copy()
+  masks[0, 20:23, 30:60] = True  # a sliver, far away
+  (spot,), _ = labels_of(size, dataclasses.replace(body, masks=masks), monkeypatch)
+  assert 450 < spot[0] and spot[2] < 750 and 300 < spot[1]
+
+
+def test_a_label_keeps_off_other_objects(monkeypatch):
+  size = (600, 800)
+  over, under = (400, 200, 90), (400, 390, 90)  # above the lower disc, where its label would go, is the upper
+  spots, texts = labels_of(size, discs(size, [over, under], ["over", "under"]), monkeypatch)
+  x1, y1, x2, y2 = spots[[text.startswith("under") for text in texts].index(True)]
+  upper = discs(size, [over]).masks[0]
+  assert upper[int(y1) : int(y2), int(x1) : int(x2)].mean() < 1 / 16
+
+
+def test_what_two_phrases_found_is_labelled_twice_at_one_place(monkeypatch):
+  size = (600, 800)
+  spots, _ = labels_of(size, discs(size, [(400, 300, 60)] * 2, ["star", "shape"]), monkeypatch)
+  for x1, y1, x2, y2 in spots:
+    assert x1 < 470 and x2 > 330 and 190 < y1 and y2 < 410
 
 
 def test_a_crowd_does_not_bury_the_photo(monkeypatch):
