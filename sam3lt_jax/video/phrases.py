@@ -176,56 +176,48 @@ def commit(
   areas, left = overlap.areas_among_others(masks, orders.group, orders.rank, side)
   keeps = overlap.keeps_area(areas, left, orders.group, config.shrink_threshold, config.shrink_spares_single)
 
-  def as_given(which: jax.Array) -> tuple[Tracked, jax.Array]:
-    """Detections as the tracker takes masks; and their logits."""
-    logits = _detected(now, which)
-    prompts = _mask_prompts(config, tracker, logits, one.image.shape[1])
-    return step.given_masks(tracker, variables, one, prompts, which >= 0), logits
-
-  nothing = (jax.tree.map(jnp.zeros_like, tracked), jnp.zeros_like(masks))
   renews, starts = orders.recondition >= 0, orders.new >= 0
-  renewed, detected = jax.lax.cond(renews.any(), as_given, lambda _: nothing, orders.recondition)
-  out, pointers = masks, tracked.pointers
+
+  def as_given(at: jax.Array) -> tuple[Tracked, jax.Array, jax.Array]:
+    """Detections as the tracker takes masks; their logits, as they are and cleaned."""
+    logits = _detected(now, at)
+    prompts = _mask_prompts(config, tracker, logits, one.image.shape[1])
+    given = step.given_masks(tracker, variables, one, prompts, at >= 0)
+    return given, logits, clean_small(logits, config.fill_hole_area)
+
+  nothing = jax.tree.map(jnp.zeros_like, (tracked, masks, masks))
+  at = jnp.where(starts, orders.new, orders.recondition)
+  given, detected, fresh = jax.lax.cond((at >= 0).any(), as_given, lambda _: nothing, at)
+  out = jnp.where(starts[:, None, None], fresh, masks)
   if config.recondition_on_trk_masks:
     out = jnp.where(renews[:, None, None], detected, out)
   else:
-    pointers = jnp.where(renews[:, None], renewed.pointers, pointers)
-  remembered = jnp.where(keeps[:, None, None], masks, jnp.minimum(masks, HIDDEN_LOGIT))
-  remember = functools.partial(_remember, tracker, variables, one, now.clock)
-  live, never = bank.live & ~starts, jnp.zeros_like(starts)
-  seen = tracked.replace(pointers=pointers)
-  bank = remember(bank, seen, live, remembered, keeps & (areas > 0), orders.cond, never, direct=True)
-  started, detected = jax.lax.cond(starts.any(), as_given, lambda _: nothing, orders.new)
+    tracked = tracked.replace(pointers=jnp.where(renews[:, None], given.pointers, tracked.pointers))
+  tracked = _where(starts, given, tracked)
   if not config.new_masks_at_mask_size:
-    started = started.replace(masks=first)
-  exclusive = starts if tracker.config.profile.group_rules else None
-  there = started.object_score_logits > 0
-  bank = remember(bank, started, starts, started.masks, there, starts, starts, exclusive=exclusive)
-  bank = banks.clear(bank, orders.removed)
-  fresh = jax.lax.cond(starts.any(), lambda m: clean_small(m, config.fill_hole_area), lambda m: m, detected)
-  return bank, _where(starts, started, tracked), jnp.where(starts[:, None, None], fresh, out)
+    tracked = tracked.replace(masks=jnp.where(starts[:, None, None], first, tracked.masks))
 
-
-def _remember(
-  tracker: Sam3Tracker,
-  variables: Any,
-  one: TrackerFeatures,
-  clock: Clock,
-  bank: Bank,
-  tracked: Tracked,
-  which: jax.Array,
-  logits: jax.Array,
-  present: jax.Array,
-  cond: jax.Array,
-  binary: jax.Array,
-  **options: Any,
-) -> Bank:
-  """`step.remember`, where its mask says whether an object is there, and not the tracker's score."""
-  maps = step.maps_of(tracker, variables, one, logits, present, binary, which, **options)
+  # What is followed is remembered as it was seen, what begins as it was given.
+  maps_of = functools.partial(step.maps_of, tracker, variables, one)
+  remembered = jnp.where(keeps[:, None, None], masks, jnp.minimum(masks, HIDDEN_LOGIT))
+  maps = maps_of(
+    remembered,
+    keeps & (areas > 0),
+    jnp.zeros_like(starts),
+    bank.live & ~starts & ~orders.removed,
+    direct=True,
+  )
+  first_maps = maps_of(
+    tracked.masks, tracked.object_score_logits > 0, starts, starts,
+    starts if tracker.config.profile.group_rules else None,
+  )  # fmt: skip
   quality = step.quality_of(tracked)
   if tracker.config.profile.group_rules:
     quality = banks.shared_quality(bank, quality)
-  return banks.write(bank, tracker.config, clock, which, maps, tracked.pointers, quality, cond)
+  maps = jnp.where(starts[:, None, None], first_maps, maps)
+  cond = orders.cond | starts
+  bank = banks.write(bank, tracker.config, now.clock, bank.live, maps, tracked.pointers, quality, cond)
+  return banks.clear(bank, orders.removed), tracked, out
 
 
 def first_masks(
