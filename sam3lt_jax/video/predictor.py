@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -31,17 +31,13 @@ from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing.clicks import clicks_of
-from sam3lt_jax.processing.masks import mask_box
 from sam3lt_jax.processing.postprocess import check_threshold
 from sam3lt_jax.processing.prompts import Prompt, prompts_of
-from sam3lt_jax.processing.results import Results, hold_masks
-from sam3lt_jax.video.decisions import CLICKED, without_overlap
+from sam3lt_jax.video.decisions import CLICKED
 from sam3lt_jax.video.frames import Frame, FrameError, Frames, ahead, open_frames
 from sam3lt_jax.video.interactive import HISTORY, InferenceState, InteractiveVideo
-from sam3lt_jax.video.phrases import Found, FrameObjects, PhraseTracks
+from sam3lt_jax.video.phrases import Found, FrameObjects, PhraseTracks, frame_results
 from sam3lt_jax.video.results import FrameResults
-
-CLICKED_LABEL = "object"  # what an object is called that belongs to no phrase
 
 
 class VideoPredictor(InteractiveVideo):
@@ -424,10 +420,7 @@ class Tracking:
     """frame: None: the frame is put out now."""
     if frame is None:
       frame, self._out = self._images.pop(objects.frame), objects.frame + 1
-    size = self.frames.size
-    labels = [CLICKED_LABEL if k == CLICKED else self.phrases[k] for k in objects.phrases]
-    mask_of = _masks(self._engine, objects, size)
-    make = functools.partial(_finished, objects, labels, mask_of, size)
+    make = functools.partial(frame_results, self._engine.click_masks, objects, self.phrases, self.frames.size)
     return FrameResults(frame.index, frame.time, frame.image, make, objects.removed)
 
 
@@ -457,30 +450,3 @@ class _Images(Sequence):
 def _tuples(value: Any) -> Any:
   """JSON's lists as the tuples that they were."""
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _masks(engine: Engine, objects: FrameObjects, size: tuple[int, int]) -> Callable[[int], np.ndarray]:
-  """k -> bool [H, W] of the k-th object, on its way from the device."""
-  rows = np.array(objects.rows, int)
-  zeros = np.zeros(len(rows), int)
-  (mask_of,) = engine.click_masks.of(objects.logits[None, None], (zeros, zeros, rows), [size], 0.5)
-  return mask_of
-
-
-def _finished(
-  objects: FrameObjects, labels: Sequence[str], mask_of: Callable[[int], np.ndarray], size: tuple[int, int]
-) -> Results:
-  """Objects with a pixel, their boxes, and each pixel to one object of its phrase."""
-  masks = [mask_of(k) for k in range(len(labels))]
-  kept = [k for k, mask in enumerate(masks) if mask.any()]
-  masks = [masks[k] for k in kept]
-  boxes = np.array([mask_box(mask) for mask in masks], np.float32).reshape(-1, 4)
-  without_overlap(masks, [objects.tracker_scores[k] for k in kept], [objects.phrases[k] for k in kept])
-  return Results(
-    boxes,
-    np.array([objects.scores[k] for k in kept], np.float32),
-    hold_masks(masks, len(kept), size),
-    tuple(labels[k] for k in kept),
-    size,
-    ids=np.array([objects.ids[k] for k in kept], np.int64),
-  )
