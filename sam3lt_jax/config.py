@@ -279,7 +279,7 @@ class TrackerProfile:
     tokens_without_points: a prompt without a point or box gets two tokens that say so. False: none.
     hole_area: holes of up to so many cells of the 288 x 288 mask are filled before it is enlarged.
     logit_limit: low-resolution logits are handed back within +-this, for the next round; None: as they are.
-    memory_mask_by_image_side: a mask is made one of 0s and 1s (or of probabilities) at the side of the input
+    memory_mask_at_image_side: a mask is made one of 0s and 1s (or of probabilities) at the side of the input
       and then brought to the memory encoder's. False: its logits are brought there first.
     memory_quality: frames are remembered for later ones when score times IoU is above this; the frame before
       always is. None: the last ones are remembered whatever they are.
@@ -304,7 +304,7 @@ class TrackerProfile:
   tokens_without_points: bool
   hole_area: int
   logit_limit: float | None
-  memory_mask_by_image_side: bool = True
+  memory_mask_at_image_side: bool = True
   memory_quality: float | None = 0.01
   all_cond_pointers: bool = False
   mask_prompt_of_image_side: bool = False
@@ -324,7 +324,7 @@ class TrackerProfile:
   def transformers(cls) -> TrackerProfile:
     """transformers 5.23.0, `Sam3TrackerModel` with `Sam3TrackerProcessor`, and `Sam3TrackerVideoModel`."""
     return cls(
-      "transformers", False, True, True, 0, None, memory_mask_by_image_side=False, memory_quality=None,
+      "transformers", False, True, True, 0, None, memory_mask_at_image_side=False, memory_quality=None,
       all_cond_pointers=True, mask_prompt_of_image_side=True, mask_pointer_of_best=True,
       corrections_remember=True, refine_from_mask=False,
     )  # fmt: skip

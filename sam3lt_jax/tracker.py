@@ -257,20 +257,25 @@ class Sam3Tracker(nn.Module):
     return grid * (self.config.patch_size if self.config.profile.mask_prompt_of_image_side else CELL)
 
   def mask_to_remember(
-    self, logits: jax.Array, binary: jax.Array, direct: bool = False, exclusive: jax.Array | None = None
+    self,
+    logits: jax.Array,
+    binary: jax.Array,
+    grid: int,
+    direct: bool = False,
+    exclusive: jax.Array | None = None,
   ) -> jax.Array:
     """float32 [P, 16h, 16w] in [-10, 10], as the memory encoder reads it.
 
     Args:
-      logits: float32 [P, 4h, 4w].
+      logits: float32 [P, S, S] of any side. grid: side of the token grid.
       binary: bool [P], masks that were asked for: what is above 0 counts, not how far.
-      direct: enlarge the logits at once, not by way of the image's side, whatever the profile says.
-      exclusive: bool [P], masks of which a pixel belongs to the highest alone. None: none are. By way of the
-        image's side only.
+      direct: enlarge the logits at once, not by way of the image's side, as both references do where phrases
+        are followed.
+      exclusive: bool [P], masks of which a pixel belongs to the highest alone. None: none are.
     """
-    grid = logits.shape[-1] // 4
-    by_image = self.config.profile.memory_mask_by_image_side and not direct
-    x = resized(logits, grid * (self.config.patch_size if by_image else CELL))
+    x = logits if direct else resized(logits, grid * self.config.patch_size)
+    if not self.config.profile.memory_mask_at_image_side or direct:
+      x = resized(x, grid * CELL)
     if exclusive is not None:
       rival = jnp.where(exclusive[:, None, None], x, -jnp.inf)
       mine = rival.argmax(axis=0) == jnp.arange(len(x))[:, None, None]

@@ -104,7 +104,7 @@ def remember(
 
   Args:
     which: bool [P], slots that this frame is remembered of; None: all live ones.
-    logits: float32 [P, 4h, 4w], masks to remember instead of the tracked ones.
+    logits: float32 [P, 4h, 4w] or of any other side, masks to remember instead of the tracked ones.
     cond: bool [P], for which of them it is a frame with a prompt; None: for none.
     binary: bool [P], whose mask was given and counts as 0s and 1s; None: as `cond`.
     exclusive, direct: see `Sam3Tracker.mask_to_remember`.
@@ -134,17 +134,18 @@ def maps_of(
   direct: bool = False,
 ) -> jax.Array:
   """What to remember of masks on a frame: bfloat16 [P, T, C]; arguments as in `remember`."""
+  grid = features.image.shape[1]
 
   def encode(given):
     logits, binary, present = given
     masks = logits
     if exclusive is None:
-      masks = tracker.apply(variables, logits, binary, direct, method="mask_to_remember")
+      masks = tracker.apply(variables, logits, binary, grid, direct, method="mask_to_remember")
     memory = tracker.apply(variables, features, masks, present, method="encode_memory")
     return memory.reshape(len(memory), -1, memory.shape[-1]).astype(jnp.bfloat16)
 
   if exclusive is not None:  # which reads all slots at once
-    logits = tracker.apply(variables, logits, binary, direct, exclusive, method="mask_to_remember")
+    logits = tracker.apply(variables, logits, binary, grid, direct, exclusive, method="mask_to_remember")
   return _by_slots(encode, which, (logits, binary, present))
 
 
@@ -170,10 +171,12 @@ def prompt_masks(
 
   Args:
     masks: float32 [P, S, S] in [0, 1], S as `Sam3Tracker.mask_side` says; see `given_masks`.
-    logits: float32 [P, 4h, 4w] to remember; None: those of `masks`.
+    logits: float32 [P, 4h, 4w] to remember; None: those of `masks`, by way of 4h in the original's profile.
     exclusive: see `Sam3Tracker.mask_to_remember`.
   """
   tracked = given_masks(tracker, variables, features, masks, which)
+  if logits is None and tracker.config.profile.mask_prompt_of_image_side:
+    logits = 2 * MEMORY_SCALE * masks - MEMORY_SCALE
   bank = remember(
     tracker, variables, bank, features, clock, tracked, which=which, logits=logits, cond=which,
     exclusive=exclusive,
