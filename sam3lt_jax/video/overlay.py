@@ -22,9 +22,8 @@ from sam3lt_jax.video.frames import import_av
 
 PIECE = 128  # frames
 TICKS = 90_000  # a second: whole numbers of them for every usual rate
-# x264 gives the same bytes for the same number of threads only, and, unless it is told to, for the same CPU
-# only, by what it says of itself at that moment: in a virtual machine under load one file in a hundred differed.
-# Without B-frames packets are in order.
+# x264 gives the same bytes for the same number of threads only and, unless it is told to, for one CPU only:
+# in a virtual machine under load one file in a hundred differed. Without B-frames packets are in order.
 _ENCODER = {
   "crf": "20", "preset": "veryfast", "bf": "0", "threads": "4", "x264-params": "cpu-independent=1",
 }  # fmt: skip

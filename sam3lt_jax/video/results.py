@@ -27,8 +27,8 @@ class FrameResults:
     index: the frame's number, from 0 on. time: seconds since the first frame.
     image: uint8 [H, W, 3], the frame itself.
     make: makes `results`, when they are first asked for, in any thread.
-    removed: ids of objects that were put out in earlier frames and turned out to be none: with `latency=0`
-      alone.
+    removed: ids of objects that were put out in earlier frames and turned out to be none (with a latency
+      below 14 alone), or that the user removed.
   """
 
   index: int
