@@ -3,8 +3,8 @@
     python examples/distill_text_encoder.py [TEACHER [STUDENT [PROMPTS [STEPS]]]]
 
 By default the bundled model's text encoder, all the phrases that it knows, and a student of a quarter of its
-size, so that it ends in about a minute with nothing downloaded. In earnest: `sam3 s0 noun_phrases.json`,
-STEPS of 100 passes over the file.
+size, so that it ends in about a minute with nothing downloaded. For the real model:
+`sam3 s0 noun_phrases.json`, and STEPS for 100 passes over the file.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def main(teacher=TEACHER, student=STUDENT, prompts=None, steps=STEPS) -> None:
     out=OUTPUT,
     steps=int(steps),
   )
-  result = distill(config, images=[scene.draw()], phrases=["red circle", "small blue square"])
+  result = distill(config, images=[scene.draw()], phrases=scene.PHRASES)
 
   before, after = (x["heldout_cosine"] for x in (result.before, result.after))
   print(f"{fewer(result)} text parameters, held-out cosine {before:.3f} -> {after:.3f}")

@@ -1,6 +1,6 @@
-"""One image, many prompts: the image is encoded once.
+"""One image, many prompts: the image is encoded once. Ends in a sheet of pictures, one a prompt.
 
-    python examples/many_prompts_one_image.py [MODEL [PHOTO]]
+    python examples/many_prompts_one_image.py [MODEL]
 
 MODEL is "s0" (downloaded, about 2 GB) by default; "shapes" comes with the package and knows drawn shapes.
 
@@ -13,34 +13,41 @@ import sys
 import jax
 import numpy as np
 import scene
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sam3lt_jax import Predictor
-from sam3lt_jax.processing.images import load_image
 
 MODEL = "s0"
-PHRASES = ["red circle", "blue square", "shape"]
+OUTPUT = "many_prompts.png"
+STAR, SQUARE = scene.ORANGE_STARS[0], scene.BLACK_SQUARES[0]
+PROMPTS = {
+  **{phrase: {"text": phrase} for phrase in scene.PHRASES},
+  "shape": {"text": "shape"},
+  "like the star": {"boxes": [STAR]},
+  "shape, but not like the square": {"text": "shape", "boxes": [SQUARE], "box_labels": [0]},
+}
 
 
-def main(model: str = MODEL, photo: str | None = None) -> None:
-  image = scene.draw() if photo is None else Image.fromarray(load_image(photo))
-  threshold = 0.1 if model.startswith("random:") else None
+def main(model: str = MODEL) -> None:
+  image = scene.draw()
+  threshold = 0.1 if model.startswith("random:") else None  # None: the profile's
 
   predictor = Predictor.from_pretrained(model)
   predictor.set_image(image)
-  for phrase in PHRASES:
-    print(f"{phrase}: {len(predictor.predict(phrase, threshold=threshold))} found")
-  like_this = predictor.predict(boxes=[scene.RED_CIRCLES[0]], threshold=threshold)
-  print(f"like the box: {len(like_this)} found")
-  but_not_that = predictor.predict(
-    boxes=[scene.RED_CIRCLES[0], scene.BLUE_SQUARES[0]], box_labels=[1, 0], threshold=threshold
-  )
-  print(f"like the first box, not the second: {len(but_not_that)} found")
+  sheet = Image.new("RGB", (3 * scene.SIDE, 2 * (scene.SIDE + 24)), "white")
+  for i, (name, prompt) in enumerate(PROMPTS.items()):
+    results = predictor.predict(**prompt, threshold=threshold)
+    print(f"{name}: {len(results)} found")
+    x, y = i % 3 * scene.SIDE, i // 3 * (scene.SIDE + 24)
+    sheet.paste(results.render(labels=False), (x, y + 24))
+    ImageDraw.Draw(sheet).text((x + 6, y + 4), name, fill="black", font_size=15)
+  sheet.save(OUTPUT)
+  print(f"wrote {OUTPUT}")
 
   # The same in one call: three phrases about the photo, one about its mirror image.
   network, processor = predictor.model, predictor.processor
   images = processor(images=[image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
-  prompts = processor(text=[*PHRASES, PHRASES[0]])
+  prompts = processor(text=[*scene.PHRASES, scene.PHRASES[0]])
   output = jax.jit(network.apply)(
     predictor.variables,
     images.pixel_values,

@@ -27,7 +27,7 @@ def main(model: str = MODEL) -> None:
   # Two images a device. The number of rows has to be a multiple of the number of devices.
   image = scene.draw()
   images = [image, ImageOps.mirror(image)] * jax.local_device_count()
-  inputs = processor(images=images, text=["red circle"] * len(images))
+  inputs = processor(images=images, text=["orange star"] * len(images))
   output = forward(**inputs.model_inputs)
   shards = {str(shard.device): shard.data.shape for shard in output.pred_masks.addressable_shards}
   print(f"pred_masks {output.pred_masks.shape}, by device: {shards}")

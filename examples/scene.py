@@ -1,16 +1,14 @@
-"""A picture to segment where no photo is at hand: red circles and blue squares on grey."""
+"""A picture to segment where no photo is at hand: a drawn scene, as the bundled model knows them."""
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
-RED_CIRCLES = [(30, 40, 130, 140), (200, 150, 280, 230)]  # x1, y1, x2, y2 in pixels
-BLUE_SQUARES = [(170, 30, 250, 110), (50, 170, 120, 240)]
+from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
+
+SIDE = 480
+PHRASES = ("orange star", "black square", "striped shape")
+ORANGE_STARS = [(96, 17, 237, 154), (166, 262, 350, 457)]  # x1, y1, x2, y2 in pixels
+BLACK_SQUARES = [(349, 281, 446, 378), (4, 282, 98, 376)]
 
 
 def draw() -> Image.Image:
-  image = Image.new("RGB", (320, 260), (196, 196, 196))
-  canvas = ImageDraw.Draw(image)
-  for box in RED_CIRCLES:
-    canvas.ellipse(box, fill=(206, 44, 44), outline=(90, 10, 10), width=3)
-  for box in BLUE_SQUARES:
-    canvas.rectangle(box, fill=(52, 84, 204), outline=(10, 20, 90), width=3)
-  return image
+  return Image.fromarray(draw_scene(3_000_000_183, SceneConfig(SIDE, min_objects=6)).image)

@@ -23,7 +23,7 @@ def main(model: str = MODEL, photo: str | None = None) -> None:
   # Random weights have no files, so the configuration has to do.
   processor = Sam3Processor.from_pretrained(network if model.startswith("random:") else model)
 
-  inputs = processor(images=image, text="red circle", input_boxes=[[scene.RED_CIRCLES[0]]])
+  inputs = processor(images=image, text="orange star", input_boxes=[[scene.ORANGE_STARS[0]]])
   for name, value in inputs.items():
     print(f"{name}: {value.dtype} {value.shape}")
 

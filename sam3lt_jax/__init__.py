@@ -32,6 +32,7 @@ _EXPORTS = {
   "TextFeatures": "features",
   "TrackerConfig": "config",
   "TrackerProfile": "config",
+  "VideoPredictor": "video.predictor",
   "VisionFeatures": "features",
   "from_pretrained": "checkpoints",
   "save_pretrained": "checkpoints",

@@ -279,7 +279,7 @@ class TrackerProfile:
     tokens_without_points: a prompt without a point or box gets two tokens that say so. False: none.
     hole_area: holes of up to so many cells of the 288 x 288 mask are filled before it is enlarged.
     logit_limit: low-resolution logits are handed back within +-this, for the next round; None: as they are.
-    memory_mask_by_image_side: a mask is made one of 0s and 1s (or of probabilities) at the side of the input
+    memory_mask_at_image_side: a mask is made one of 0s and 1s (or of probabilities) at the side of the input
       and then brought to the memory encoder's. False: its logits are brought there first.
     memory_quality: frames are remembered for later ones when score times IoU is above this; the frame before
       always is. None: the last ones are remembered whatever they are.
@@ -304,7 +304,7 @@ class TrackerProfile:
   tokens_without_points: bool
   hole_area: int
   logit_limit: float | None
-  memory_mask_by_image_side: bool = True
+  memory_mask_at_image_side: bool = True
   memory_quality: float | None = 0.01
   all_cond_pointers: bool = False
   mask_prompt_of_image_side: bool = False
@@ -324,7 +324,7 @@ class TrackerProfile:
   def transformers(cls) -> TrackerProfile:
     """transformers 5.23.0, `Sam3TrackerModel` with `Sam3TrackerProcessor`, and `Sam3TrackerVideoModel`."""
     return cls(
-      "transformers", False, True, True, 0, None, memory_mask_by_image_side=False, memory_quality=None,
+      "transformers", False, True, True, 0, None, memory_mask_at_image_side=False, memory_quality=None,
       all_cond_pointers=True, mask_prompt_of_image_side=True, mask_pointer_of_best=True,
       corrections_remember=True, refine_from_mask=False,
     )  # fmt: skip
@@ -333,6 +333,101 @@ class TrackerProfile:
   def named(cls, name: str | TrackerProfile) -> TrackerProfile:
     """`"original"` or `"transformers"` to its profile; a `TrackerProfile` passes through."""
     if isinstance(name, TrackerProfile):
+      return name
+    _check_choice("profile", name, ("original", "transformers"))
+    return cls.original() if name == "original" else cls.transformers()
+
+
+@dataclasses.dataclass(frozen=True)
+class PhraseVideoConfig:
+  """How phrase video decides; names of the fields are those of both references.
+
+  Attributes:
+    name: a label only; no code branches on it.
+    score_threshold_detection: detections above it count. det_nms_thresh: of two that overlap by more, the
+      better stays; 0: both.
+    new_det_thresh: score from which a detection that fits no object is a new one.
+    assoc_iou_thresh: IoU from which a detection belongs to an object. trk_assoc_iou_thresh: IoU from which an
+      object counts as detected.
+    hotstart_delay: frames for which an object is young, and for which results are held back.
+    hotstart_unmatch_thresh: frames without a detection after which a young object is removed.
+    hotstart_dup_thresh: detections shared with an older object after which a young one is removed.
+    suppress_unmatched_only_within_hotstart: False: an older object is hidden while its keep-alive count is 0
+      or less.
+    init_trk_keep_alive, max_trk_keep_alive, min_trk_keep_alive: where that count starts, and its ends.
+    decrease_trk_keep_alive_for_empty_masklets: an empty mask counts as a frame without a detection.
+    suppress_overlapping_based_on_recent_occlusion_threshold: IoU from which two objects cover each other; 0:
+      never.
+    fill_hole_area: holes and specks of masks of up to so many cells are cleaned away; 0: none.
+    recondition_every_nth_frame: how often sure detections renew the memory of their objects; 0: never.
+    high_conf_thresh, high_iou_thresh: score and IoU from which a detection is sure.
+    recondition_on_trk_masks: memory is renewed from the tracked mask, and the detection is put out
+      (transformers). False: from the detection, and the tracked mask is put out (original).
+    shrink_threshold: an object that keeps less of its area among the others is remembered as absent.
+    shrink_at_mask_size: areas are counted on masks as the tracker gives them; False: as the memory takes
+      them.
+    shrink_spares_single: an object alone in its phrase is remembered as it is, an empty one too.
+    new_masks_at_mask_size: a detection that becomes an object counts where its logit is at least 0.5, and is
+      enlarged then (transformers). False: where its enlarged logit is above 0 (original).
+    max_num_objects: tracked at once.
+    max_score: detection scores are held below it; 1: they are not.
+    suppress_det_close_to_boundary: detections with a centre within 0.025 of the frame's edge do not count.
+    masklet_confirmation_enable: objects are put out only once they were detected on some frames in a row.
+    masklet_confirmation_consecutive_det_thresh: on how many.
+  """
+
+  name: str = "original"
+  score_threshold_detection: float = 0.5
+  det_nms_thresh: float = 0.1
+  new_det_thresh: float = 0.7
+  assoc_iou_thresh: float = 0.1
+  trk_assoc_iou_thresh: float = 0.5
+  hotstart_delay: int = 15
+  hotstart_unmatch_thresh: int = 8
+  hotstart_dup_thresh: int = 8
+  suppress_unmatched_only_within_hotstart: bool = True
+  init_trk_keep_alive: int = 30
+  max_trk_keep_alive: int = 30
+  min_trk_keep_alive: int = -1
+  decrease_trk_keep_alive_for_empty_masklets: bool = False
+  suppress_overlapping_based_on_recent_occlusion_threshold: float = 0.7
+  fill_hole_area: int = 16
+  recondition_every_nth_frame: int = 16
+  high_conf_thresh: float = 0.8
+  high_iou_thresh: float = 0.8
+  recondition_on_trk_masks: bool = False
+  shrink_threshold: float = 0.3
+  shrink_at_mask_size: bool = False
+  shrink_spares_single: bool = False
+  new_masks_at_mask_size: bool = False
+  max_num_objects: int = 10000
+  max_score: float = 0.999
+  suppress_det_close_to_boundary: bool = False
+  masklet_confirmation_enable: bool = False
+  masklet_confirmation_consecutive_det_thresh: int = 3
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if field.name != "min_trk_keep_alive":  # the one that may be negative
+        typed(field.name, getattr(self, field.name), field.default)
+
+  @classmethod
+  def original(cls) -> PhraseVideoConfig:
+    """The authors' code (facebookresearch/sam3, `sam3_video_base.py`, February 2026)."""
+    return cls()
+
+  @classmethod
+  def transformers(cls) -> PhraseVideoConfig:
+    """transformers 5.23.0, `Sam3VideoModel`, with the kernels that it wants."""
+    return cls(
+      "transformers", recondition_on_trk_masks=True, shrink_at_mask_size=True, shrink_spares_single=True,
+      new_masks_at_mask_size=True, max_score=1.0,
+    )  # fmt: skip
+
+  @classmethod
+  def named(cls, name: str | PhraseVideoConfig) -> PhraseVideoConfig:
+    """`"original"` or `"transformers"` to its numbers; a `PhraseVideoConfig` passes through."""
+    if isinstance(name, PhraseVideoConfig):
       return name
     _check_choice("profile", name, ("original", "transformers"))
     return cls.original() if name == "original" else cls.transformers()

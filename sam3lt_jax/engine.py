@@ -412,8 +412,9 @@ class Engine:
     """An image with its prompts, checked.
 
     Raises:
-      ValueError: a box or label that cannot be meant.
+      ValueError: a box or label that cannot be meant, a phrase that the model cannot know.
     """
+    self.processor.check_phrases(prompt.text for prompt in prompts if prompt.text)
     boxes: list[tuple[np.ndarray, np.ndarray]] = []
     for i, prompt in enumerate(prompts):
       same = i and prompt.boxes is prompts[i - 1].boxes and prompt.labels is prompts[i - 1].labels

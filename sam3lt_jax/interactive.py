@@ -149,7 +149,7 @@ class SamPredictor:
     Raises:
       ValueError: no image was set, or naming the argument.
     """
-    vision, size = self.predictor.encoded()
+    vision, size, _ = self.predictor.encoded()
     if mask_input is not None and np.ndim(mask_input) == 4:
       mask_input = to_numpy(mask_input, "mask_input")[:, 0]
     names = ("point_coords", "point_labels", "box", "mask_input")

@@ -19,7 +19,7 @@ import jax.numpy as jnp  # noqa: F401  (others import it from here)
 import numpy as np
 
 from sam3lt_jax import interactive
-from sam3lt_jax.engine import Engine
+from sam3lt_jax.engine import Asked, Engine
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.features import VisionFeatures
 from sam3lt_jax.kept import Kept
@@ -42,10 +42,12 @@ class Encoded(NamedTuple):
   Attributes:
     vision: its features, on the devices.
     size: (height, width) of the image.
+    image: what was encoded, for results to remember.
   """
 
   vision: VisionFeatures
   size: tuple[int, int]
+  image: Any = None
 
 
 class Predictor:
@@ -74,7 +76,11 @@ class Predictor:
     model: what runs. RepMixer blocks are folded (`Sam3LiteText.fuse`) unless `fuse=False`.
     processor: the `Sam3Processor` in use; its profile's threshold and mask order are the defaults.
     engine: the compiled programs and the weights on the devices.
+    remember_images: whether results hold on to the image that they are of (`Results.image`), so that they can
+      be shown. Those of `stream` remember paths only: its images may be many, or one that changes.
   """
+
+  remember_images: bool = True
 
   def __init__(
     self,
@@ -248,12 +254,12 @@ class Predictor:
     """
     thresholds = self._thresholds(threshold, mask_threshold)
     asked = prompts.prompts_of(text, None, None)
-    return self._stream(((image, asked) for image in images), *thresholds)
+    return self._stream(((image, asked) for image in images), *thresholds, paths_only=True)
 
   def encode(self, image: Any) -> Encoded:
     """Encodes an image (path, PIL image, array [H, W, 3]), for `predict` and `refine` to be told."""
     pixels, size = self._read(image)
-    return Encoded(self.engine.encode([pixels]), size)
+    return Encoded(self.engine.encode([pixels]), size, image if self.remember_images else None)
 
   def set_image(self, image: Any) -> Predictor:
     """Encodes an image, the one that `predict` and `refine` mean from now on; returns the predictor."""
@@ -295,20 +301,19 @@ class Predictor:
     Raises:
       ValueError: no image was set, no tracker is loaded, or as in `__call__`.
     """
-    vision, size = self.encoded(image)
+    vision, size, remembered = self.encoded(image)
     pointing = {"points": points, "point_labels": point_labels, "box": box, "mask": mask}
     if any(value is not None for value in pointing.values()):
       finding = {"text": text, "boxes": boxes, "box_labels": box_labels, "threshold": threshold}
       self._one_kind(pointing, finding)
       clicks = clicks_of(size, vision.tracker.mask_side, points, point_labels, box, mask)
       _, mask_threshold = self._thresholds(0.5, mask_threshold)
-      return interactive.results(
-        self.engine, interactive.answer(self.engine, vision, clicks, None), size, mask_threshold
-      )
+      answer = interactive.answer(self.engine, vision, clicks, None)
+      return interactive.results(self.engine, answer, size, mask_threshold).with_image(remembered)
     thresholds = self._thresholds(threshold, mask_threshold)
     asked = self.engine.asked(None, size, prompts.prompts_of(text, boxes, box_labels))
     ((_, (kept,)),) = self.engine.run([(None, [asked])], *thresholds, vision=vision)
-    return _results(kept, asked.prompts)
+    return _results(kept, asked.prompts, remembered)
 
   def refine(
     self, results: Results, index: int, points: Any = None, point_labels: Any = None, box: Any = None,
@@ -422,11 +427,16 @@ class Predictor:
     return image_ops.resize_image(image, self.processor.image_size), image.shape[:2]
 
   def _stream(
-    self, works: Iterable[tuple[Any, Sequence[Prompt]]], threshold: float, mask_threshold: float
+    self,
+    works: Iterable[tuple[Any, Sequence[Prompt]]],
+    threshold: float,
+    mask_threshold: float,
+    paths_only: bool = False,
   ) -> Iterator[Results]:
     for asked, kept in self.engine.run(self._batches(works), threshold, mask_threshold):
-      for prompts_of_image, one in zip(asked, kept):
-        yield _results(one, prompts_of_image)
+      for (image, prompts_of_image), one in zip(asked, kept):
+        keep = self.remember_images and (isinstance(image, (str, os.PathLike)) or not paths_only)
+        yield _results(one, prompts_of_image, image if keep else None)
 
   def _batches(self, works: Iterable[tuple[Any, Sequence[Prompt]]]) -> Iterator[tuple[list, list]]:
     """Images read ahead, in batches of the engine's rows; each batch is tagged with its prompts.
@@ -434,34 +444,37 @@ class Predictor:
     Fewer images than a batch go one a device: to compile for a batch takes longer than they do.
     """
     rows, few, batch = self.engine.rows, self.engine.ways, []
-    for (pixels, size), asked in _ahead(self._read, works, rows):
-      batch.append(self.engine.asked(pixels, size, asked))
+    for image, (pixels, size), asked in _ahead(self._read, works, rows):
+      batch.append((image, self.engine.asked(pixels, size, asked)))
       if len(batch) == rows:
-        yield [one.prompts for one in batch], batch
+        yield _tagged(batch)
         batch, few = [], rows
     for start in range(0, len(batch), few):
-      some = batch[start : start + few]
-      yield [one.prompts for one in some], some
+      yield _tagged(batch[start : start + few])
+
+
+def _tagged(batch: list[tuple[Any, Asked]]) -> tuple[list[tuple[Any, Sequence[Prompt]]], list[Asked]]:
+  return [(image, one.prompts) for image, one in batch], [one for _, one in batch]
 
 
 def _ahead(read: Any, works: Iterable[tuple[Any, Any]], rows: int) -> Iterator[tuple[Any, Any]]:
-  """(read(image), what is asked) of each, in order; a batch and a few more are read in advance."""
+  """(image, read(image), what is asked) of each, in order; a batch and a few more are read in advance."""
   works, workers = iter(works), image_ops.default_workers()
   waiting: collections.deque = collections.deque()
   with futures.ThreadPoolExecutor(workers, "sam3lt-read") as pool:
     try:
       while True:
         while len(waiting) < rows + 2 * workers and (work := next(works, None)) is not None:
-          waiting.append((pool.submit(read, work[0]), work[1]))
+          waiting.append((work[0], pool.submit(read, work[0]), work[1]))
         if not waiting:
           return
-        image, asked = waiting.popleft()
-        yield image.result(), asked
+        image, pixels, asked = waiting.popleft()
+        yield image, pixels.result(), asked
     finally:
-      for image, _ in waiting:
-        image.cancel()
+      for _, pixels, _ in waiting:
+        pixels.cancel()
 
 
-def _results(kept: Kept, asked: Sequence[Prompt]) -> Results:
+def _results(kept: Kept, asked: Sequence[Prompt], image: Any) -> Results:
   labels = tuple(asked[i].phrase for i in kept.prompt)
-  return Results(kept.boxes, kept.scores, kept.masks(), labels, kept.size)
+  return Results(kept.boxes, kept.scores, kept.masks(), labels, kept.size, image=image)

@@ -21,6 +21,9 @@ from typing import Any, BinaryIO
 
 from sam3lt_jax.errors import ArgumentError
 
+IMAGE_SUFFIXES = frozenset(
+  ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif .ppm .pgm .jp2 .tga .ico".split()
+)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # TensorStore and safetensors raise exceptions of their own, with the system's text or number in them; numpy's
 # has neither.
@@ -33,6 +36,11 @@ _QUIET, _PATIENCE = 0.3, 10.0  # seconds
 
 class CannotWrite(ValueError):
   """A file, folder or disk that does not take what is written: which, why, and what is kept all the same."""
+
+
+def is_image(name: str) -> bool:
+  """Whether a file is called as an image is."""
+  return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def is_disk_full(e: BaseException | None) -> bool:

@@ -199,34 +199,25 @@ class Sam3Tracker(nn.Module):
       started, memory.maps, table[memory.rows], memory.count, tokens, spread(places), spread(memory.there)
     )
 
-  def follow(self, features: TrackerFeatures, started: jax.Array, memory: Memory) -> Tracked:
-    """P objects on a frame that nobody asked about.
-
-    features: of the frame, 1 row; started: of them, see `start_memory_attention`.
-    """
-    P = len(memory.count)
-    image = self.condition(started, memory)
-    return self._answer(self._decode(image, features.fine, self._no_clicks(P)), jnp.zeros(P, jnp.int32))
-
   def prompted(
-    self,
-    features: TrackerFeatures,
-    clicks: Clicks,
-    started: jax.Array | None = None,
-    memory: Memory | None = None,
+    self, features: TrackerFeatures, clicks: Clicks | None = None, image: jax.Array | None = None
   ) -> Tracked:
-    """P objects on a frame with clicks, a box or the logits to start from.
+    """P objects on a frame.
 
     Args:
       features: of the frame, 1 row.
-      clicks: without image_index; a row without any point is asked about like one of `follow`.
-      started, memory: None: nothing is remembered, as for a first frame.
+      clicks: without image_index; a row without any point is like one of a frame that nobody asked about.
+        None: all are.
+      image: [P, h, w, D], what `condition` gave. None: nothing is remembered, as for a first frame.
     """
-    image = self._without_memory(features.image) if memory is None else self.condition(started, memory)
-    points = clicks.valid.sum(axis=1)
-    empty = jnp.arange(clicks.valid.shape[1]) == 0
-    empty = empty & (points == 0)[:, None]
-    clicks = clicks.replace(labels=jnp.where(empty, NOT_A_POINT, clicks.labels), valid=clicks.valid | empty)
+    if clicks is None:
+      clicks, points = self._no_clicks(len(image)), jnp.zeros(len(image), jnp.int32)
+    else:
+      points = clicks.valid.sum(axis=1)
+      empty = (jnp.arange(clicks.valid.shape[1]) == 0) & (points == 0)[:, None]
+      labels = jnp.where(empty, NOT_A_POINT, clicks.labels)
+      clicks = clicks.replace(labels=labels, valid=clicks.valid | empty)
+    image = self._without_memory(features.image) if image is None else image
     return self._answer(self._decode(image, features.fine, clicks), points)
 
   def _no_clicks(self, P: int) -> Clicks:
@@ -266,20 +257,25 @@ class Sam3Tracker(nn.Module):
     return grid * (self.config.patch_size if self.config.profile.mask_prompt_of_image_side else CELL)
 
   def mask_to_remember(
-    self, logits: jax.Array, binary: jax.Array, direct: bool = False, exclusive: jax.Array | None = None
+    self,
+    logits: jax.Array,
+    binary: jax.Array,
+    grid: int,
+    direct: bool = False,
+    exclusive: jax.Array | None = None,
   ) -> jax.Array:
     """float32 [P, 16h, 16w] in [-10, 10], as the memory encoder reads it.
 
     Args:
-      logits: float32 [P, 4h, 4w].
+      logits: float32 [P, S, S] of any side. grid: side of the token grid.
       binary: bool [P], masks that were asked for: what is above 0 counts, not how far.
-      direct: enlarge the logits at once, not by way of the image's side, whatever the profile says.
-      exclusive: bool [P], masks of which a pixel belongs to the highest alone. None: none are. By way of the
-        image's side only.
+      direct: enlarge the logits at once, not by way of the image's side, as both references do where phrases
+        are followed.
+      exclusive: bool [P], masks of which a pixel belongs to the highest alone. None: none are.
     """
-    grid = logits.shape[-1] // 4
-    by_image = self.config.profile.memory_mask_by_image_side and not direct
-    x = resized(logits, grid * (self.config.patch_size if by_image else CELL))
+    x = logits if direct else resized(logits, grid * self.config.patch_size)
+    if not self.config.profile.memory_mask_at_image_side or direct:
+      x = resized(x, grid * CELL)
     if exclusive is not None:
       rival = jnp.where(exclusive[:, None, None], x, -jnp.inf)
       mine = rival.argmax(axis=0) == jnp.arange(len(x))[:, None, None]

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = (
   "README.md",
   "docs/clicks.md",
+  "docs/video.md",
   "docs/training.md",
   "docs/jobs.md",
   "docs/serving.md",

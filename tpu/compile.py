@@ -41,6 +41,8 @@ from sam3lt_jax.tracker import Sam3Tracker
 from sam3lt_jax.training.detection import memory
 from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.setup import FinetuneConfig
+from sam3lt_jax.video import bank as banks
+from sam3lt_jax.video import tracks
 from tpu.chips import CHIPS, COMPILED
 
 BOXES = engine.BOX_BUCKETS[0]  # slots of a prompt without boxes
@@ -107,6 +109,17 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
       (False, True, True, False),
     )  # fmt: skip
 
+  def following(objects: int) -> Program:
+    grid = side // config.vision.patch_size
+    bank = jax.eval_shape(lambda: banks.empty(tracker.config, grid, objects, dtype=jnp.bfloat16))
+    features = jax.eval_shape(neck().function, *neck().arguments)
+    number = struct((), jnp.int32)
+    clock, which = banks.Clock(number, number, number), struct((objects,), bool)
+    return Program(
+      functools.partial(tracks.advance, tracker), (of_tracker, bank, features, number, clock, which),
+      (False,) * 6, donated=(1,),
+    )  # fmt: skip
+
   def training() -> Program:
     tuning = FinetuneConfig(
       data=BatchConfig(batch_size=ways, prompts=1, objects=32), dtype="bfloat16", remat=True,
@@ -122,6 +135,8 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
   found |= {f"detection, {n} prompt{plural(n)}": lambda n=n: detection(n) for n in (1, 4, 16)}
   found |= {"the tracker's neck, 1 image": neck, "a frame for the tracker": frame}
   found |= {f"clicks, {n} object{plural(n)}": lambda n=n: clicks(n) for n in (1, 64)}
+  if ways == 1:  # a clip is one device's
+    found |= {f"following {n} object{plural(n)}": lambda n=n: following(n) for n in (1, 8)}
   return found | {"training step, LoRA, 1 image": training}
 
 
@@ -266,7 +281,8 @@ included; nothing was run on a TPU, and no time was measured.
   others, were not enough. A small model's is, kernels of its backward pass included.
 - `vision` is uint8 images to the features that all prompts about them share, `detection` prompts with 8 box
   slots about one image to scores, boxes and masks; `clicks` prompts of up to 4 points about one image to
-  masks and their scores. bfloat16; weights are arguments.
+  masks and their scores. bfloat16; weights are arguments. "A frame for the tracker" is an image to what
+  following objects takes; `following` is one frame of a clip, whose state is an argument and a result.
 - On several chips each does what the program's name says; "collectives" are operations between chips.
 """
 
@@ -312,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   rows: list[dict[str, Any]] = []
   for chips in counts:
     made = programs(RANDOM_CONFIGS[args.size](), chips)
-    for name in names:
+    for name in (n for n in names if n in made):
       start = time.perf_counter()
       found = figures(compile_for(made[name](), devices[:chips]))
       print(f"{name}, {chips} chip(s): compiled in {time.perf_counter() - start:.0f} s", flush=True)

@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 import importlib.resources
 import os
+from collections.abc import Iterable
 from typing import Literal
 
 from sam3lt_jax.checkpoints import hub, orbax_io, readers
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.processing.vocabulary import Vocabulary
 
 ALIASES = {
   "s0": "Simon7108528/sam3-litetext-s0",
@@ -75,6 +77,17 @@ def locate(
 def bundled(name: str) -> str:
   """The directory of a model that comes with the package."""
   return os.fspath(importlib.resources.files("sam3lt_jax") / "assets" / name)
+
+
+def check_phrases(source: str | os.PathLike, phrases: Iterable[str]) -> None:
+  """Before a model is loaded: raises ValueError for a phrase that it cannot know, see `Vocabulary`.
+
+  Of a model that is not on this machine yet nothing is known, and of most others there is nothing to know.
+  """
+  name = os.path.expanduser(os.fspath(source))
+  vocabulary = Vocabulary.beside(bundled(name) if name in BUNDLED else name)
+  if vocabulary is not None:
+    vocabulary.check(phrases)
 
 
 def random_sources() -> list[str]:

@@ -35,6 +35,7 @@ VERBS = {
   "demo": ("sam3lt_jax.cli.demo", "see it work: a drawn scene and a small model that comes with the package"),
   "segment": ("sam3lt_jax.cli.segment", "find, outline and score all that matches a phrase in photos"),
   "everything": ("sam3lt_jax.cli.everything", "all that can be told apart in photos, without a phrase"),
+  "track": ("sam3lt_jax.cli.track", "follow all that matches a phrase through a video"),
   "app": ("sam3lt_jax.cli.app", "a local page: phrases, example boxes and clicks on a photo"),
   "info": ("sam3lt_jax.cli.info", "a model's parts, their parameters and bytes, and its profile"),
   "batch": ("sam3lt_jax.cli.batch", "segment a large set of images: restarts, devices, hosts"),

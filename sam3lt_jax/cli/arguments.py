@@ -10,6 +10,8 @@ from typing import Any
 
 from sam3lt_jax import storage
 
+TRACKER = "facebook/sam3"  # of the verbs that cannot do without one
+
 
 def count(text: str) -> int:
   """A whole number of at least 1."""
@@ -94,6 +96,22 @@ def add_tracker(parser: argparse.ArgumentParser, required: bool = False) -> None
     help="where SAM 3's tracker is, which clicks need: 'facebook/sam3', a folder, a .pt file of SAM 3 or "
     "SAM3-LiteText; 'same': in --model itself",
   )
+
+
+def add_tracking(parser: argparse.ArgumentParser) -> None:
+  """What following objects through clips needs: --tracker, and options of `VideoPredictor.track` and
+  `video.writing.Files`.
+  """
+  add_tracker(parser)
+  add = parser.add_argument
+  add("--max-objects", type=count, metavar="N", help="of a clip at a time, over all phrases")
+  add("--latency", type=whole, metavar="N",
+      help="frames that a frame is held back, for objects that turn out to be none (default: 14)",
+  )  # fmt: skip
+  add("--every", type=count, metavar="N",
+      help="frames from a saved state to the next (default: those of half a minute)")  # fmt: skip
+  add("--no-overlay", dest="overlay", action="store_false", help="do not draw the objects on the video")
+  add("--davis", action="store_true", help="a palette PNG a frame, as DAVIS wants results")
 
 
 def tracker_of(args: argparse.Namespace) -> str | bool | None:

@@ -7,8 +7,17 @@ import contextlib
 import json
 import sys
 
-from sam3lt_jax.cli import PROGRAM
-from sam3lt_jax.cli.arguments import add_model, count, filled, fraction, whole
+from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli.arguments import (
+  TRACKER,
+  add_model,
+  add_tracking,
+  count,
+  filled,
+  fraction,
+  tracker_of,
+  whole,
+)
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
@@ -18,6 +27,8 @@ examples:
     sam3lt batch photos/ --prompts "a dog" "a cat" --out found
   a file of phrases (one a line), or of questions an image (JSON lines), over tar shards:
     sam3lt batch 'shards/photos-{0000..0099}.tar' --prompts-file questions.jsonl --out found
+  many clips, one a device at a time (see also sam3lt track):
+    sam3lt batch clips/ --video --prompts "person" "dog" --tracker facebook/sam3 --out tracked
   it was interrupted, or the machine is another one: the same command does what is missing
   the first of four hosts (the others: 1 to 3), one output folder that all of them see:
     sam3lt batch gs://my/photos --prompts "a dog" --out gs://my/found --process-index 0 --process-count 4
@@ -25,7 +36,8 @@ examples:
     sam3lt status found
     sam3lt merge found --out found.json
 
-SOURCE is a folder, a glob, a list of paths (.txt), COCO images (.json), tar shards (.tar), or several.
+SOURCE is a folder, a glob, a list of paths (.txt), COCO images (.json), tar shards (.tar), or several; with
+--video a folder, a glob or a list of video files, or several: what is found stands in OUT/clips.
 A file of questions has a line an image: {"id": "a/1.jpg", "text": ["a dog"], "boxes": [[10, 20, 110, 90]]}.
 
 exit codes: 0 done (images that cannot be read are recorded, counted and no error); 1 stopped, as more images
@@ -50,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   _model_arguments(parser)
   _device_arguments(parser)
   _job_arguments(parser)
+  _video_arguments(parser)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +118,17 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
   add("--json", action="store_true", help="print the summary as JSON")
 
 
+def _video_arguments(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group("clips")
+  group.add_argument(
+    "--video", action="store_true", help="the source is clips: follow the phrases through each"
+  )
+  add_tracking(group)
+
+
 def run(args: argparse.Namespace) -> int:
+  if args.video:
+    return _run_clips(args)
   with _Shown("starting") as shown:
     from sam3lt_jax.jobs.run import JobConfig, run_job
 
@@ -113,6 +136,20 @@ def run(args: argparse.Namespace) -> int:
     if args.model.startswith(RANDOM):
       shown.note(RANDOM_WARNING.replace("the masks and scores below", "the results"))
     summary = run_job(config, progress=shown)
+  print(json.dumps(summary.to_json()) if args.json else summary)
+  return summary.exit_code
+
+
+def _run_clips(args: argparse.Namespace) -> int:
+  if args.prompts_file is not None:
+    raise UserError("--video takes --prompts, the same for every clip, and no --prompts-file")
+  with _Shown("starting") as shown:
+    from sam3lt_jax.jobs.clips import ClipConfig, run_clips
+
+    config = ClipConfig(**filled(ClipConfig, args) | {"tracker": tracker_of(args) or TRACKER})
+    if args.model.startswith(RANDOM):
+      shown.note(RANDOM_WARNING.replace("the masks and scores below", "the results"))
+    summary = run_clips(config, progress=shown)
   print(json.dumps(summary.to_json()) if args.json else summary)
   return summary.exit_code
 

@@ -59,9 +59,11 @@ def run(args: argparse.Namespace) -> int:
     raise UserError("--scenes without --data")
   from PIL import Image
 
+  from sam3lt_jax.checkpoints import sources
   from sam3lt_jax.predictor import Predictor
   from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 
+  sources.check_phrases("shapes", args.phrases)
   make_folder(args.out)
   picture, overlay = (os.path.join(args.out, f"demo_{name}.png") for name in ("scene", "overlay"))
   with busy("drawing a scene and loading the bundled model"):

@@ -15,9 +15,9 @@ _LOG_PERIOD = 30.0  # seconds between lines where stderr is no terminal
 class Progress:
   """A tqdm bar that appears after `DELAY` and whose clock runs while the work blocks; see `busy`."""
 
-  def __init__(self, description: str, total: int | None):
-    self._description, self._total = description, total
-    self._done, self._start = 0, time.time()
+  def __init__(self, description: str, total: int | None, unit: str | None = None, done: int = 0):
+    self._description, self._total, self._unit = description, total, unit
+    self._before, self._done, self._start = done, done, time.time()
     self._bar = None
     self._lock = threading.RLock()
     self._end = threading.Event()
@@ -50,11 +50,16 @@ class Progress:
     if self._bar is None:
       counts = self._total is not None and self._total > 1
       layout = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if counts else "{desc} [{elapsed}]"
+      if self._unit is not None:
+        layout = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+        layout = layout if counts else "{desc} {n_fmt} [{elapsed}, {rate_noinv_fmt}]"
       self._bar = tqdm(
-        desc=self._description, total=self._total, initial=self._done, leave=False, bar_format=layout,
+        desc=self._description, total=self._total, initial=self._before, unit=self._unit or "it", leave=False,
+        bar_format=layout,
         file=sys.stderr, mininterval=1.0 if terminal else _LOG_PERIOD, delay=1e-9,
       )  # fmt: skip
       self._bar.start_t = self._start
+      self._bar.update(self._done - self._before)
     self._bar.refresh()
     if not terminal:
       print(file=sys.stderr, flush=True)
@@ -77,12 +82,16 @@ class Progress:
 
 
 @contextlib.contextmanager
-def busy(description: str, total: int | None = None) -> Iterator[Progress]:
+def busy(
+  description: str, total: int | None = None, unit: str | None = None, done: int = 0
+) -> Iterator[Progress]:
   """Shows on stderr what is being done and for how long; with `total` over 1, how many of them are done.
+
+  unit: " frames": also how many of them a second, also where nobody knows how many there are. done: before.
 
   A terminal is redrawn every second, a log file gets a line every half minute.
   """
-  progress = Progress(description, total)
+  progress = Progress(description, total, unit, done)
   progress.start()
   try:
     yield progress

@@ -17,7 +17,8 @@ from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
 from sam3lt_jax.cli.arguments import add_model, add_tracker, fraction, make_folder, tracker_of
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.errors import shown
-from sam3lt_jax.jobs.sources import images_in, is_image
+from sam3lt_jax.jobs.sources import images_in
+from sam3lt_jax.storage import is_image
 
 if TYPE_CHECKING:
   from sam3lt_jax.predictor import Predictor
@@ -231,6 +232,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _segment_all(args: argparse.Namespace, names: dict[str, str], phrases: list[str]) -> int:
   """Segments photos (path -> name of what is written of it); returns how many failed."""
+  from sam3lt_jax.checkpoints import sources
+
+  sources.check_phrases(args.model, phrases)
   predictor = _load(args)
   random = args.model.startswith(RANDOM)
   report = _Report(args, phrases, predictor.model.config.profile)

@@ -81,6 +81,9 @@ def merge(
   if len({files.absolute(path) for path in paths}) < len(paths):
     raise ValueError(f"the files must be different ones, got {', '.join(paths)}")
   plan = Plan.load(directory)
+  if plan.fingerprint.get("video"):
+    clips = files.join(plan.directory, "clips")
+    raise ValueError(f"{plan.directory} is a job of clips: what was found stands in {clips}, a folder a clip")
   done = plan.committed()
   missing = [i for i in range(len(plan.shards)) if i not in done]
   if missing and not partial:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sam3lt_jax import storage
+from sam3lt_jax.checkpoints.sources import check_phrases
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.jobs import files, ledger, reading, setup
 from sam3lt_jax.jobs.overlays import Overlays
@@ -163,6 +164,8 @@ def run_job(
     questions = setup.load_questions(config)
     if skipped := questions.check_items(item.id for item in items) if questions.per_image else 0:
       progress.note(f"nothing is asked of {skipped} of {len(items)} images")
+    if predictor is None:
+      check_phrases(config.model, questions.phrases)
     setup.use_compilation_cache(config.compilation_cache)
     first = itertools.islice(items, SHARD_SIZES[1])
     asked = max([1, *(len(questions.for_item(item.id)) for item in first)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,12 @@ import numpy as np
 
 from sam3lt_jax import parallel
 from sam3lt_jax.checkpoints import open_checkpoint
+from sam3lt_jax.checkpoints.summary import digest
 from sam3lt_jax.engine import IMAGE_BUCKETS, PROMPT_BUCKETS, Engine
 from sam3lt_jax.errors import renamed
 from sam3lt_jax.jobs import files
 from sam3lt_jax.jobs.questions import Questions
-from sam3lt_jax.model import Sam3LiteText, Variables
+from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing.processor import Sam3Processor
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
   from sam3lt_jax.jobs.run import JobConfig
 
 _LISTED = 10_000  # phrases that stand in plan.json; more only by their digest
-_SAMPLES = 64  # values of each array that tell one model from another
 
 
 def process_number(config: JobConfig) -> tuple[int, int]:
@@ -87,16 +86,6 @@ def engine_options(config: JobConfig, questions: int) -> dict[str, Any]:
   elif not on_cpu:
     options["prompt_buckets"] = sorted({*PROMPT_BUCKETS, questions})
   return options
-
-
-def digest(variables: Variables) -> str:
-  """Of a sample of every array's values, in order of their names: another model gives another digest."""
-  sha = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    flat = leaf.reshape(-1)
-    sample = np.asarray(flat[:: max(1, flat.size // _SAMPLES)], np.float32)
-    sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} ".encode() + sample.tobytes())
-  return sha.hexdigest()[:16]
 
 
 def fingerprint(

@@ -36,10 +36,8 @@ from typing import Any, BinaryIO
 
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files
+from sam3lt_jax.storage import IMAGE_SUFFIXES, is_image
 
-IMAGE_SUFFIXES = frozenset(
-  ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif .heic .heif .ppm .pgm .jp2 .tga .ico".split()
-)
 _ACCEPTED = "a folder, a glob, a list (.txt), COCO images (.json), tar shards (.tar) or an image file"
 
 
@@ -267,10 +265,6 @@ def _plain(root: str, name: str) -> Item:
 
 def _listed(folder: str, entry: str) -> Item:
   return Item(entry, files.absolute(files.join(folder, entry)))
-
-
-def is_image(name: str) -> bool:
-  return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def _is_tar(name: str) -> bool:

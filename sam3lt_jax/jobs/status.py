@@ -237,18 +237,19 @@ def table(status: Status) -> str:
            if shards[key] or key in ("done", "missing")]  # fmt: skip
   share = 100 * images["done"] / images["total"]
   model = status.settings.get("model")
+  kind = "clips" if status.settings.get("video") else "images"
   lines = [
     shown(status.directory) + (f"  model {model}" if model else ""),
     f"  shards   {', '.join(parts)} of {shards['total']:,}",
-    f"  images   {images['done']:,} of {images['total']:,} ({share:.1f}%), {images['failed']:,} failed",
+    f"  {kind:<7}  {images['done']:,} of {images['total']:,} ({share:.1f}%), {images['failed']:,} failed",
     f"  rate     {_speed(status)}",
   ]
   for i, host in enumerate(status.hosts):
     at = f"on {', '.join(host['running'])}" if host["running"] else f"last seen {duration(host['last'])} ago"
-    rate = f", {host['rate']:.1f} a second" if host["rate"] else ""
+    rate = f", {host['rate']:.1f} a second" if host["rate"] and kind == "images" else ""
     label = "hosts" if i == 0 else ""
     name = f"{host['host']} process {host['process']}"
-    lines.append(f"  {label:<7}  {name}: {host['images']:,} images{rate}, {at}")
+    lines.append(f"  {label:<7}  {name}: {host['images']:,} {kind}{rate}, {at}")
   lines += _failure_lines(status)
   lines += [f"  {'damaged' if i == 0 else '':<7}  {what}" for i, what in enumerate(status.damaged)]
   if status.damaged:
@@ -260,13 +261,19 @@ def table(status: Status) -> str:
 
 def _speed(status: Status) -> str:
   if status.finished:
-    return f"{status.rate:.1f} images a second over all; finished" if status.rate else "finished"
+    return f"{_each(status)} over all; finished" if status.rate else "finished"
   idle = not status.shards["running"] and not files.is_remote(status.directory)
   if idle or status.rate is None:
     last = "nothing is written yet" if status.last is None else f"last written {duration(status.last)} ago"
     return "; ".join(filter(None, ["no process works on it now" if idle else "", last]))
   left = "" if status.seconds_left is None else f", {duration(status.seconds_left)} to go"
-  return f"{status.rate:.1f} images a second lately{left}"
+  return f"{_each(status)} lately{left}"
+
+
+def _each(status: Status) -> str:
+  if status.settings.get("video"):
+    return f"{3600 * status.rate:.1f} clips an hour"
+  return f"{status.rate:.1f} images a second"
 
 
 def _failure_lines(status: Status) -> list[str]:

@@ -29,9 +29,9 @@ MAX_BLOCK_BYTES = 8 << 20
 # Scores of a block on CPUs with AMX, one head of one row. On one core of an Intel Xeon with 2 MB of L2,
 # bfloat16, 5184 tokens, 16 heads: 694 ms in blocks of 96 queries (2 MB), 588 in 192 (4 MB), 695 in 432 (9).
 AMX_BLOCK_BYTES = 4 << 20
-# Scores of a block of `attend_in_parts` where there is no CPU: a product that fills an accelerator, and a
-# fraction of its memory.
-PART_BYTES = 256 << 20
+# Scores of a block of `attend_in_parts` where there is no CPU: a product that fills an accelerator, and stays
+# in the second level of a GPU's caches (50 MB) or in a TPU's fast memory (128 MB).
+PART_BYTES = 32 << 20
 # Finite, so that a row whose keys are all masked gives an average of its values and not NaN.
 MASKED_LOGIT = -1e30
 

@@ -60,9 +60,12 @@ def antialias_matrix(in_size: int, out_size: int) -> np.ndarray:
   """
   if not 0 < out_size <= in_size:
     raise ValueError(f"antialias_matrix shrinks: out_size must be from 1 to {in_size}, got {out_size}")
-  scale = in_size / out_size
-  centre = scale * (np.arange(out_size)[:, None] + 0.5)
-  weights = np.maximum(0, 1 - np.abs(np.arange(in_size) + 0.5 - centre) / scale)
-  matrix = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+  # In float32 step by step, as torch: exact weights would move an edge that lies between two pixels.
+  half, one = np.float32(0.5), np.float32(1)
+  scale = np.float32(in_size) / np.float32(out_size)
+  centre = scale * (np.arange(out_size, dtype=np.float32)[:, None] + half)
+  distance = np.arange(in_size, dtype=np.float32) - centre + half
+  weights = np.maximum(0, one - np.abs(distance * (one / scale)))
+  matrix = weights / weights.sum(axis=1, keepdims=True)
   matrix.setflags(write=False)
   return matrix

@@ -48,6 +48,52 @@ def clean(logits: np.ndarray, hole_area: int = 0, speck_area: int = 0, threshold
   return out
 
 
+def cleaned(mask: np.ndarray, hole_area: int = 0, speck_area: int = 0) -> np.ndarray:
+  """As `clean`, of bool [H, W]; but the largest part stays."""
+  out = mask.copy()
+  if hole_area:
+    out |= small_parts(~mask, hole_area)
+  if speck_area and mask.any():
+    out &= ~small_parts(mask, speck_area) | largest_part(mask)
+  return out
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+  """A polygon around the pixels of bool [H, W], float64 [K, 2] (x, y); K is 0 for an empty mask.
+
+  It runs half-way between the middles of pixels on and off the mask. Several parts, and holes, are joined to
+  one ring by bridges of no width, which whoever fills the polygon does not see.
+
+  Raises:
+    ImportError: contourpy is not installed.
+  """
+  try:
+    import contourpy
+  except ImportError as e:
+    raise ImportError(f"polygons need the package contourpy: pip install 'sam3lt_jax[viz]' ({e})") from e
+  import scipy.spatial
+
+  bounds = mask_bounds(mask)
+  if bounds is None:
+    return np.zeros((0, 2))
+  x1, y1, x2, y2 = bounds.astype(int)
+  lines = contourpy.contour_generator(z=np.pad(mask[y1:y2, x1:x2], 1).astype(np.float32)).lines(0.5)
+  rings = sorted((_turns(line[:-1]) for line in lines), key=len, reverse=True)
+  joined = rings[0]
+  for ring in rings[1:]:
+    distances, nearest = scipy.spatial.KDTree(joined).query(ring)
+    here = int(distances.argmin())
+    there = int(nearest[here])
+    joined = np.concatenate([joined[: there + 1], np.roll(ring, -here, axis=0), ring[[here]], joined[there:]])
+  return joined + (x1 - 0.5, y1 - 0.5)
+
+
+def _turns(ring: np.ndarray) -> np.ndarray:
+  """The points [K, 2] of a ring at which it turns."""
+  before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
+  return ring[np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]) > 1e-9]
+
+
 def small_parts(inside: np.ndarray, area: int) -> np.ndarray:
   """bool [h, w]: the 8-connected parts of `inside` that have up to `area` cells."""
   labels, sizes = _parts(inside)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numbers
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
+from sam3lt_jax.processing.vocabulary import Vocabulary
 
 
 class ProcessorOutput(dict):
@@ -59,7 +60,10 @@ class Sam3Processor:
     profile: the reference profile followed.
     image_size: S, side of the model's input in pixels.
     tokenizer: the `ClipTokenizer` in use, loaded when first needed.
+    vocabulary: the phrases that a model of few words knows, or None: any.
   """
+
+  vocabulary: Vocabulary | None = None
 
   def __init__(
     self,
@@ -133,7 +137,9 @@ class Sam3Processor:
       return cls(config, image_size=image_size)
     saved = cls.from_pretrained(directory, config.profile)
     image_size = saved.image_size if image_size is None else image_size
-    return cls(config, image_size=image_size, tokenizer=saved.tokenizer)
+    made = cls(config, image_size=image_size, tokenizer=saved.tokenizer)
+    made.vocabulary = saved.vocabulary
+    return made
 
   @classmethod
   def _from_directory(cls, path: str, profile: str | Profile | None) -> Sam3Processor:
@@ -144,7 +150,14 @@ class Sam3Processor:
     tokenizer = None
     if os.path.isfile(os.path.join(path, "tokenizer.json")):
       tokenizer = ClipTokenizer.from_file(path, getattr(config, "profile", config))
-    return cls(config, image_size=_saved_image_size(path), tokenizer=tokenizer)
+    made = cls(config, image_size=_saved_image_size(path), tokenizer=tokenizer)
+    made.vocabulary = Vocabulary.beside(path)
+    return made
+
+  def check_phrases(self, phrases: Iterable[str]) -> None:
+    """Raises ValueError for a phrase that the model of this processor cannot know: see `vocabulary`."""
+    if self.vocabulary is not None:
+      self.vocabulary.check(phrases)
 
   def __call__(
     self,
@@ -209,6 +222,8 @@ class Sam3Processor:
     if boxes is None and input_boxes_labels is not None:
       raise ValueError("input_boxes_labels were given without input_boxes")
     phrases = prompts.phrase_rows(text, boxes, sizes)
+    if phrases is not None:
+      self.check_phrases(phrases)
     if phrases is not None:
       out["input_ids"], out["attention_mask"] = self._tokenize(phrases, truncation)
     if boxes is not None:

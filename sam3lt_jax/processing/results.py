@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sam3lt_jax.processing import masks as masks_module
 from sam3lt_jax.processing.arrays import to_numpy
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ class Instance(NamedTuple):
   score: float
   mask: np.ndarray
   label: str
+
+  def __repr__(self) -> str:
+    return (
+      f"Instance({_line(self.label, self.score, self.box)}, mask of {np.count_nonzero(self.mask)} pixels)"
+    )
 
 
 class PackedMasks:
@@ -77,7 +83,7 @@ class Results:
   mask [N] or a list of indices gives `Results` again: `results[results.scores > 0.7]`.
 
   Attributes:
-    boxes: float32 [N, 4], (x1, y1, x2, y2) in pixels of the image.
+    boxes: float32 [N, 4], (x1, y1, x2, y2) in pixels, clipped to the image.
     scores: float32 [N], 0 to 1.
     masks: bool [N, H, W], True on the instance. Instances may overlap. Of a huge picture (together above 256
       MB) `Predictor` keeps them a bit a pixel, and this is made when it is first asked for. Each for itself,
@@ -86,6 +92,9 @@ class Results:
     size: (height, width) of the image.
     logits: float32 [N, h, w], the masks as the tracker gave them, to start from in a next round; None where
       they do not come from clicks.
+    ids: int64 [N], which object of a video each instance is, the same in every frame; None for a photo.
+    image: the picture, or where it lies: what `Predictor` was given, not a copy of it. `render`, `show`,
+      `plot`, `save` and a notebook's display draw on it. None: not remembered; each of them takes a picture.
 
   Raises:
     ValueError: the arrays' shapes do not fit each other. (Of no instance, [0] is accepted for any shape.)
@@ -97,6 +106,8 @@ class Results:
   labels: tuple[str, ...]
   size: tuple[int, int]
   logits: np.ndarray | None = None
+  ids: np.ndarray | None = None
+  image: Any = None
 
   def __post_init__(self):
     size = tuple(int(s) for s in self.size)
@@ -122,8 +133,17 @@ class Results:
           f"{name} must have shape {shape} for {n} labels and an image of size {size}, got {array.shape}"
         )
       object.__setattr__(self, name, array)
+    height, width = size
+    object.__setattr__(self, "boxes", np.clip(self.boxes, 0, np.float32([width, height, width, height])))
     if self.logits is not None and (np.ndim(self.logits) != 3 or len(self.logits) != n):
       raise ValueError(f"logits must have shape ({n}, h, w), got {np.shape(self.logits)}")
+    if self.ids is not None:
+      ids = to_numpy(self.ids, "ids")
+      if ids.shape != (n,) or (n and ids.dtype.kind not in "iu"):
+        raise ValueError(
+          f"ids must be {n} integers, one an instance, or None, got {ids.dtype} of shape {ids.shape}"
+        )
+      object.__setattr__(self, "ids", ids.astype(np.int64, copy=False))
     object.__setattr__(self, "labels", labels)
     object.__setattr__(self, "size", size)
 
@@ -150,6 +170,8 @@ class Results:
   def concatenate(cls, results: Iterable[Results]) -> Results:
     """All instances of several results of the same image, in the order given.
 
+    `ids` stay if all that hold an instance have them, `image` the first one's; `logits` do not stay.
+
     Raises:
       ValueError: no results, or results of images of different sizes.
     """
@@ -159,12 +181,68 @@ class Results:
     sizes = sorted({part.size for part in parts})
     if len(sizes) > 1:
       raise ValueError(f"results must belong to images of one size, got (height, width) {sizes}")
+    ids = [part.ids for part in parts if len(part)]
     return cls(
       np.concatenate([part.boxes for part in parts]),
       np.concatenate([part.scores for part in parts]),
       hold_masks((one.mask for part in parts for one in part), sum(map(len, parts)), parts[0].size),
       tuple(label for part in parts for label in part.labels),
       parts[0].size,
+      ids=None if not ids or any(i is None for i in ids) else np.concatenate(ids),
+      image=next((part.image for part in parts if part.image is not None), None),
+    )
+
+  @classmethod
+  def from_coco(
+    cls, coco: Mapping[str, Any] | str | os.PathLike, image_id: int | str | None = None
+  ) -> Results:
+    """The annotations of one image of a COCO data set, as `to_json` writes one.
+
+    Args:
+      coco: the data set, as a dictionary or the path of its JSON file.
+      image_id: which of its images; None if it has one.
+
+    Returns:
+      Labels are the categories' names, scores 1 where there are none, boxes the masks' where there are none.
+      Annotations without a mask are left out. `ids` are the `track_id`s, if all have one.
+
+    Raises:
+      ValueError: no such image, or what is wrong with an annotation.
+    """
+    import json
+
+    from sam3lt_jax.data import rle as rle_ops
+
+    if not isinstance(coco, Mapping):
+      with open(coco, encoding="utf-8") as f:
+        coco = json.load(f)
+    images = {image["id"]: image for image in coco["images"]}
+    if image_id is None and len(images) != 1:
+      raise ValueError(f"image_id must be given for a data set of {len(images)} images")
+    if image_id is not None and image_id not in images:
+      raise ValueError(f"image_id must be the id of one of {len(images)} images, got {image_id!r}")
+    image = images[image_id] if image_id is not None else next(iter(images.values()))
+    names = {category["id"]: category["name"] for category in coco.get("categories", ())}
+    size = int(image["height"]), int(image["width"])
+    rows, masks = [], []
+    for row in coco.get("annotations", ()):
+      if row["image_id"] != image["id"]:
+        continue
+      try:
+        rle, _ = rle_ops.read(row.get("segmentation"), size)
+      except ValueError as e:
+        raise ValueError(f"annotation {row.get('id')!r}: {e}") from e
+      if rle is not None:
+        rows.append(row)
+        masks.append(rle)
+    boxes = [_corners(row["bbox"]) if "bbox" in row else rle_ops.bounds(m) for row, m in zip(rows, masks)]
+    return cls(
+      np.reshape(np.array(boxes, np.float32), (len(rows), 4)),
+      np.array([row.get("score", 1.0) for row in rows], np.float32),
+      hold_masks(map(rle_ops.decode, masks), len(rows), size),
+      tuple(names.get(row["category_id"], str(row["category_id"])) for row in rows),
+      size,
+      ids=[row["track_id"] for row in rows] if rows and all("track_id" in row for row in rows) else None,
     )
 
   def __len__(self) -> int:
@@ -212,8 +290,16 @@ class Results:
   def _take(self, index: np.ndarray) -> Results:
     labels, held = tuple(self.labels[i] for i in index), self._held
     masks = held.take(index) if isinstance(held, PackedMasks) else held[index]
-    logits = None if self.logits is None else self.logits[index]
-    return Results(self.boxes[index], self.scores[index], masks, labels, self.size, logits)
+    extra = {
+      name: None if (rows := getattr(self, name)) is None else rows[index] for name in ("logits", "ids")
+    }
+    return dataclasses.replace(
+      self, boxes=self.boxes[index], scores=self.scores[index], masks=masks, labels=labels, **extra
+    )
+
+  def with_image(self, image: Any) -> Results:
+    """The same instances, remembering `image` (see the attribute); None forgets it, and frees it."""
+    return dataclasses.replace(self, masks=self._held, image=image)
 
   def with_label(self, *labels: str) -> Results:
     """The instances whose label is one of `labels`, order kept."""
@@ -237,13 +323,34 @@ class Results:
   def __repr__(self) -> str:
     height, width = self.size
     head = f"Results({len(self)} instance{'' if len(self) == 1 else 's'}, size={height}x{width})"
-    rows = [
-      f"  {i}: {self.labels[i]!r} {self.scores[i]:.3f} box=({', '.join(f'{v:.1f}' for v in self.boxes[i])})"
-      for i in range(min(len(self), _REPR_ROWS))
-    ]
+    rows = []
+    for i in range(min(len(self), _REPR_ROWS)):
+      name = "" if self.ids is None else f"#{self.ids[i]} "
+      rows.append(f"  {i}: {name}{_line(self.labels[i], self.scores[i], self.boxes[i])}")
     if len(self) > _REPR_ROWS:
       rows.append(f"  ... {len(self) - _REPR_ROWS} more")
     return "\n".join([head, *rows])
+
+  def _repr_html_(self) -> str:
+    """What a notebook shows: the picture with the instances, and a table."""
+    from sam3lt_jax.processing.show import html
+
+    return html(self)
+
+  def clean(self, hole_area: int = 0, speck_area: int = 0) -> Results:
+    """The same instances, with holes filled and specks taken out of their masks.
+
+    Args:
+      hole_area: holes of up to so many pixels are filled.
+      speck_area: parts of up to so many pixels go; a mask's largest part stays whatever its size.
+
+    Boxes stay as they are.
+    """
+    for name, area in (("hole_area", hole_area), ("speck_area", speck_area)):
+      if area < 0:
+        raise ValueError(f"{name} must be a number of pixels, 0 or more, got {area}")
+    masks = (masks_module.cleaned(one.mask, hole_area, speck_area) for one in self)
+    return dataclasses.replace(self, masks=hold_masks(masks, len(self), self.size))
 
   def categories(self) -> list[dict[str, Any]]:
     """COCO categories of the labels that occur, `[{"id": 1, "name": ...}, ...]` in order of appearance."""
@@ -258,7 +365,8 @@ class Results:
     """The instances as COCO annotations: plain Python values, so `json.dumps` takes them.
 
     Each holds `id`, `image_id`, `category_id`, `bbox` (x, y, width, height in pixels, from `boxes`),
-    `segmentation` (compressed RLE, `counts` a string), `area` (of the mask), `iscrowd` 0 and `score`:
+    `segmentation` (compressed RLE, `counts` a string), `area` (of the mask), `iscrowd` 0, `score` and, where
+    there are `ids`, `track_id`:
     annotations of a data set and, by `pycocotools.coco.COCO.loadRes`, results to evaluate. `loadRes` replaces
     the area by that of `bbox` where there is one: drop that key to evaluate masks by their own area.
 
@@ -271,16 +379,14 @@ class Results:
     Raises:
       ValueError: `category_ids` lacks a label that occurs.
     """
-    from pycocotools import mask as coco_mask
+    from sam3lt_jax.data import rle as rle_ops
 
     if category_ids is None:
       category_ids = {category["name"]: category["id"] for category in self.categories()}
-    missing = sorted(set(self.labels) - set(category_ids))
-    if missing:
-      raise ValueError(f"category_ids must hold every label, missing {missing}, got {dict(category_ids)}")
+    self._all_named("category_ids", category_ids)
     annotations = []
     for i, (box, score, mask, label) in enumerate(self):
-      rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+      rle = rle_ops.encode(mask)
       x1, y1, x2, y2 = (float(v) for v in box)
       annotations.append(
         {
@@ -288,16 +394,76 @@ class Results:
           "image_id": image_id,
           "category_id": int(category_ids[label]),
           "bbox": [x1, y1, x2 - x1, y2 - y1],
-          "segmentation": {"size": list(self.size), "counts": rle["counts"].decode("ascii")},
-          "area": int(coco_mask.area(rle)),
+          "segmentation": rle_ops.jsonable(rle),
+          "area": rle_ops.area(rle),
           "iscrowd": 0,
           "score": score,
         }
       )
+      if self.ids is not None:
+        annotations[-1]["track_id"] = int(self.ids[i])
     return annotations
 
+  def _all_named(self, name: str, ids: Mapping[str, int]) -> None:
+    missing = sorted(set(self.labels) - set(ids))
+    if missing:
+      raise ValueError(f"{name} must hold every label, missing {missing}, got {dict(ids)}")
+
+  def to_json(self, image_id: int | str = 1, **options: Any) -> str:
+    """A whole COCO data set of this one image, which `from_coco`, `sam3lt eval` and pycocotools read.
+
+    Args:
+      image_id: the image's id.
+      options: of `json.dumps`, like `indent=2`.
+    """
+    import json
+
+    image = {"id": image_id, "height": self.size[0], "width": self.size[1]}
+    if isinstance(self.image, (str, os.PathLike)):
+      image["file_name"] = os.fspath(self.image)
+    data = {"images": [image], "annotations": self.to_coco(image_id), "categories": self.categories()}
+    return json.dumps(data, **options)
+
+  def to_yolo(self, class_ids: Mapping[str, int] | None = None) -> str:
+    """Lines of a YOLO segmentation file: the class, then the outline as x y x y ..., in shares of the sides.
+
+    An instance is one polygon there: parts and holes are joined to it by bridges of no width. An instance
+    without a pixel has no line.
+
+    Args:
+      class_ids: label to class; default: numbered from 0 in order of appearance.
+
+    Raises:
+      ValueError: `class_ids` lacks a label that occurs.
+      ImportError: contourpy is not installed.
+    """
+    if class_ids is None:
+      class_ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
+    self._all_named("class_ids", class_ids)
+    lines = []
+    for one in self:
+      outline = masks_module.outline(one.mask) / np.array(self.size[::-1])
+      if len(outline):
+        lines.append(" ".join([str(class_ids[one.label]), *(f"{v:.6g}" for v in outline.ravel())]) + "\n")
+    return "".join(lines)
+
+  def to_pandas(self):
+    """A `pandas.DataFrame`, a row an instance: label, score, x1, y1, x2, y2, area; and id, if there are ids.
+
+    Raises:
+      ImportError: pandas is not installed.
+    """
+    try:
+      import pandas
+    except ImportError as e:
+      raise ImportError(f"to_pandas needs the package pandas: pip install 'sam3lt_jax[viz]' ({e})") from e
+    columns = {"label": list(self.labels), "score": self.scores}
+    columns |= dict(zip(("x1", "y1", "x2", "y2"), self.boxes.T)) | {"area": self.areas}
+    return pandas.DataFrame(columns if self.ids is None else {"id": self.ids} | columns)
+
   def to_supervision(self):
-    """A `supervision.Detections`: xyxy, mask, confidence, class_id (order of appearance) and `class_name`.
+    """A `supervision.Detections`: xyxy, mask, confidence, class_id (order of appearance), `class_name`, and
+    tracker_id where there are `ids`.
 
     Raises:
       ImportError: supervision is not installed.
@@ -314,6 +480,7 @@ class Results:
       mask=self.masks.copy(),
       confidence=self.scores.copy(),
       class_id=np.array([class_ids[label] for label in self.labels], dtype=int),
+      tracker_id=None if self.ids is None else self.ids.copy(),
       data={"class_name": np.array(self.labels, dtype=str)},
     )
 
@@ -365,15 +532,61 @@ class Results:
       Image.fromarray(numbers.astype(np.uint16)).save(path)
       return [path]
     image = Image.fromarray(numbers.astype(np.uint8))
-    image.putpalette([0, 0, 0, *(v for colour in instance_colors(self.labels) for v in colour)])
+    image.putpalette([0, 0, 0, *(v for colour in instance_colors(self.labels, ids=self.ids) for v in colour)])
     image.save(path)
     return [path]
 
-  def render(self, image, **options) -> Image.Image:
-    """The image with the instances drawn on it; options as in `sam3lt_jax.processing.render.render`."""
+  def render(self, image: Any = None, **options: Any) -> Image.Image:
+    """The image with the instances drawn on it.
+
+    Args:
+      image: the picture (anything `load_image` takes); default: the one that is remembered.
+      options: of `sam3lt_jax.processing.render.render`.
+
+    Raises:
+      ValueError: no image is given or remembered, or see `sam3lt_jax.processing.render.render`.
+    """
     from sam3lt_jax.processing.render import render
 
+    image = self.image if image is None else image
+    if image is None:
+      raise ValueError("image must be given: these results do not remember theirs")
     return render(image, self, **options)
+
+  def save(self, path: str | os.PathLike, image: Any = None, **options: Any) -> str:
+    """Writes the image with the instances drawn on it, in the format of the path's ending; returns the path.
+
+    image, options: as in `render`.
+    """
+    path = os.fspath(path)
+    good = {"quality": 92, "subsampling": 0} if path.lower().endswith((".jpg", ".jpeg")) else {}
+    self.render(image, **options).save(path, **good)
+    return path
+
+  def show(self, image: Any = None, **options: Any) -> None:
+    """Shows the image with the instances drawn on it, in the notebook or in a window; as `render`."""
+    from sam3lt_jax.processing.show import show
+
+    show(self.render(image, **options))
+
+  def plot(self, ax: Any = None, image: Any = None, **options: Any):
+    """Draws on matplotlib axes, the current ones by default, and returns them; the rest as in `render`."""
+    if ax is None:
+      import matplotlib.pyplot as plt
+
+      ax = plt.gca()
+    ax.imshow(np.asarray(self.render(image, **options)))
+    ax.set_axis_off()
+    return ax
+
+
+def _line(label: str, score: float, box: np.ndarray) -> str:
+  return f"{label!r} {score:.3f} box=({', '.join(f'{v:.1f}' for v in box)})"
+
+
+def _corners(bbox: Sequence[float]) -> tuple[float, float, float, float]:
+  x, y, width, height = bbox
+  return x, y, x + width, y + height
 
 
 def drawing_order(areas: Sequence[int] | np.ndarray) -> list[int]:

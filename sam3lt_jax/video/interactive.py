@@ -31,7 +31,7 @@ from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.clicks import clicks_of
-from sam3lt_jax.tracker import ABSENT_LOGIT
+from sam3lt_jax.tracker import ABSENT_LOGIT, MEMORY_SCALE
 from sam3lt_jax.video import bank as banks
 from sam3lt_jax.video.tracks import Tracks
 
@@ -50,7 +50,8 @@ class Record:
     logits: float32 [4h, 4w]. pointer: [D]. score: object score logit. iou, quality: in [0, 1].
     memory: bfloat16 [T, C]; None until objects are followed.
     cond: it is a frame with a prompt for this object. kept: its answer is the user's and stays.
-    mask: bool [H, W], what was given as a mask; None: nothing was.
+    mask: bool [H, W], what was given as a mask, and asked: float32 [S, S], what the tracker was given of it;
+      None once it is remembered, and where no mask was given.
   """
 
   logits: np.ndarray
@@ -62,6 +63,7 @@ class Record:
   cond: bool = False
   kept: bool = False
   mask: np.ndarray | None = None
+  asked: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -184,7 +186,7 @@ class InteractiveVideo:
       half = MOST_POINTS // 2
       xy, kinds = (np.concatenate([x[:half], x[-half:]]) for x in (xy, kinds))
     thing.prompts[t] = xy, kinds
-    first = t not in thing.passed
+    first = t not in thing.passed or (self.profile.corrections_remember and self._is_cond(thing, t))
     remembers = not first and (
       self.profile.corrections_remember if use_prev_mem_frame is None else use_prev_mem_frame
     )
@@ -196,7 +198,7 @@ class InteractiveVideo:
     clock = tracks.clock(t, backward, len(state.frames))
     found = tracks.ask(self._encoded(state, t), 0, clock, {obj_id: clicks}, with_memory=remembers)
     record = self._records(tracks, found, [obj_id])[obj_id]
-    record.cond, record.kept = first or not self.profile.corrections_remember or self._is_cond(thing, t), True
+    record.cond, record.kept = first or not self.profile.corrections_remember, True
     thing.pending[t] = record
     return t, state.obj_ids, self._shown(state, t)
 
@@ -225,7 +227,7 @@ class InteractiveVideo:
       tracks.programs.take, self._encoded(state, t), np.int32(0), masks, tracks.mask([obj_id])
     )
     record = self._records(tracks, found, [obj_id])[obj_id]
-    record.mask = _resized(given, state.size) > 0.5
+    record.mask, record.asked = _resized(given, state.size) > 0.5, asked
     record.cond = record.kept = True
     if self.profile.group_rules:  # a later mask takes its pixels from earlier ones
       for other in state.objects.values():
@@ -359,19 +361,26 @@ class InteractiveVideo:
       tracks = self._filled(state, [], t)
       tracks.add(new, 0)
       side = 4 * tracks._grid
-      for record in new.values():
-        if record.mask is not None:
-          whole = np.where(record.mask, -ABSENT_LOGIT, ABSENT_LOGIT).astype(np.float32)
-          record.logits = _resized(whole, (side, side))
-      which = tracks.mask(new)
-      maps = tracks._run(
-        tracks.programs.encode_masks, self._encoded(state, t), np.int32(0),
-        tracks.rows({i: r.logits for i, r in new.items()}, np.zeros((side, side), np.float32)),
-        tracks.rows({i: r.score > 0 for i, r in new.items()}, np.asarray(False)), which, which, which,
-      )  # fmt: skip
-      maps = jax.device_get(maps)
+      maps_of: dict[int, np.ndarray] = {}
+      by_side: dict[int, dict[int, np.ndarray]] = {}  # the tracker's, or that of masks that were given
       for i, record in new.items():
-        record.memory, record.mask = maps[tracks.slots[i]], None
+        logits = record.logits
+        if record.mask is not None and self.profile.mask_prompt_of_image_side:
+          logits = 2 * MEMORY_SCALE * record.asked - MEMORY_SCALE
+        elif record.mask is not None:
+          whole = np.where(record.mask, -ABSENT_LOGIT, ABSENT_LOGIT).astype(np.float32)
+          logits = record.logits = _resized(whole, (side, side))
+        by_side.setdefault(len(logits), {})[i] = logits
+      for side, logits in by_side.items():
+        which = tracks.mask(logits)
+        maps = tracks._run(
+          tracks.programs.encode_masks, self._encoded(state, t), np.int32(0),
+          tracks.rows(logits, np.zeros((side, side), np.float32)),
+          tracks.rows({i: new[i].score > 0 for i in logits}, np.asarray(False)), which, which, which,
+        )  # fmt: skip
+        maps_of |= {i: m for i, m in zip(logits, jax.device_get(maps)[[tracks.slots[i] for i in logits]])}
+      for i, record in new.items():
+        record.memory, record.mask, record.asked = maps_of[i], None, None
         state.objects[i].records.pop(t, None)
         state.objects[i].records[t] = record
         state.objects[i].pending.pop(t, None)

@@ -23,7 +23,7 @@ from sam3lt_jax.tracker import MEMORY_SCALE, Sam3Tracker
 from sam3lt_jax.video import bank as banks
 from sam3lt_jax.video.bank import Bank, Clock
 
-SLOTS_TOGETHER = 8  # where there is no CPU; slots beyond run after them, if any of them is live
+SLOTS_TOGETHER = 8  # where there is no CPU, of what is small for one; slots beyond run after them
 
 
 def one_frame(features: TrackerFeatures, row: jax.Array) -> TrackerFeatures:
@@ -44,11 +44,22 @@ def follow(
   features: of the frame, 1 row. which: bool [P], slots that are meant; None: all live ones.
   """
   which = bank.live if which is None else which & bank.live
+  image = condition(tracker, variables, bank, features, clock, which)
+  answer = lambda image: tracker.apply(variables, features, None, image, method="prompted")  # noqa: E731
+  return _by_slots(answer, which, image)
+
+
+def condition(
+  tracker: Sam3Tracker, variables: Any, bank: Bank, features: TrackerFeatures, clock: Clock, which: jax.Array
+) -> jax.Array:
+  """The frame's map with what is remembered of objects: [P, h, w, D].
+
+  One object after the other, each of which pays for the maps that it has: the blocks of one fill a device.
+  """
   started = tracker.apply(variables, features, method="start_memory_attention")
   memory = banks.choose(bank, tracker.config, clock)
-  return _by_slots(
-    lambda memory: tracker.apply(variables, features, started, memory, method="follow"), which, memory
-  )
+  one = lambda memory: tracker.apply(variables, started, memory, method="condition")  # noqa: E731
+  return _by_slots(one, which, memory, together=1)
 
 
 def prompt(
@@ -69,12 +80,9 @@ def prompt(
   """
   if not with_memory:
     return _by_slots(lambda c: tracker.apply(variables, features, c, method="prompted"), which, clicks)
-  started = tracker.apply(variables, features, method="start_memory_attention")
-  memory = banks.choose(bank, tracker.config, clock)
-  return _by_slots(
-    lambda given: tracker.apply(variables, features, given[0], started, given[1], method="prompted"),
-    which, (clicks, memory),
-  )  # fmt: skip
+  image = condition(tracker, variables, bank, features, clock, which)
+  answer = lambda given: tracker.apply(variables, features, *given, method="prompted")  # noqa: E731
+  return _by_slots(answer, which, (clicks, image))
 
 
 def remember(
@@ -96,7 +104,7 @@ def remember(
 
   Args:
     which: bool [P], slots that this frame is remembered of; None: all live ones.
-    logits: float32 [P, 4h, 4w], masks to remember instead of the tracked ones.
+    logits: float32 [P, 4h, 4w] or of any other side, masks to remember instead of the tracked ones.
     cond: bool [P], for which of them it is a frame with a prompt; None: for none.
     binary: bool [P], whose mask was given and counts as 0s and 1s; None: as `cond`.
     exclusive, direct: see `Sam3Tracker.mask_to_remember`.
@@ -126,17 +134,18 @@ def maps_of(
   direct: bool = False,
 ) -> jax.Array:
   """What to remember of masks on a frame: bfloat16 [P, T, C]; arguments as in `remember`."""
+  grid = features.image.shape[1]
 
   def encode(given):
     logits, binary, present = given
     masks = logits
     if exclusive is None:
-      masks = tracker.apply(variables, logits, binary, direct, method="mask_to_remember")
+      masks = tracker.apply(variables, logits, binary, grid, direct, method="mask_to_remember")
     memory = tracker.apply(variables, features, masks, present, method="encode_memory")
     return memory.reshape(len(memory), -1, memory.shape[-1]).astype(jnp.bfloat16)
 
   if exclusive is not None:  # which reads all slots at once
-    logits = tracker.apply(variables, logits, binary, direct, exclusive, method="mask_to_remember")
+    logits = tracker.apply(variables, logits, binary, grid, direct, exclusive, method="mask_to_remember")
   return _by_slots(encode, which, (logits, binary, present))
 
 
@@ -162,10 +171,12 @@ def prompt_masks(
 
   Args:
     masks: float32 [P, S, S] in [0, 1], S as `Sam3Tracker.mask_side` says; see `given_masks`.
-    logits: float32 [P, 4h, 4w] to remember; None: those of `masks`.
+    logits: float32 [P, 4h, 4w] to remember; None: those of `masks`, by way of 4h in the original's profile.
     exclusive: see `Sam3Tracker.mask_to_remember`.
   """
   tracked = given_masks(tracker, variables, features, masks, which)
+  if logits is None and tracker.config.profile.mask_prompt_of_image_side:
+    logits = 2 * MEMORY_SCALE * masks - MEMORY_SCALE
   bank = remember(
     tracker, variables, bank, features, clock, tracked, which=which, logits=logits, cond=which,
     exclusive=exclusive,
@@ -188,14 +199,15 @@ def given_masks(
   return _by_slots(one, which, masks)
 
 
-def _by_slots(function: Callable[[Any], Any], which: jax.Array, rows: Any) -> Any:
-  """`function` of some slots at a time, where any of them is meant; zeros elsewhere.
+def _by_slots(
+  function: Callable[[Any], Any], which: jax.Array, rows: Any, together: int = SLOTS_TOGETHER
+) -> Any:
+  """`function` of so many slots at a time, where any of them is meant, and zeros elsewhere.
 
-  On a CPU one by one, which pays for the objects that there are and reads the maps that each has; elsewhere
-  `SLOTS_TOGETHER`.
+  On a CPU one by one.
   """
   P = len(which)
-  together = 1 if target.current().has_cpu else min(P, SLOTS_TOGETHER)
+  together = 1 if target.current().has_cpu else min(P, together)
   if P % together:
     together = P
   split = lambda x: x.reshape(P // together, together, *x.shape[1:])  # noqa: E731

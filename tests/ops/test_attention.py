@@ -258,3 +258,34 @@ def test_blocked_attention_refuses_dropout():
   q, k, v, _, _ = inputs(SHAPES[2])
   with pytest.raises(ValueError, match="blocked=True cannot drop"):
     attention.attend(q, k, v, dropout_rate=0.1, dropout_key=jax.random.key(0), blocked=True)
+
+
+# ---------------------------------------------------------------- in parts
+
+
+def _parts(rng, P, T, H, C, sizes):
+  return [
+    (rng.normal(size=(P, S, H)), rng.normal(size=(P, S, C)), rng.uniform(size=(P, S)) < 0.7) for S in sizes
+  ]
+
+
+def test_parts_of_the_keys_are_as_all_of_them_and_those_that_are_not_there_cost_nothing():
+  rng = np.random.default_rng(0)
+  P, T, H, C = 2, 192, 16, 8
+  q = rng.normal(size=(P, T, H)).astype(np.float32)
+  first, *others = (tuple(np.float32(x) if x.dtype != bool else x for x in p)
+                    for p in _parts(rng, P, T, H, C, (5, T, T, T)))  # fmt: skip
+  k, v, mask = (np.concatenate(x, axis=1) for x in zip(first, *others))
+  logits = np.where(mask[:, None], np.einsum("pth,psh->pts", q, k) / 4, -np.inf)
+  weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  want = np.einsum("pts,psc->ptc", weights / weights.sum(axis=-1, keepdims=True), v)
+  stacked = [np.stack([*x, np.full_like(x[0], np.nan)]) for x in list(zip(*others))[:2]]
+  masks = np.stack([*(p[2] for p in others), np.ones((P, T), bool)])
+
+  @jax.jit
+  def attended(count):
+    part = lambda i: (*(jnp.asarray(x)[i] for x in stacked), jnp.asarray(masks)[i])  # noqa: E731
+    return attention.attend_in_parts(jnp.asarray(q), [first], part, count)
+
+  np.testing.assert_allclose(attended(3), want, atol=2e-6)
+  assert jnp.isnan(attended(4)).all()  # the part that was not there

@@ -117,7 +117,9 @@ def test_memory_encoder(name):
   binary = np.full(len(logits), bool(case["binarise"]))
   features = reference.features([int(f["memory_encoder/frame"])])
   present = jnp.asarray(case["object_score_logits"] > 0)
-  masks = tracker.apply(variables, logits, binary, direct, method="mask_to_remember")
+  masks = tracker.apply(
+    variables, logits, binary, reference.sizes()["grid"], direct, method="mask_to_remember"
+  )
   if f"memory_encoder/{name}/conv_input_object0" in f:
     close(masks[0], np.squeeze(f[f"memory_encoder/{name}/conv_input_object0"]), INSIDE, "mask to remember")
   got = tracker.apply(variables, features, masks, present, method="encode_memory")

@@ -12,7 +12,9 @@ import pytest
 from sam3lt_jax import from_pretrained, save_pretrained, tracker_from_pretrained
 from sam3lt_jax.checkpoints import engine, tables
 from sam3lt_jax.features import Clicks
+from sam3lt_jax.video.interactive import InteractiveVideo
 from tests.reference import import_torch_reference, randomise_, tiny_config
+from tests.video.common import StubEngine
 
 pytestmark = pytest.mark.torch
 
@@ -52,6 +54,7 @@ def directories(tmp_path_factory):
   tracker = model.tracker_model
   matrix = tracker.prompt_encoder.shared_embedding.positional_embedding
   tracker.shared_image_embedding.positional_embedding.copy_(matrix)
+  tracker.mask_decoder.pred_obj_score_head.proj_out.bias.data.add_(2)  # or nothing is ever there, in a clip
   model.save_pretrained(folder / "saved")  # keys `tracker_model.tracker_model.`, unlike those on the hub
   model.config.save_pretrained(folder / "video")
   tensors = {k: v.clone() for k, v in model.state_dict().items()}
@@ -228,3 +231,102 @@ def test_gradients_as_transformers(pair, directories):
   wrong = {leaf: (d, largest[leaf]) for leaf, d in apart.items() if d > 2e-4 * largest[leaf] + floor}
   assert not wrong, wrong
   assert sum(value > 1e-3 for value in largest.values()) > 140  # not what one-mask outputs and padding read
+
+
+# ---------------------------------------------------------------- clips
+
+CLIP = (
+  np.random.default_rng(3).integers(0, 256, (14, SIZE // 7, SIZE // 7, 3), np.uint8).repeat(7, 1).repeat(7, 2)
+)
+
+
+@pytest.fixture(scope="module")
+def clip(directories):
+  """(transformers' tracker of clips with a session of ours to run beside, our predictor and its state)."""
+  ref = import_torch_reference()
+  reference = ref.transformers.Sam3TrackerVideoModel.from_pretrained(directories / "video").eval()
+  model, variables = from_pretrained(directories / "video")
+  tracker, weights = tracker_from_pretrained(directories / "video", profile="transformers")
+
+  @jax.jit
+  def features(pixels):
+    trunk = model.apply(variables, (pixels / 255.0 - 0.5) / 0.5, method="trunk_map")
+    return tracker.apply(weights, trunk, method="get_image_features")
+
+  engine = StubEngine(tracker, weights, SIZE, lambda pixels: features(np.stack(pixels).astype(np.float32)))
+  return reference, InteractiveVideo(engine)
+
+
+class Both:
+  """The same session in both, compared at every step."""
+
+  def __init__(self, clip):
+    torch = import_torch_reference().torch
+    self.torch, (self.reference, self.video) = torch, clip
+    from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import (
+      Sam3TrackerVideoInferenceSession,
+    )
+
+    frames = torch.as_tensor((CLIP.astype(np.float32) / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
+    self.session = Sam3TrackerVideoInferenceSession(
+      video=frames, video_height=SIZE, video_width=SIZE, dtype=torch.float32
+    )
+    self.state = self.video.init_state(CLIP)
+
+  def compare(self, frame, records, theirs):
+    for row, (i, record) in enumerate(records.items()):
+      want = theirs.pred_masks[row].numpy().reshape(record.logits.shape)
+      difference = np.abs(record.logits - want).max()
+      # Each frame's memory is rounded to bfloat16, and a last bit may fall the other way.
+      assert difference <= 2e-3, f"frame {frame}, object {i}: {difference:.1e} of {np.abs(want).max():.3g}"
+      assert abs(record.score - float(theirs.object_score_logits[row])) < 2e-4
+
+  def prompt(self, frame, i, points=None, labels=None, mask=None):
+    torch, session = self.torch, self.session
+    index = session.obj_id_to_idx(i)
+    if mask is None:
+      given = torch.as_tensor(np.array(points, np.float32)), torch.as_tensor(np.array(labels))
+      given = {"point_coords": given[0][None, None], "point_labels": given[1][None, None]}
+      session.add_point_inputs(index, frame, given)
+      self.video.add_new_points_or_box(self.state, frame, i, points, labels)
+    else:
+      large = torch.nn.functional.interpolate(
+        torch.as_tensor(mask)[None, None].float(), (SIZE, SIZE), mode="bilinear", antialias=True
+      )
+      session.add_mask_inputs(index, frame, (large >= 0.5).float())
+      self.video.add_new_mask(self.state, frame, i, mask)
+    session.obj_with_new_inputs = [i]
+    with torch.inference_mode():
+      theirs = self.reference(session, frame_idx=frame)
+    if mask is None:
+      row = list(self.state.objects).index(i)
+      theirs = type(
+        "Row", (), {k: getattr(theirs, k)[row : row + 1] for k in ("pred_masks", "object_score_logits")}
+      )
+      self.compare(frame, {i: self.state.objects[i].pending[frame]}, theirs)
+
+  def propagate(self, start, count, reverse=False):
+    with self.torch.inference_mode():
+      theirs = list(self.reference.propagate_in_video_iterator(self.session, start, count, reverse))
+    ours = self.video.propagate_in_video(self.state, start, count, reverse)
+    for output, (t, ids, _) in zip(theirs, ours, strict=True):
+      assert t == output.frame_idx
+      self.compare(t, {i: self.state.objects[i].records[t] for i in ids}, output)
+
+
+def test_a_clip_as_transformers(clip):
+  both = Both(clip)
+  both.prompt(1, 5, [[30, 40]], [1])
+  both.propagate(1, 5)
+  both.prompt(4, 5, [[70, 70], [20, 90]], [1, 0])  # with memory; the frame stays an ordinary one
+  both.propagate(5, 4)
+
+
+def test_a_mask_and_more_prompts_than_are_read_as_transformers(clip):
+  both = Both(clip)
+  mask = np.zeros((SIZE, SIZE), np.float32)
+  mask[20:63, 30:81] = 1
+  both.prompt(0, 1, mask=mask)
+  for t in (2, 3, 5, 6):
+    both.prompt(t, 1, [[10 * t, 90 - 5 * t]], [1])
+  both.propagate(0, 9)

@@ -1,5 +1,7 @@
 """The overlay: what can be said of a picture by numbers. (How it looks was judged by eye.)"""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -7,6 +9,7 @@ from PIL import Image, ImageDraw
 from sam3lt_jax.processing import render as module
 from sam3lt_jax.processing.render import PALETTE, instance_colors, render
 from sam3lt_jax.processing.results import Results
+from sam3lt_jax.shapes.scenes import COLOURS
 
 
 def discs(size, circles, labels=None):
@@ -59,6 +62,25 @@ def test_colors_by_label_are_stable():
     instance_colors(["a"], color_by="size")
 
 
+def test_colors_by_id_do_not_depend_on_the_frame():
+  size = (60, 200)
+  masks = discs(size, [(30, 30, 20), (100, 30, 20), (170, 30, 20)], ["truck", "car", "truck"])
+  first = dataclasses.replace(masks, ids=[4, 25, 9])
+  second = first[[2, 0]]  # one object has left, the others changed places
+
+  def seen(results, x):
+    drawn = render(flat(size, 0), results, labels=False, scores=False, outlines=False, opacity=1)
+    return drawn.getpixel((x, 30))
+
+  assert [seen(first, 30), seen(first, 170)] == [seen(second, 30), seen(second, 170)]
+  assert len({seen(first, 30), seen(first, 100), seen(first, 170)}) == 3
+  assert seen(second, 100) == (0, 0, 0)
+  assert len(set(instance_colors(["a"] * 60, ids=range(60)))) == 60
+  assert instance_colors(["a", "b"], "label", ids=[1, 2]) == instance_colors(["a", "b"])
+  with pytest.raises(ValueError, match=r"color_by must be .* without ids"):
+    instance_colors(["a"], color_by="id")
+
+
 @pytest.mark.parametrize("value", [0, 90, 255])
 def test_fill_and_outline(value):
   size = (200, 300)
@@ -73,7 +95,19 @@ def test_fill_and_outline(value):
   assert np.abs(edge - color).sum(axis=1).min() < 20  # the line itself
   if value:
     assert edge.sum(axis=1).min() < 0.75 * 3 * value  # its dark rim
-  assert np.array_equal(out, np.asarray(render(picture, results, labels=False, scores=False)))
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_a_colour_that_was_asked_for_stays_that_colour(name):
+  """Under every tint of `render` it still looks more like itself than like another."""
+  colors, size = np.array(list(COLOURS.values())), (60, 90)
+  mine, near = list(COLOURS).index(name), oklab(colors)
+  for i, tint in enumerate(instance_colors(["a"] * 60)):
+    results = dataclasses.replace(discs(size, [(45, 30, 25)]), ids=[i])
+    photo = Image.new("RGB", size[::-1], COLOURS[name])
+    seen = render(photo, results, labels=False, scores=False).getpixel((45, 30))
+    assert np.linalg.norm(near - oklab(seen), axis=1).argmin() == mine, (tint, seen)
+    assert seen != COLOURS[name] or tint == COLOURS[name]  # and it is tinted
 
 
 def test_options_switch_things_off():
@@ -205,6 +239,31 @@ def test_labels_do_not_hide_each_other(monkeypatch):
   assert hidden < 0.02 * area
 
 
+def test_a_label_stands_by_the_main_part(monkeypatch):
+  size = (600, 800)
+  body = discs(size, [(600, 450, 90)])
+  masks = body.masks.copy()
+  masks[0, 20:23, 30:60] = True  # a sliver, far away
+  (spot,), _ = labels_of(size, dataclasses.replace(body, masks=masks), monkeypatch)
+  assert 450 < spot[0] and spot[2] < 750 and 300 < spot[1]
+
+
+def test_a_label_keeps_off_other_objects(monkeypatch):
+  size = (600, 800)
+  over, under = (400, 200, 90), (400, 390, 90)  # above the lower disc, where its label would go, is the upper
+  spots, texts = labels_of(size, discs(size, [over, under], ["over", "under"]), monkeypatch)
+  x1, y1, x2, y2 = spots[[text.startswith("under") for text in texts].index(True)]
+  upper = discs(size, [over]).masks[0]
+  assert upper[int(y1) : int(y2), int(x1) : int(x2)].mean() < 1 / 16
+
+
+def test_what_two_phrases_found_is_labelled_twice_at_one_place(monkeypatch):
+  size = (600, 800)
+  spots, _ = labels_of(size, discs(size, [(400, 300, 60)] * 2, ["star", "shape"]), monkeypatch)
+  for x1, y1, x2, y2 in spots:
+    assert x1 < 470 and x2 > 330 and 190 < y1 and y2 < 410
+
+
 def test_a_crowd_does_not_bury_the_photo(monkeypatch):
   size = (120, 160)
   spots, texts = labels_of(size, discs(size, [(80, 60, 5 + i % 40) for i in range(100)]), monkeypatch)
@@ -219,6 +278,8 @@ def test_names_and_scores(monkeypatch):
   assert labels_of(size, results, monkeypatch)[1] == ["truck 0.95"]
   assert labels_of(size, results, monkeypatch, scores=False)[1] == ["truck"]
   assert labels_of(size, results, monkeypatch, labels=False)[1] == ["0.95"]
+  tracked = dataclasses.replace(results, ids=[3])
+  assert labels_of(size, tracked, monkeypatch)[1] == ["truck #3 0.95"]
   long = discs((60, 80), [(40, 30, 20)], ["an endless description " * 5])
   (text,) = labels_of((60, 80), long, monkeypatch)[1]
   assert text.startswith("an") and text.endswith("... 0.95")

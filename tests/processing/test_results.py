@@ -1,12 +1,17 @@
 """Results: shapes, choosing, and what is written for others to read."""
 
+import base64
+import dataclasses
+import io
 import json
 import pickle
+import re
 import sys
+import types
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
@@ -168,6 +173,27 @@ def test_concatenate():
     Results.concatenate([])
 
 
+def test_ids_stay_with_their_instances():
+  plain = make()
+  results = dataclasses.replace(plain, ids=[7, 3, 40, 3])
+  assert results.ids.dtype == np.int64 and plain.ids is None and plain[:2].ids is None
+  assert results[[2, 0]].ids.tolist() == [40, 7] and results[results.ids == 3].labels == ("wheel", "wheel")
+  assert results.sort().ids.tolist() == results.ids[np.argsort(-results.scores)].tolist()
+  assert Results.concatenate([results[:1], Results.empty(SIZE), results[2:]]).ids.tolist() == [7, 40, 3]
+  assert Results.concatenate([results, plain]).ids is None
+  assert results[:0].ids.shape == (0,) and Results.empty(SIZE).ids is None
+  assert repr(results).splitlines()[3].startswith("  2: #40 'truck' 0.")
+  assert [a["track_id"] for a in json.loads(json.dumps(results.to_coco()))] == [7, 3, 40, 3]
+  assert "track_id" not in plain.to_coco()[0]
+  assert pickle.loads(pickle.dumps(results)).ids.tolist() == [7, 3, 40, 3]
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [[1], [2], [3], [4]], [0.5, 1, 2, 3], ["a", "b", "c", "d"], 5])
+def test_wrong_ids_are_named(ids):
+  with pytest.raises(ValueError, match=r"^ids must be 4 integers"):
+    dataclasses.replace(make(), ids=ids)
+
+
 def test_repr_is_short():
   text = repr(make(12))
   assert text.startswith("Results(12 instances, size=20x30)")
@@ -225,6 +251,8 @@ def test_to_supervision():
   assert np.array_equal(detections.confidence, results.scores)
   assert detections.class_id.tolist() == [0, 1, 0, 1]
   assert detections.data["class_name"].tolist() == list(results.labels)
+  assert detections.tracker_id is None
+  assert dataclasses.replace(results, ids=[7, 3, 40, 5]).to_supervision().tracker_id.tolist() == [7, 3, 40, 5]
   assert len(Results.empty(SIZE).to_supervision()) == 0
 
 
@@ -232,6 +260,175 @@ def test_supervision_missing_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "supervision", None)
   with pytest.raises(ImportError, match=r"pip install 'sam3lt_jax\[viz\]'"):
     make().to_supervision()
+
+
+def test_boxes_are_clipped_to_the_image():
+  results = Results([[-3, 2, 40, 25], [np.nan, 0, 5, 5]], [0.5, 0.4], np.zeros((2, *SIZE)), ["a", "b"], SIZE)
+  assert results.boxes[0].tolist() == [0, 2, 30, 20] and np.isnan(results.boxes[1, 0])
+
+
+def test_no_repr_prints_a_mask():
+  results = make()
+  assert "array" not in repr(results) and "False" not in repr(results)
+  one = results[1]
+  assert repr(one).startswith("Instance('wheel' 0.") and f"mask of {one.mask.sum()} pixels)" in repr(one)
+  assert "False" not in repr(list(results)) and len(repr(one)) < 100
+
+
+def photo(folder):
+  path = folder / "a <photo>.png"
+  Image.new("RGB", SIZE[::-1], (200, 10, 10)).save(path)
+  return path
+
+
+def test_the_image_is_remembered_and_forgotten(tmp_path):
+  path = photo(tmp_path)
+  results = make().with_image(path)
+  assert results.image is path and make().image is None
+  drawn = np.asarray(results.render())
+  assert np.array_equal(drawn, np.asarray(make().render(Image.open(path))))
+  for same in (results[:], results.sort(), results.with_label("truck", "wheel"), results.clean(1)):
+    assert same.image is path
+  assert Results.concatenate([make(), results]).image is path
+  assert results.with_image(None).image is None
+  with pytest.raises(ValueError, match=r"image must be given: these results do not remember theirs"):
+    make().render()
+
+
+def test_html_shows_a_picture_and_a_table(tmp_path):
+  results = dataclasses.replace(make(12, ["<b>"] * 12), ids=range(50, 62), image=photo(tmp_path))
+  text = results._repr_html_()
+  assert text.count("<tr>") == 1 + 10 + 1 and "... 2 more" in text and "12 instances in 30 x 20" in text
+  assert "<b>" not in text and "&lt;b&gt; #50" in text
+  encoded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', text)[1]
+  assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == (30, 20)
+  large = Results.empty((3000, 400)).with_image(np.zeros((3000, 400, 3), np.uint8))._repr_html_()
+  encoded = re.search(r'src="data:image/jpeg;base64,([^"]+)"', large)[1]
+  assert max(Image.open(io.BytesIO(base64.b64decode(encoded))).size) == 480
+  for without in (
+    results.with_image(None),
+    results.with_image("gone.png"),
+    results.with_image(np.zeros((1, 2))),
+  ):
+    assert "<img" not in without._repr_html_() and "#50" in without._repr_html_()
+
+
+def test_save_plot_and_show(tmp_path, monkeypatch):
+  results = make().with_image(photo(tmp_path))
+  drawn = np.asarray(results.render(boxes=True))
+  assert results.save(tmp_path / "out.png", boxes=True) == str(tmp_path / "out.png")
+  assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), drawn)
+  results.save(tmp_path / "out.JPG")
+  assert Image.open(tmp_path / "out.JPG").format == "JPEG"
+
+  shown = []
+  monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(np.asarray(self)))
+  results.show(boxes=True)
+  assert np.array_equal(shown[0], drawn)
+
+  figure = pytest.importorskip("matplotlib.figure").Figure()
+  ax = figure.subplots()
+  assert results.plot(ax, boxes=True) is ax
+  assert np.array_equal(ax.images[0].get_array(), drawn) and not ax.axison
+
+
+def test_show_in_a_notebook(tmp_path, monkeypatch):
+  shown = []
+  display = types.SimpleNamespace(display=shown.append)
+  notebook = types.SimpleNamespace(get_ipython=lambda: types.SimpleNamespace(kernel=1), display=display)
+  monkeypatch.setitem(sys.modules, "IPython", notebook)
+  make().show(photo(tmp_path))
+  assert shown[0].size == (30, 20)
+
+
+def test_to_json_and_from_coco(tmp_path):
+  results = dataclasses.replace(make(), ids=[7, 3, 40, 5], image=tmp_path / "a.png")
+  (tmp_path / "a.json").write_text(results.to_json(indent=1))
+  data = json.loads(results.to_json(image_id="x"))
+  assert data["images"] == [{"id": "x", "height": 20, "width": 30, "file_name": str(tmp_path / "a.png")}]
+  for source in (data, tmp_path / "a.json"):
+    back = Results.from_coco(source)
+    assert np.array_equal(back.masks, results.masks) and np.allclose(back.boxes, results.boxes)
+    assert back.labels == results.labels and np.allclose(back.scores, results.scores)
+    assert back.ids.tolist() == [7, 3, 40, 5] and back.size == SIZE
+  assert len(Results.from_coco(json.loads(Results.empty(SIZE).to_json()))) == 0
+  assert COCO(str(tmp_path / "a.json")).getAnnIds() == [1, 2, 3, 4]
+
+
+def test_from_coco_of_others():
+  row = {"image_id": 2, "category_id": 9, "segmentation": [[2, 3, 12, 3, 12, 8, 2, 8]]}
+  data = {
+    "images": [{"id": 1, "height": 4, "width": 4}, {"id": 2, "height": 20, "width": 30}],
+    "annotations": [row, {**row, "image_id": 1}, {"image_id": 2, "category_id": 9, "segmentation": []}],
+    "categories": [],
+  }
+  results = Results.from_coco(data, image_id=2)
+  assert results.labels == ("9",) and results.scores.tolist() == [1] and results.ids is None
+  assert results.areas.tolist() == [50] and results.boxes[0].tolist() == [2, 3, 12, 8]
+  with pytest.raises(ValueError, match=r"image_id must be given for a data set of 2 images"):
+    Results.from_coco(data)
+  with pytest.raises(ValueError, match=r"image_id must be the id of one of 2 images, got 3"):
+    Results.from_coco(data, 3)
+  bad = {**row, "id": 5, "segmentation": {"size": [1, 1], "counts": [1]}}
+  with pytest.raises(ValueError, match=r"annotation 5: the RLE's size"):
+    Results.from_coco({**data, "annotations": [bad]}, 2)
+
+
+def test_to_yolo_fills_to_the_masks():
+  """One polygon an instance: with a hole, of two parts, of a single pixel, cut by the border, and of none."""
+  y, x = np.mgrid[:120, :160]
+  ring = (abs(np.hypot(x - 60, y - 60) - 30) < 12) | (np.hypot(x - 130, y - 30) < 9)
+  single, corner = np.zeros((2, 120, 160), bool)
+  single[50, 70], corner[80:, 100:] = True, True
+  masks = np.stack([ring, corner, single, np.zeros_like(ring)])
+  results = Results(np.zeros((4, 4)), np.ones(4), masks, ["ring", "corner", "dot", "ring"], (120, 160))
+  lines = results.to_yolo().splitlines()
+  assert [line.split()[0] for line in lines] == ["0", "1", "2"]
+  assert results.to_yolo({"ring": 5, "corner": 6, "dot": 7}).startswith("5 ")
+  for line, mask in zip(lines, masks):
+    points = np.array(line.split()[1:], float).reshape(-1, 2)
+    assert points.min() >= 0 and points.max() <= 1
+    finer = Image.new("1", (1600, 1200))
+    ImageDraw.Draw(finer).polygon([(p[0] * 1600, p[1] * 1200) for p in points], fill=1)
+    filled = np.asarray(finer)[5::10, 5::10]  # at the middles of the pixels
+    assert np.array_equal(filled, mask)
+  with pytest.raises(ValueError, match=r"class_ids must hold every label, missing \['corner', 'dot'\]"):
+    results.to_yolo({"ring": 0})
+
+
+def test_to_pandas():
+  pandas = pytest.importorskip("pandas")
+  frame = make().to_pandas()
+  assert isinstance(frame, pandas.DataFrame) and len(frame) == 4
+  assert list(frame.columns) == ["label", "score", "x1", "y1", "x2", "y2", "area"]
+  assert frame.area.tolist() == make().areas.tolist() and frame.x2.tolist() == make().boxes[:, 2].tolist()
+  assert dataclasses.replace(make(), ids=[7, 3, 40, 5]).to_pandas().id.tolist() == [7, 3, 40, 5]
+  assert len(Results.empty(SIZE).to_pandas()) == 0
+
+
+@pytest.mark.parametrize("method, package", [("to_pandas", "pandas"), ("to_yolo", "contourpy")])
+def test_a_missing_package_says_what_to_install(method, package, monkeypatch):
+  monkeypatch.setitem(sys.modules, package, None)
+  with pytest.raises(ImportError, match=rf"{package}: pip install 'sam3lt_jax\[viz\]'"):
+    getattr(make(), method)()
+
+
+def test_clean():
+  mask = np.zeros(SIZE, bool)
+  mask[2:12, 2:12] = True
+  mask[5:7, 5:7] = False  # a hole of 4
+  mask[15:17, 20:23] = True  # a speck of 6
+  speck = np.zeros(SIZE, bool)
+  speck[0, :3] = True
+  results = Results(np.zeros((2, 4)), [0.9, 0.8], [mask, speck], ["a", "b"], SIZE)
+  assert results.clean().areas.tolist() == results.areas.tolist() == [102, 3]
+  assert results.clean(hole_area=3, speck_area=5).areas.tolist() == [102, 3]
+  assert results.clean(hole_area=4).areas.tolist() == [106, 3]
+  assert results.clean(speck_area=6).areas.tolist() == [96, 3]  # the second is all that there is of it
+  assert results.clean(hole_area=4, speck_area=6).masks[0, 2:12, 2:12].all()
+  assert results.areas.tolist() == [102, 3]
+  with pytest.raises(ValueError, match=r"speck_area must be a number of pixels, 0 or more, got -1"):
+    results.clean(speck_area=-1)
 
 
 def overlapping():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,27 +20,22 @@ from tests.parity import tracker as reference
 from tests.tiny import hurry
 
 
-class RecordedEngine:
-  """What `video` asks of an `Engine`, with the authors' recorded feature maps instead of a trunk."""
+class StubEngine:
+  """What `video` asks of an `Engine`, with features from anywhere instead of a trunk's."""
 
   programs = Engine.programs
   waited_s = Engine.waited_s
 
-  def __init__(self, **profile: Any):
-    tracker, self.tracker_variables = reference.load()
-    changed = dataclasses.replace(tracker.config.profile, **profile)
-    self.tracker = Sam3Tracker(tracker.config.replace(profile=changed))
+  def __init__(self, tracker: Sam3Tracker, variables: Any, image_size: int, encode: Callable):
+    self.tracker, self.tracker_variables, self.encode_frames = tracker, variables, encode
     self.mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    self.processor = types.SimpleNamespace(image_size=reference.sizes()["image_size"])
+    self.processor = types.SimpleNamespace(image_size=image_size)
     self.model = types.SimpleNamespace(dtype=jnp.float32)
     self._programs: list[Program] = []
 
   def program(self, *args: Any, **kwargs: Any) -> Program:
     with hurry():
       return Engine.program(self, *args, **kwargs)
-
-  def encode_frames(self, pixels: Any) -> Any:
-    return recorded(tuple(int(x[0, 0, 0]) for x in pixels))
 
 
 @functools.cache
@@ -48,9 +44,13 @@ def recorded(frames: tuple[int, ...]) -> Any:
 
 
 @functools.cache
-def engine(**profile: Any) -> RecordedEngine:
+def engine(**profile: Any) -> StubEngine:
   """One for each profile, so that its programs are compiled once for all tests."""
-  return RecordedEngine(**profile)
+  tracker, variables = reference.load()
+  changed = dataclasses.replace(tracker.config.profile, **profile)
+  tracker = Sam3Tracker(tracker.config.replace(profile=changed))
+  encode = lambda pixels: recorded(tuple(int(x[0, 0, 0]) for x in pixels))  # noqa: E731
+  return StubEngine(tracker, variables, reference.sizes()["image_size"], encode)
 
 
 def clip(frame_index: Any = range(24)) -> list[np.ndarray]:

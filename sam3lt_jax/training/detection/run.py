@@ -239,10 +239,12 @@ def _load(source: Any, config: FinetuneConfig, profile: Any, processor: Sam3Proc
   if not isinstance(source, tuple):
     if processor is not None:
       raise ValueError("processor is for (model, variables); a checkpoint brings its own")
-    return Predictor.from_pretrained(
+    predictor = Predictor.from_pretrained(
       source, profile=profile and rules.fitting(profile, source), dtype=config.dtype, param_dtype="float32",
       image_size=config.image_size, fuse=False, compile_ahead=False,
     )  # fmt: skip
+    predictor.processor.vocabulary = None  # it is to learn other words
+    return predictor
   model, variables = source
   processor = processor or Sam3Processor(model.config, image_size=config.image_size)
   if config.image_size not in (None, processor.image_size):
