@@ -118,6 +118,18 @@ def test_set_image_then_predict_equals_a_call(base):
   assert not np.allclose(base.predict("a dog", **ALL).scores, base(PHOTO, "a dog", **ALL).scores, atol=1e-4)
 
 
+def test_results_remember_what_was_given(base, tmp_path, monkeypatch):
+  path = tmp_path / "photo.png"
+  Image.fromarray(PHOTO).save(path)
+  assert base(path, "a dog").image == path and base(PHOTO, "a dog").image is PHOTO
+  assert [found.image is PHOTO for found in base([PHOTO, PHOTO], "a dog")] == [True, True]
+  assert base.set_image(PHOTO).predict("a dog").image is PHOTO
+  # An iterator may hand out one array again and again, with another picture in it.
+  assert [found.image for found in base.stream([path, PHOTO], "a dog")] == [path, None]
+  monkeypatch.setattr(base, "remember_images", False)
+  assert base(path, "a dog").image is None and base.set_image(path).predict("a dog").image is None
+
+
 def test_several_phrases_are_one_after_the_other(base):
   together = base(PHOTO, ["a dog", "a cat", "a dog"], **ALL)
   dog, cat = base(PHOTO, "a dog", **ALL), base(PHOTO, "a cat", **ALL)

@@ -177,9 +177,9 @@ class Sam3Processor:
         phrase is accepted, as in both references, with a warning: it asks for nothing in particular.
       segmentation_maps: not supported; labels for training are prepared elsewhere.
       input_boxes: one list of boxes a prompt, each box (x1, y1, x2, y2) in pixels of its image: nested lists
-        [prompt][box][4] with None or [] for a prompt without boxes, or an array [P, N, 4]. A box may reach
+        `[prompt][box][4]` with None or [] for a prompt without boxes, or an array [P, N, 4]. A box may reach
         over the image's edge and is not clipped; one that lies wholly outside draws a warning.
-      input_boxes_labels: [prompt][box], 1 (like this), 0 (not like this) or -10 (ignore). Default: all 1.
+      input_boxes_labels: `[prompt][box]`, 1 (like this), 0 (not like this) or -10 (ignore). Default: all 1.
       original_sizes: (height, width) a prompt, in place of images, where only prompts are prepared.
       return_tensors: None or "np" for numpy, "jax" for jax arrays (`original_sizes` stays numpy).
       truncation: see `ClipTokenizer.__call__`.
