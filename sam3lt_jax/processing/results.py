@@ -211,11 +211,18 @@ class Results:
     """
     import json
 
-    from sam3lt_jax.data import rle as rle_ops
-
     if not isinstance(coco, Mapping):
       with open(coco, encoding="utf-8") as f:
         coco = json.load(f)
+    try:
+      return cls._from_coco(coco, image_id)
+    except KeyError as e:
+      raise ValueError(f"coco must be a COCO data set: an entry of it has no {e}") from e
+
+  @classmethod
+  def _from_coco(cls, coco: Mapping[str, Any], image_id: int | str | None) -> Results:
+    from sam3lt_jax.data import rle as rle_ops
+
     images = {image["id"]: image for image in coco["images"]}
     if image_id is None and len(images) != 1:
       raise ValueError(f"image_id must be given for a data set of {len(images)} images")
@@ -572,8 +579,10 @@ class Results:
   def plot(self, ax: Any = None, image: Any = None, **options: Any):
     """Draws on matplotlib axes, the current ones by default, and returns them; the rest as in `render`."""
     if ax is None:
-      import matplotlib.pyplot as plt
-
+      try:
+        import matplotlib.pyplot as plt
+      except ImportError as e:
+        raise ImportError(f"plot needs the package matplotlib: pip install 'sam3lt_jax[viz]' ({e})") from e
       ax = plt.gca()
     ax.imshow(np.asarray(self.render(image, **options)))
     ax.set_axis_off()
