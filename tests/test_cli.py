@@ -30,6 +30,7 @@ class FakePredictor:
 
   calls: list
   loaded: list
+  running = "paper, float32"
 
   def __init__(self, config):
     self.model = types.SimpleNamespace(config=config)
@@ -80,9 +81,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def mistake(capsys, *argv):
-  """Runs a wrong command line and returns its one line on stderr."""
+  """Runs a wrong command line and returns its one line on stderr, but for what it ran on."""
   assert cli.main(argv) == 2
   out, err = capsys.readouterr()
+  err = err.replace("sam3lt: running on paper, float32\n", "")
   assert out == "" and err.startswith("sam3lt: error: ") and err.count("\n") == 1, err
   return err.removeprefix("sam3lt: error: ").strip()
 
@@ -90,7 +92,7 @@ def mistake(capsys, *argv):
 def test_segment_writes_everything(fake, folder, capsys):
   assert cli.main(["segment", "photo.jpg", "truck", "a wheel"]) == 0
   out, err = capsys.readouterr()
-  assert err == ""
+  assert err == "sam3lt: running on paper, float32\n"
   assert fake.loaded == [("s0", None, "float32")]
   assert fake.calls == [
     {"text": ["truck", "a wheel"], "boxes": None, "box_labels": None, "threshold": None, "mask": 0.5}
@@ -215,6 +217,7 @@ def test_a_folder_is_listed_as_a_job_lists_it(fake, folder, capsys):
     "convert it to JPEG or PNG",
     "sam3lt: error: image 'a/pipe.jpg' is a named pipe, no file",
     "sam3lt: error: image 'a/zero.png' is empty (0 bytes)",
+    "sam3lt: running on paper, float32",
     "sam3lt: 4 of 5 photos failed",
   ]
   os.remove("a/good.jpg")
@@ -260,7 +263,10 @@ def test_table_is_cut_and_labels_are_one_line():
   "argv, says",
   [
     ("photo.jpg", "nothing to look for: give a phrase or --box"),
-    ("truck", "no photo given ('truck' taken as phrase)"),
+    ("truck", "no photo given; no file or folder is called 'truck'"),
+    ("photos/ truck", "no such folder or photo: photos/ (if it is a phrase: --text 'photos/')"),
+    ("photos/june truck", "no such folder or photo: photos/june"),
+    ("../photos truck", "no such folder or photo: ../photos"),
     ("", "no photo given"),
     ("poto.jpg truck", "no such photo: poto.jpg; did you mean photo.jpg?"),
     ("none/photo.JPG truck", "no such photo: none/photo.JPG"),
@@ -306,6 +312,9 @@ def test_more_segment_mistakes(fake, folder, capsys):
 def test_main_help_and_mistakes(folder, capsys):
   assert cli.main([]) == 2
   assert "usage: sam3lt VERB" in capsys.readouterr().err
+  assert cli.main(["help", "segment"]) == 0
+  assert "usage: sam3lt segment PHOTO" in capsys.readouterr().out
+  assert "did you mean 'segment'?" in mistake(capsys, "help", "segmnt")
   for flag in ("--help", "-h", "help"):
     assert cli.main([flag]) == 0
     out = capsys.readouterr().out
@@ -368,7 +377,7 @@ def test_warnings_are_one_line(fake, folder, monkeypatch, capsys):
   with warnings.catch_warnings():
     warnings.simplefilter("always")
     assert cli.main(["segment", "photo.jpg", "truck"]) == 0
-  assert capsys.readouterr().err == "sam3lt: warning: the phrase was cut\n"
+  assert capsys.readouterr().err.endswith("float32\nsam3lt: warning: the phrase was cut\n")
 
 
 def test_progress_shows_only_when_it_takes_time(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -172,6 +172,12 @@ class Results:
 
   def __iter__(self) -> Iterator[Instance]:
     return (self[i] for i in range(len(self)))
+
+  @overload
+  def __getitem__(self, key: int | np.integer) -> Instance: ...
+
+  @overload
+  def __getitem__(self, key: slice | np.ndarray | Sequence[int] | Sequence[bool]) -> Results: ...
 
   def __getitem__(self, key):
     """An `Instance` for an integer; `Results` for a slice, a boolean mask [N] or a sequence of integers.

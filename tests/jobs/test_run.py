@@ -324,24 +324,6 @@ def test_bad_configurations(job, given, message):
     job(**given)
 
 
-def test_the_compilation_cache(tmp_path, monkeypatch):
-  before = jax.config.jax_compilation_cache_dir
-  try:
-    jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    setup.use_compilation_cache(None)
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sam3lt_jax/xla")
-    assert (tmp_path / "sam3lt_jax/xla").stat().st_mode & 0o077 == 0
-    setup.use_compilation_cache(str(tmp_path / "own"))
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
-    setup.use_compilation_cache(None)  # jax has one: it stays
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
-    setup.use_compilation_cache("")
-    assert jax.config.jax_compilation_cache_dir is None
-  finally:
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 def test_another_model_has_another_digest():
   predictor = pictures.predictor()
   digest = setup.digest(predictor.variables)
