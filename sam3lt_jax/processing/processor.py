@@ -70,7 +70,8 @@ class Sam3Processor:
     """Args:
       config: the model's configuration, or only a profile ("original", "transformers" or a `Profile`).
       image_size: overrides the configuration's; 1008 with a profile alone.
-      tokenizer: overrides the bundled public CLIP table. Its own profile decides how it cleans and pads.
+      tokenizer: overrides the configuration's, else the bundled public CLIP table. Its own profile
+        decides how it cleans and pads.
 
     Raises:
       ValueError: an image size that is not a positive whole number, or a `config` of another kind.
@@ -85,12 +86,16 @@ class Sam3Processor:
       raise ArgumentError("image_size", f" must be a positive whole number of pixels, got {image_size!r}")
     self.image_size = int(image_size)
     self._vocab_size = full.text.vocab_size if full else None
+    self._own_vocabulary = full.tokenizer if full else None
     self._tokenizer = tokenizer
 
   @property
   def tokenizer(self) -> ClipTokenizer:
     if self._tokenizer is None:
-      self._tokenizer = ClipTokenizer(profile=self.profile)
+      if self._own_vocabulary is None:
+        self._tokenizer = ClipTokenizer(profile=self.profile)
+      else:
+        self._tokenizer = ClipTokenizer.of_json(self._own_vocabulary, self.profile)
     return self._tokenizer
 
   @classmethod

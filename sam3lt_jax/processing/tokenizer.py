@@ -182,6 +182,13 @@ class ClipTokenizer:
       raise ValueError(f"{path} is not a tokenizer.json that the tokenizers package can read: {e}") from e
     return cls(backend, profile)
 
+  @classmethod
+  def of_json(cls, text: str, profile: str | Profile = "original") -> ClipTokenizer:
+    """What `to_json` gave."""
+    from tokenizers import Tokenizer
+
+    return cls(Tokenizer.from_str(text), profile)
+
   def save(self, path: str | os.PathLike) -> None:
     """Writes `tokenizer.json` as transformers reads it; a directory gets the file's usual name."""
     path = os.fspath(path)
