@@ -4,6 +4,7 @@ import importlib
 import pathlib
 import re
 import shlex
+import subprocess
 
 import pytest
 
@@ -53,3 +54,17 @@ def test_help(verb):
 def test_the_readme_shows_what_to_do():
   text = (ROOT / "README.md").read_text(encoding="utf-8")
   assert len(commands(text)) >= 12
+
+
+def test_git_passes_over_what_the_readme_s_commands_write():
+  text = (ROOT / "README.md").read_text(encoding="utf-8")
+  blocks = "".join(re.findall(r"```(?:bash|python)\n(.*?)```", text, re.DOTALL))
+  written = re.findall(r"""(?:--out|-o|--data| >|save\()\s+['"]?([\w./]+)""", blocks)
+  written += re.findall(r"python -m convert\.(?:from|to)_\w+ \S+ (\S+)", blocks)
+  assert len(written) > 5
+  if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+    pytest.skip("no git checkout")
+  for name in written:
+    given = [name.rstrip("/"), name.rstrip("/") + "/"]  # a file or a folder
+    done = subprocess.run(["git", "check-ignore", "-q", *given], cwd=ROOT)
+    assert done.returncode == 0, f"{name} is not in .gitignore"

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import uuid
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +20,7 @@ from sam3lt_jax.checkpoints.pretrained import abstract_leaves
 from sam3lt_jax.checkpoints.readers import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
 from sam3lt_jax.checkpoints.tracker import FOLDER, tracker_leaves
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
+from sam3lt_jax.errors import warn
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Sam3LiteText, Variables
@@ -119,7 +119,7 @@ def save_pretrained(
     )
   target = _target(directory, overwrite)
   if format == "transformers" and (note := transformers_note(model.config)):
-    warnings.warn(f"{target}: {note}", OtherRules, stacklevel=2)
+    warn(f"{target}: {note}", OtherRules)
   leaves = engine.flatten(variables)
   orbax_io.compare(leaves, abstract_leaves(model), "variables")
   if tracker is not None:

@@ -282,6 +282,8 @@ class _Job:
   def _on_start(self, at: float, output: Any) -> None:
     if self._waited_before is None:
       self._waited_before = self.engine.waited_s
+      for shard in self._open:  # so that `status` leaves compiling out of the rate, as the summary does
+        shard.writer.begin()
     self.clock.started(at, output)
 
   def _on_record(self, record: dict[str, Any]) -> None:

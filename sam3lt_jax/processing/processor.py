@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numbers
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, read_json, typed
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, warn
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.arrays import to_numpy
@@ -226,7 +225,7 @@ class Sam3Processor:
   def _tokenize(self, phrases: list[str], truncation: bool) -> tuple[np.ndarray, np.ndarray]:
     for phrase in phrases:
       if not phrase.strip():
-        warnings.warn(f"text {phrase!r} is empty: it names nothing to look for", stacklevel=3)
+        warn(f"text {phrase!r} is empty: it names nothing to look for")
     if self.tokenizer.pruned:  # an unknown word is many tokens: it is to be named, not cut off
       self._check_vocabulary(phrases, self.tokenizer(phrases, truncation=False)[0])
     ids, mask = self.tokenizer(phrases, truncation=truncation)
