@@ -21,6 +21,11 @@ _NEEDS = {
 }
 
 
+def _setting(name: str) -> Any:
+  """A setting of JAX's, none of which its types name."""
+  return getattr(jax.config, name)
+
+
 def parse(device: str) -> tuple[str, int | None]:
   """(kind, number or None) of a device's name. Raises ArgumentError."""
   kind, colon, number = str(device).lower().partition(":")
@@ -71,7 +76,7 @@ def check(device: str | None = None) -> None:
   try:
     found = jax.devices()
   except Exception as e:  # an AssertionError for cuda, a RuntimeError for others
-    asked = jax.config.jax_platforms
+    asked = _setting("jax_platforms")
     if device is not None or not asked:
       raise _absent("device", device or "default", e) from e
     raise _absent("JAX_PLATFORMS", asked, e) from e
@@ -112,10 +117,10 @@ def keep_compiled(folder: str | None = None) -> None:
   there are trusted: the default folder is the user's own.
   """
   if folder is None:
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if _setting("jax_compilation_cache_dir") or not _setting("jax_enable_compilation_cache"):
       return
     folder = cache_folder()
-    if jax.config.jax_compilation_cache_max_size == -1:
+    if _setting("jax_compilation_cache_max_size") == -1:
       jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
   if folder and "://" not in folder:
     try:

@@ -83,7 +83,7 @@ def _unknown(function: Any, name: str, accepted: list[str]) -> KeywordError:
     near = difflib.get_close_matches(name, accepted, n=1)
     ours = near[0] if near else None
   short = (ours or "").partition(" of from_pretrained")[0].partition("=")[0]
-  if short in accepted:  # said where it is accepted
+  if ours and short in accepted:  # said where it is accepted
     ours = ours.replace(" of from_pretrained", "")
   hint = f"here it is {ours}" if ours else f"accepted: {', '.join(accepted)}"
   owner = function.__qualname__.removesuffix(".__init__").removesuffix(".__call__")

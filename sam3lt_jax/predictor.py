@@ -368,6 +368,7 @@ class Predictor:
     if any(value is not None for value in pointing.values()):
       finding = {"text": text, "boxes": boxes, "box_labels": box_labels, "threshold": threshold}
       self._one_kind(pointing, finding)
+      assert vision.tracker is not None  # as there is a tracker
       clicks = clicks_of(size, vision.tracker.mask_side, points, point_labels, box, mask)
       _, mask_threshold = self._thresholds(0.5, mask_threshold)
       return interactive.results(
@@ -419,7 +420,7 @@ class Predictor:
     masks = (new[0].mask if k == index else one.mask for k, one in enumerate(results))
     masks = hold_masks(masks, len(results), size)
     logits = None
-    if results.logits is not None:
+    if results.logits is not None and new.logits is not None:
       logits = results.logits.copy()
       logits[index] = new.logits[0]
     return dataclasses.replace(results, boxes=boxes, scores=scores, masks=masks, logits=logits)
@@ -533,5 +534,5 @@ def _ahead(read: Any, works: Iterable[tuple[Any, Any]], rows: int) -> Iterator[t
 
 
 def _results(kept: Kept, asked: Sequence[Prompt]) -> Results:
-  labels = tuple(asked[i].phrase for i in kept.prompt)
-  return Results(kept.boxes, kept.scores, kept.masks(), labels, kept.size)
+  labels, masks = tuple(asked[i].phrase for i in kept.prompt), cast("np.ndarray", kept.masks())
+  return Results(kept.boxes, kept.scores, masks, labels, kept.size)

@@ -66,5 +66,5 @@ def test_git_passes_over_what_the_readme_s_commands_write():
     pytest.skip("no git checkout")
   for name in written:
     given = [name.rstrip("/"), name.rstrip("/") + "/"]  # a file or a folder
-    done = subprocess.run(["git", "check-ignore", "-q", *given], cwd=ROOT)
+    done = subprocess.run(["git", "check-ignore", *given], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, f"{name} is not in .gitignore"

@@ -127,7 +127,7 @@ class Results:
     object.__setattr__(self, "labels", labels)
     object.__setattr__(self, "size", size)
 
-  def __getattr__(self, name: str) -> Any:
+  def _unpacked(self, name: str) -> Any:
     if name != "masks" or "_packed" not in self.__dict__:
       raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
     masks = np.empty((len(self), *self.size), bool)
@@ -135,6 +135,9 @@ class Results:
       masks[i] = self._packed[i]
     self.__dict__["masks"] = masks
     return masks
+
+  if not TYPE_CHECKING:  # a checker would take any name for one of ours
+    __getattr__ = _unpacked
 
   @property
   def _held(self) -> np.ndarray | PackedMasks:
