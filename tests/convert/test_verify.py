@@ -59,7 +59,7 @@ def test_a_good_checkpoint_passes(capsys, checkpoint, photo, prompt, grid):
 def test_the_bundled_model_and_its_own_vocabulary(capsys):
   code, out, err = run(capsys, "shapes", "--text", "truck")
   assert code == 2 and "text 'truck': the model's vocabulary was pruned to 25 tokens, and 'truck' is" in err
-  code, out, err = run(capsys, "shapes", "--size", "56")
+  code, out, err = run(capsys, "shapes")
   assert code == 0 and out.splitlines()[-1].endswith("stages are within their tolerance"), out + err
 
 
