@@ -192,6 +192,13 @@ def test_no_path_of_a_machine_in_the_sources():
       assert f"/{folder}/" not in source, f"{file.relative_to(ROOT)} names a folder of some machine"
 
 
+def test_the_citation_is_of_this_version():
+  cff = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+  assert f"\nversion: {sam3lt_jax.__version__}\n" in cff and f'version = "{sam3lt_jax.__version__}"' in (
+    ROOT / "pyproject.toml"
+  ).read_text(encoding="utf-8")
+
+
 @pytest.mark.full
 def test_wheel_holds_the_library_and_nothing_else(tmp_path):
   pytest.importorskip("build")
