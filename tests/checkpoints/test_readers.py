@@ -334,7 +334,7 @@ def test_without_torch(tmp_path, monkeypatch):
   (tmp_path / "m.pt").write_bytes(b"x")
   with (
     pytest.raises(
-      ImportError, match=r"needs PyTorch.*a build for the CPU is enough.*pip install 'sam3lt_jax\[convert\]"
+      ImportError, match=r"needs PyTorch.*for the CPU is enough.*pip install 'sam3lt_jax\[convert\]"
     ),
     readers.open_tensors(tmp_path / "m.pt"),
   ):

@@ -57,7 +57,7 @@ def test_a_good_checkpoint_passes(capsys, checkpoint, photo, prompt, grid):
 
 
 def test_a_word_that_a_pruned_vocabulary_has_not(capsys):
-  code, out, err = run(capsys, "shapes", "--text", "truck")
+  code, _, err = run(capsys, "shapes", "--text", "truck")
   assert code == 2 and "text 'truck': the model's vocabulary was pruned to 25 tokens, and 'truck' is" in err
 
 
