@@ -4,6 +4,7 @@ import importlib
 import pathlib
 import re
 import shlex
+import subprocess
 
 import pytest
 
@@ -51,3 +52,18 @@ def test_the_pages_show_what_to_do():
   assert len(commands((ROOT / "README.md").read_text(encoding="utf-8"))) >= 3
   verbs = {argv[0] for page in PAGES for argv in commands((ROOT / page).read_text(encoding="utf-8"))}
   assert verbs >= {"demo", "segment", "batch", "finetune", "eval", "distill", "export", "info", "app"}
+
+
+def test_git_passes_over_what_the_pages_commands_write():
+  pages = ("README.md", "docs/index.md", "docs/phrases.md", "docs/jobs.md", "docs/checkpoints.md")
+  text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+  blocks = "".join(re.findall(r"```(?:bash|python)\n(.*?)```", text, re.DOTALL))
+  written = re.findall(r"""(?:--out|-o|--data| >|save\()\s+['"]?([\w./]+)""", blocks)
+  written += re.findall(r"python -m convert\.(?:from|to)_\w+ \S+ (\S+)", blocks)
+  assert len(written) > 5
+  if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+    pytest.skip("no git checkout")
+  for name in written:
+    given = [name.rstrip("/"), name.rstrip("/") + "/"]  # a file or a folder
+    done = subprocess.run(["git", "check-ignore", *given], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, f"{name} is not in .gitignore"

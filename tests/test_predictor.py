@@ -1,6 +1,7 @@
 """Predictor: the same results as the model by hand, nothing compiled twice, and clear errors."""
 
 import dataclasses
+import inspect
 import json
 from concurrent import futures
 
@@ -414,3 +415,14 @@ def test_another_image_size_runs(base, sibling):
   results = small(PHOTO, "a dog", **ALL)
   assert results.masks.shape == (tiny.QUERIES, 60, 90)
   assert np.isfinite(results.boxes).all()
+
+
+def test_warnings_point_at_the_users_line(base, recwarn):
+  """Whatever way the call takes inside."""
+  line = inspect.currentframe().f_lineno
+  base(PHOTO, boxes=[[0.1, 0.1, 0.5, 0.5]])
+  base([PHOTO, PHOTO], "a dog", boxes=[[[0.1, 0.1, 0.5, 0.5]], None])
+  list(base.stream([PHOTO], "a dog " * 30))
+  base.processor(text="a dog " * 30)
+  base.processor.tokenizer("a dog " * 30)
+  assert [(w.filename, w.lineno - line) for w in recwarn] == [(__file__, k) for k in range(1, 6)]

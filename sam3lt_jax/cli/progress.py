@@ -18,6 +18,7 @@ class Progress:
   def __init__(self, description: str, total: int | None):
     self._description, self._total = description, total
     self._done, self._start = 0, time.time()
+    self._first: float | None = None  # when the first was done: what it waited for compiling does not count
     self._bar = None
     self._lock = threading.RLock()
     self._end = threading.Event()
@@ -34,6 +35,7 @@ class Progress:
     """One more of `total` is done."""
     with self._lock:
       self._done += 1
+      self._first = self._first or time.time()
       if self._bar is not None:
         self._bar.update()
 
@@ -49,12 +51,16 @@ class Progress:
 
     if self._bar is None:
       counts = self._total is not None and self._total > 1
-      layout = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if counts else "{desc} [{elapsed}]"
+      layout = "{desc} {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if counts else "{desc} [{elapsed}]"
       self._bar = tqdm(
         desc=self._description, total=self._total, initial=self._done, leave=False, bar_format=layout,
         file=sys.stderr, mininterval=1.0 if terminal else _LOG_PERIOD, delay=1e-9,
       )  # fmt: skip
       self._bar.start_t = self._start
+    if self._done > 1 and self._total is not None:
+      rate = (self._done - 1) / max(time.time() - self._first, 1e-9)
+      left = tqdm.format_interval((self._total - self._done) / rate)
+      self._bar.set_postfix_str(f"{rate:.3g} a second, {left} left", refresh=False)
     self._bar.refresh()
     if not terminal:
       print(file=sys.stderr, flush=True)

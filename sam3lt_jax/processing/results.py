@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -147,7 +147,7 @@ class Results:
     object.__setattr__(self, "labels", labels)
     object.__setattr__(self, "size", size)
 
-  def __getattr__(self, name: str) -> Any:
+  def _unpacked(self, name: str) -> Any:
     if name != "masks" or "_packed" not in self.__dict__:
       raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
     masks = np.empty((len(self), *self.size), bool)
@@ -155,6 +155,9 @@ class Results:
       masks[i] = self._packed[i]
     self.__dict__["masks"] = masks
     return masks
+
+  if not TYPE_CHECKING:  # a checker would take any name for one of ours
+    __getattr__ = _unpacked
 
   @property
   def _held(self) -> np.ndarray | PackedMasks:
@@ -257,6 +260,12 @@ class Results:
 
   def __iter__(self) -> Iterator[Instance]:
     return (self[i] for i in range(len(self)))
+
+  @overload
+  def __getitem__(self, key: int | np.integer) -> Instance: ...
+
+  @overload
+  def __getitem__(self, key: slice | np.ndarray | Sequence[int] | Sequence[bool]) -> Results: ...
 
   def __getitem__(self, key):
     """An `Instance` for an integer; `Results` for a slice, a boolean mask [N] or a sequence of integers.
