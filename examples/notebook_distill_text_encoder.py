@@ -1,7 +1,13 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_markers: '"""'
 #     formats: py:percent,ipynb
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -9,12 +15,14 @@
 # ---
 
 # %% [markdown]
-# # Distilling a smaller text encoder
-#
-# A student learns to give the teacher's text features. Then it stands in the teacher's model, and the rest
-# of the model does not notice. Here the teacher is the bundled model, and the student is about a quarter of
-# its size. With SAM 3 as the teacher the same lines are the recipe of the SAM3-LiteText paper:
-# `teacher="facebook/sam3"`, `student="s0"`, and a file of noun phrases.
+"""
+# Distilling a smaller text encoder
+
+A student learns to give the teacher's text features. Then it stands in the teacher's model, and the rest
+of the model does not notice. Here the teacher is the bundled model, and the student is about a quarter of
+its size. With SAM 3 as the teacher the same lines are the recipe of the SAM3-LiteText paper:
+`teacher="facebook/sam3"`, `student="s0"`, and a file of noun phrases.
+"""
 
 # %% tags=["install"]
 # %pip install -q "sam3lt_jax[train,viz]"
@@ -36,10 +44,12 @@ OUT = pathlib.Path("distilled_notebook")
 STEPS = 300  # half a minute on two cores
 
 # %% [markdown]
-# ## The student
-#
-# A text encoder is described by a `TextConfig`. This one is narrower than the teacher's and has fewer
-# layers.
+"""
+## The student
+
+A text encoder is described by a `TextConfig`. This one is narrower than the teacher's and has fewer
+layers.
+"""
 
 # %%
 teacher, _ = from_pretrained("shapes")
@@ -52,9 +62,11 @@ student = dataclasses.replace(
 )
 
 # %% [markdown]
-# ## The phrases
-#
-# The teacher reads them, so no picture and no annotation is needed. A tenth is held out to measure.
+"""
+## The phrases
+
+The teacher reads them, so no picture and no annotation is needed. A tenth is held out to measure.
+"""
 
 # %%
 OUT.mkdir(exist_ok=True)
@@ -75,7 +87,9 @@ plt.xlabel("step")
 plt.ylabel("loss")
 
 # %% [markdown]
-# ## The student in the teacher's place
+"""
+## The student in the teacher's place
+"""
 
 # %%
 photo = draw_scene(3_000_000_183, SceneConfig(480, min_objects=6)).image
