@@ -528,7 +528,7 @@ def _tagged(batch: list[tuple[Any, Asked]]) -> tuple[list[tuple[Any, Sequence[Pr
   return [(image, one.prompts) for image, one in batch], [one for _, one in batch]
 
 
-def _ahead(read: Any, works: Iterable[tuple[Any, Any]], rows: int) -> Iterator[tuple[Any, Any]]:
+def _ahead(read: Any, works: Iterable[tuple[Any, Any]], rows: int) -> Iterator[tuple[Any, Any, Any]]:
   """(image, read(image), what is asked) of each, in order; a batch and a few more are read in advance."""
   works, workers = iter(works), image_ops.default_workers()
   waiting: collections.deque = collections.deque()
