@@ -10,7 +10,12 @@ import pytest
 from sam3lt_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ["README.md", "tpu/README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
+PAGES = [
+  "README.md",
+  "CONTRIBUTING.md",
+  "tpu/README.md",
+  *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")),
+]
 NOTEBOOKS = sorted(ROOT.glob("examples/notebook_*.ipynb"))
 _LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
