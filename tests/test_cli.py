@@ -1,5 +1,6 @@
 """The command line, with a predictor that paints squares: what is read, written, printed and returned."""
 
+import dataclasses
 import io
 import json
 import os
@@ -150,6 +151,22 @@ def test_segment_short_options_size_and_number(fake, folder, capsys):
   assert cli.main([*argv, "--threshold", "0.1", "--top-k", "2", "--json"]) == 0
   data = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert [a["score"] for a in data["annotations"]] == pytest.approx([0.9, 0.4])
+
+
+def test_segment_clean(fake, folder, monkeypatch):
+  found = fake.__call__
+
+  def with_holes(self, *args, **options):
+    results = found(self, *args, **options)
+    masks = results.masks.copy()
+    masks[:, 15:17, 20] = False
+    return dataclasses.replace(results, masks=masks)
+
+  monkeypatch.setattr(fake, "__call__", with_holes)
+  for more, area in ((["--clean", "1"], 298), (["--clean", "2"], 300), ([], 298)):
+    assert cli.main(["segment", "photo.jpg", "truck", *more]) == 0
+    (kept,) = json.loads((folder / "sam3lt_out/photo.json").read_text())["annotations"]
+    assert kept["area"] == area
 
 
 def test_segment_box_alone(fake, folder, capsys):

@@ -94,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--mask-threshold", type=fraction, default=0.5, metavar="T",
       help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
   add("--top-k", type=count, metavar="N", help="keep the best N of each photo (default: all)")
+  add("--clean", type=count, metavar="N",
+      help="fill holes and take out specks of up to N pixels in each mask (default: leave them)",
+  )  # fmt: skip
   add_out(parser)
   add("--separate-masks", action="store_true",
       help="a black-and-white PNG for every mask, overlaps kept, instead of the label map")  # fmt: skip
@@ -310,7 +313,8 @@ def _segment(predictor, photo: str, phrases: list[str], args) -> tuple[Any, Resu
       threshold=args.threshold,
       mask_threshold=args.mask_threshold,
     ).sort()
-  return image, results if args.top_k is None else results.top_k(args.top_k)
+  results = results if args.top_k is None else results.top_k(args.top_k)
+  return image, results if args.clean is None else results.clean(args.clean, args.clean)
 
 
 def _clicked(predictor, image: Any, objects: list[dict[str, Any]], mask_threshold: float) -> Results:
