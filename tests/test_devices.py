@@ -35,7 +35,7 @@ def test_a_predictor_says_what_it_runs_on():
 def test_devices_that_are_not_there(device, says):
   for call in (
     lambda: Predictor(*tiny.load(tiny.config()), device=device),
-    lambda: Predictor.from_pretrained("shapes", device=device),
+    lambda: Predictor.from_pretrained("nobody/nothing", device=device),  # told before it is looked for
   ):
     with pytest.raises(ValueError, match=says):
       call()
