@@ -132,3 +132,7 @@ def test_predictors_and_verbs_keep_what_they_compile(tmp_path, config, monkeypat
     config.update("jax_compilation_cache_dir", None)
     way()
     assert config.jax_compilation_cache_dir == devices.cache_folder()
+  config.update("jax_compilation_cache_max_size", -1)
+  arguments.start(cli.argparse.Namespace(device=None, compilation_cache="gs://some/where"))
+  # jax keeps no bound, for which it needs a lock, in a bucket.
+  assert config.jax_compilation_cache_dir == "gs://some/where" and config.jax_compilation_cache_max_size == -1

@@ -118,7 +118,7 @@ def start(args: argparse.Namespace) -> None:
   from sam3lt_jax import devices
 
   devices.use(args.device)
-  devices.keep_compiled()
+  devices.keep_compiled(getattr(args, "compilation_cache", None))  # which batch has an option for
   devices.check(args.device)
 
 
