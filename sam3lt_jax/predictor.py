@@ -193,6 +193,8 @@ class Predictor:
     from sam3lt_jax.checkpoints import open_checkpoint, open_tracker
 
     jax_devices.keep_compiled()
+    if (device := options.get("device")) is not None:  # before anything is downloaded
+      options["device"] = jax_devices.find(device)
     dtypes = dtype, dtype if param_dtype is None else param_dtype
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     opened = open_checkpoint(source, config, profile, *dtypes, revision=revision, **hub)

@@ -35,7 +35,7 @@ def test_a_predictor_says_what_it_runs_on():
 def test_devices_that_are_not_there(device, says):
   for call in (
     lambda: Predictor(*tiny.load(tiny.config()), device=device),
-    lambda: Predictor.from_pretrained("shapes", device=device),
+    lambda: Predictor.from_pretrained("nobody/nothing", device=device),  # told before it is looked for
   ):
     with pytest.raises(ValueError, match=says):
       call()
@@ -132,3 +132,7 @@ def test_predictors_and_verbs_keep_what_they_compile(tmp_path, config, monkeypat
     config.update("jax_compilation_cache_dir", None)
     way()
     assert config.jax_compilation_cache_dir == devices.cache_folder()
+  config.update("jax_compilation_cache_max_size", -1)
+  arguments.start(cli.argparse.Namespace(device=None, compilation_cache="gs://some/where"))
+  # jax keeps no bound, for which it needs a lock, in a bucket.
+  assert config.jax_compilation_cache_dir == "gs://some/where" and config.jax_compilation_cache_max_size == -1

@@ -118,7 +118,7 @@ def start(args: argparse.Namespace) -> None:
   from sam3lt_jax import devices
 
   devices.use(args.device)
-  devices.keep_compiled()
+  devices.keep_compiled(getattr(args, "compilation_cache", None))  # which batch has an option for
   devices.check(args.device)
 
 
@@ -139,7 +139,7 @@ def load(args: argparse.Namespace, warning: str = RANDOM_WARNING, **options: Any
     if getattr(args, name, None) is not None:
       options[name] = getattr(args, name)
   if getattr(args, "tracker", None) is not None:
-    options["tracker"] = True if args.tracker == "same" else args.tracker
+    options["tracker"] = tracker_of(args)
   with busy(f"loading {args.model}"):
     from sam3lt_jax.predictor import Predictor
 
@@ -149,7 +149,7 @@ def load(args: argparse.Namespace, warning: str = RANDOM_WARNING, **options: Any
 
 
 def add_tracker(parser: argparse.ArgumentParser, required: bool = False) -> None:
-  """--tracker, of `Predictor.from_pretrained`."""
+  """--tracker, of `Predictor.from_pretrained`; read it with `tracker_of`."""
   parser.add_argument(
     "--tracker",
     required=required,
@@ -157,6 +157,11 @@ def add_tracker(parser: argparse.ArgumentParser, required: bool = False) -> None
     help="where SAM 3's tracker is, which clicks need: 'facebook/sam3', a folder, a .pt file of SAM 3 or "
     "SAM3-LiteText; 'same': in --model itself",
   )
+
+
+def tracker_of(args: argparse.Namespace) -> str | bool | None:
+  """`tracker` of `Predictor.from_pretrained`."""
+  return True if args.tracker == "same" else args.tracker
 
 
 def filled(kind: type, args: argparse.Namespace) -> dict[str, Any]:
