@@ -1,6 +1,7 @@
 """Commands run from a checkout: `python -m convert.from_torch`, `convert.to_transformers`, `convert.verify`.
 
-Not installed with the library: reading an original `.pt` and comparing with PyTorch need the extra `convert`.
+Not installed with the library. Reading an original `.pt` needs PyTorch alone (the extra `convert`; a build
+for the CPU is enough), comparing with the references torch, torchvision and transformers (`verify`).
 """
 
 from __future__ import annotations

@@ -44,8 +44,9 @@ def import_reference() -> types.SimpleNamespace:
     import transformers
   except ImportError as e:
     raise ImportError(
-      f"comparing with the PyTorch reference needs torch, torchvision and transformers==5.23.0 ({e}); "
-      "install the extra: pip install 'sam3lt_jax[convert]' torchvision"
+      f"comparing with the PyTorch reference needs torch, torchvision and transformers==5.23.0 ({e}): "
+      "pip install 'sam3lt_jax[verify]' brings them, on Linux with gigabytes of CUDA libraries; builds of "
+      "torch and torchvision for the CPU, installed before, are enough"
     ) from e
   classes = {name: getattr(transformers, name) for name in _NAMES}
   return types.SimpleNamespace(torch=torch, transformers=transformers, compiled_ops=compiled, **classes)

@@ -140,14 +140,15 @@ def summarise(reference: dict[str, np.ndarray], here: dict[str, np.ndarray], siz
 
 
 def make_inputs(
-  args: argparse.Namespace, size: int, tokenizer: Any
+  args: argparse.Namespace, size: int, processor: Any
 ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
   """The arrays that both models get, and the photo's (height, width)."""
   from sam3lt_jax.processing.images import preprocess
 
   pixels, original = preprocess(args.image if args.image else _test_card(), size)
-  ids, mask = tokenizer(args.text if args.text is not None else "visual" if args.box else "truck")
-  inputs = {"pixel_values": pixels[None], "input_ids": ids, "attention_mask": mask}
+  some = "star" if args.source == "shapes" else "truck"
+  text = processor(text=args.text if args.text is not None else "visual" if args.box else some)
+  inputs = {"pixel_values": pixels[None], **{k: text[k] for k in ("input_ids", "attention_mask")}}
   if args.box:
     height, width = original
     boxes = np.array([_box(b, width, height) for b in args.box], np.float64)
@@ -226,7 +227,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     "--random", choices=("s0", "s1", "l", "sam3"), help="random weights of this size instead"
   )
   parser.add_argument("--image", metavar="PHOTO", help="default: a drawn test card")
-  parser.add_argument("--text", metavar="PHRASE", help='default: "truck", or "visual" with boxes only')
+  parser.add_argument(
+    "--text", metavar="PHRASE", help='default: "truck" ("star" for shapes), or "visual" with boxes only'
+  )
   parser.add_argument(
     "--box", metavar="x1,y1,x2,y2", action="append", help="example box in pixels; may be given again"
   )
@@ -247,14 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   ref = torch_reference.import_reference()
   with tempfile.TemporaryDirectory() as scratch:
     source, directory, options = _prepare(args, scratch)
-    from sam3lt_jax.config import Profile
-    from sam3lt_jax.processing.tokenizer import ClipTokenizer
-
-    profile = Profile.transformers()
-    own = os.path.isfile(os.path.join(directory, "tokenizer.json"))
-    tokenizer = ClipTokenizer.from_file(directory, profile) if own else ClipTokenizer(profile=profile)
+    processor = _processor(directory)
     reference, (inputs, original), seconds = run_reference(
-      directory, args.size, lambda size: make_inputs(args, size, tokenizer)
+      directory, args.size, lambda size: make_inputs(args, size, processor)
     )
     _say(f"transformers {ref.transformers.__version__} on torch {ref.torch.__version__}: {seconds:.1f} s")
     here, seconds = run_here(source, inputs, **options)
@@ -303,6 +301,20 @@ def _prepare(args: argparse.Namespace, scratch: str) -> tuple[str, str, dict[str
   model, variables = checkpoints.from_pretrained(source, profile="transformers", **config)
   checkpoints.save_pretrained(scratch, model, variables, format="transformers")
   return source, scratch, config
+
+
+def _processor(directory: str) -> Any:
+  """Of the checkpoint, by transformers' rules; a pruned vocabulary has a number of its own for padding."""
+  from sam3lt_jax.config import Profile, Sam3LiteTextConfig
+  from sam3lt_jax.processing.processor import Sam3Processor
+  from sam3lt_jax.processing.tokenizer import ClipTokenizer
+
+  profile, config = Profile.transformers(), Sam3LiteTextConfig.from_json(directory)
+  if config.tokenizer is not None:
+    profile = dataclasses.replace(profile, pad_token_id=config.profile.pad_token_id)
+  own = os.path.isfile(os.path.join(directory, "tokenizer.json"))
+  tokenizer = ClipTokenizer.from_file(directory, profile) if own else None
+  return Sam3Processor(config.replace(profile=profile), tokenizer=tokenizer)
 
 
 def _say(text: str) -> None:

@@ -504,10 +504,12 @@ class Sam3LiteTextConfig:
   detr_decoder: DetrDecoderConfig = DetrDecoderConfig()
   mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
   profile: Profile = Profile.original()
+  # tokenizer.json of a vocabulary of the model's own, a pruned one; None: CLIP's. No size, so not compared.
+  tokenizer: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
   def __post_init__(self):
     for part in dataclasses.fields(self):
-      if part.name != "profile":
+      if part.name not in ("profile", "tokenizer"):
         for field in dataclasses.fields(value := getattr(self, part.name)):
           typed(f"{part.name}.{field.name}", getattr(value, field.name), field.default)
     v, t = self.vision, self.text
@@ -590,7 +592,7 @@ class Sam3LiteTextConfig:
   def from_json(
     cls, source: str | os.PathLike | Mapping[str, Any], profile: str | Profile | None = None
   ) -> Sam3LiteTextConfig:
-    """Reads transformers' `config.json` schema.
+    """Reads transformers' `config.json` schema, and the vocabulary beside it where that is not CLIP's.
 
     Args:
       source: a path to the file, a directory that holds `config.json`, or the parsed dictionary.
@@ -600,13 +602,16 @@ class Sam3LiteTextConfig:
       ValueError: unreadable JSON, another model type, or a field of the wrong kind.
       FileNotFoundError: no such file.
     """
-    if isinstance(source, Mapping):
-      data = source
-    else:
-      path = os.fspath(source)
-      if os.path.isdir(path):
-        path = os.path.join(path, "config.json")
-      data = read_json(path)
     from sam3lt_jax import config_schema
 
-    return config_schema.from_schema(data, profile)
+    if isinstance(source, Mapping):
+      return config_schema.from_schema(source, profile)
+    path = os.fspath(source)
+    if os.path.isdir(path):
+      path = os.path.join(path, "config.json")
+    config = config_schema.from_schema(read_json(path), profile)
+    own = os.path.join(os.path.dirname(path), "tokenizer.json")
+    if config.text.vocab_size == TextConfig().vocab_size or not os.path.isfile(own):
+      return config
+    with open(own, encoding="utf-8") as f:
+      return config.replace(tokenizer=f.read())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import unicodedata
+import warnings
 from collections.abc import Iterator
 
 
@@ -32,6 +34,14 @@ def renamed(theirs: str, ours: str) -> Iterator[None]:
     if e.argument == theirs:
       e.argument = ours
     raise
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+  """Warns at the user's own line: the innermost that is none of this package's."""
+  frame, level = sys._getframe(1), 2
+  while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+    frame, level = frame.f_back, level + 1
+  warnings.warn(message, category, stacklevel=level)
 
 
 def shown(name: object) -> str:

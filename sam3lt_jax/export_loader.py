@@ -133,8 +133,15 @@ class Model:
     return program(weights, *(jax.numpy.asarray(x, s["dtype"]) for x, s in zip(inputs, specs, strict=True)))
 
   def phrases(self, *phrases):
-    """Token ids int32 [P, T] and mask bool [P, T] of phrases named at export."""
-    rows = [self.manifest["tokens"]["phrases"][phrase] for phrase in phrases]
+    """Token ids int32 [P, T] and mask bool [P, T] of phrases named at export; ValueError for others."""
+    known = self.manifest["tokens"]["phrases"]
+    if unknown := [phrase for phrase in phrases if phrase not in known]:
+      raise ValueError(
+        f"{', '.join(map(repr, unknown))}: the token ids of these phrases are not in this export, which has "
+        f"{', '.join(map(repr, known)) or 'none'}; make them with a tokenizer (see 'tokens' in manifest.json)"
+        " and give them to text(ids, mask), or export again with --phrases"
+      )
+    rows = [known[phrase] for phrase in phrases]
     return tuple(np.array([r[k] for r in rows], t) for k, t in (("ids", np.int32), ("mask", bool)))
 
   def vision(self, pixels):

@@ -13,11 +13,11 @@ import json
 import os
 import socket
 import time
-import warnings
 import weakref
 from collections.abc import Iterator
 
 from sam3lt_jax import storage
+from sam3lt_jax.errors import warn
 
 try:
   import fcntl
@@ -57,7 +57,9 @@ class FileLock:
       time.sleep(_POLL)
 
   def say(self, about: dict) -> None:
-    """Writes who holds it, and since when, into the file, for `holder`."""
+    """Writes who holds it, and since when, into the file, for `holder`; nothing once it was let go."""
+    if self._descriptor is None:
+      return
     data = json.dumps(about).encode()
     with _writing(self.path):
       os.ftruncate(self._descriptor, 0)
@@ -88,9 +90,7 @@ def _flock(descriptor: int, shared: bool = False) -> bool:
   except OSError as e:
     if e.errno not in _NO_LOCKS:
       return False
-    warnings.warn(
-      f"this file system has no file locks ({e.strerror}): start one job at a time on a folder", stacklevel=3
-    )
+    warn(f"this file system has no file locks ({e.strerror}): start one job at a time on a folder")
   return True
 
 

@@ -12,17 +12,18 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast, overload
 
 import jax
-import jax.numpy as jnp  # noqa: F401  (others import it from here)
 import numpy as np
 
+from sam3lt_jax import devices as jax_devices
 from sam3lt_jax import interactive
 from sam3lt_jax.engine import Asked, Engine
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.features import VisionFeatures
 from sam3lt_jax.kept import Kept
+from sam3lt_jax.keywords import explained
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
@@ -32,8 +33,32 @@ from sam3lt_jax.processing.prompts import Prompt
 from sam3lt_jax.processing.results import Results, hold_masks
 
 if TYPE_CHECKING:
+  from typing import Unpack
+
+  from numpy.typing import ArrayLike
+  from PIL import Image as pil
+
   from sam3lt_jax.checkpoints.pretrained import Opened
+  from sam3lt_jax.config import Profile, Sam3LiteTextConfig
   from sam3lt_jax.tracker import Sam3Tracker
+
+  Image = str | os.PathLike[str] | pil.Image | np.ndarray | jax.Array
+
+
+class EngineOptions(TypedDict, total=False):
+  """Where and in which portions a predictor runs; see `engine.Engine`, `device` excepted.
+
+  Attributes:
+    device: "cpu", "gpu", "gpu:1", "tpu", or a `jax.Device`; short for `devices` of one.
+  """
+
+  device: str | jax.Device | None
+  devices: Sequence[jax.Device] | None
+  model_parallel: int
+  image_buckets: Sequence[int] | None
+  prompt_buckets: Sequence[int] | None
+  box_buckets: Sequence[int]
+  masks_on_device: bool | None
 
 
 class Encoded(NamedTuple):
@@ -82,6 +107,7 @@ class Predictor:
 
   remember_images: bool = True
 
+  @explained
   def __init__(
     self,
     model: Sam3LiteText,
@@ -90,16 +116,22 @@ class Predictor:
     *,
     fuse: bool = True,
     tracker: tuple[Sam3Tracker, Variables] | None = None,
-    **options: Any,
+    **options: Unpack[EngineOptions],
   ):
     """Args:
     model, variables: from `from_pretrained`, or your own.
     tracker: for clicks: a tracker and its variables, of `tracker_from_pretrained`.
     processor: default: one for the model's configuration. Its `image_size` is the size that runs.
     fuse: fold RepMixer blocks into plain convolutions.
-    options: of `engine.Engine`: devices, image_buckets, prompt_buckets, box_buckets, masks_on_device,
-      model_parallel.
+    options: see `EngineOptions`: device ("cpu", "gpu", "gpu:1", "tpu"), devices, image_buckets,
+      prompt_buckets, box_buckets, masks_on_device, model_parallel.
     """
+    of_engine: dict[str, Any] = {**options}
+    device = of_engine.pop("device", None)
+    if device is not None:
+      if of_engine.get("devices") is not None:
+        raise ArgumentError("device", " and devices were given: give one of the two")
+      of_engine["devices"] = [jax_devices.find(device)]
     self.processor = processor or Sam3Processor(model.config)
     patch, side = model.config.vision.patch_size, self.processor.image_size
     if side < 2 * patch or side % patch:
@@ -108,28 +140,42 @@ class Predictor:
     if fuse:
       model, variables = model.fuse(variables)
     self.model = model
-    self.engine = Engine(model, variables, self.processor, tracker=tracker, **options)
+    self.engine = Engine(model, variables, self.processor, tracker=tracker, **of_engine)
     self._image: Encoded | None = None
 
+  def __repr__(self) -> str:
+    profile, side = self.processor.profile.name, self.processor.image_size
+    clicks = ", with a tracker" if self.engine.tracker is not None else ""
+    return f"Predictor({self.running}; {side} pixels, profile {profile}{clicks})"
+
+  @property
+  def running(self) -> str:
+    """What it runs on and how: "CPU, float32, attention in blocks"."""
+    return jax_devices.running(self.engine.devices, self.model.dtype)
+
   @classmethod
+  @explained
   def from_pretrained(
     cls,
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
-    tracker: str | os.PathLike | bool | None = None,
-    config: Any = None,
-    profile: Any = None,
+    tracker: str | os.PathLike[str] | bool | None = None,
+    config: Sam3LiteTextConfig | dict[str, Any] | str | os.PathLike[str] | None = None,
+    profile: str | Profile | None = None,
     dtype: Any = "float32",
     param_dtype: Any = None,
     image_size: int | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     compile_ahead: bool = True,
-    **options: Any,
+    fuse: bool = True,
+    **options: Unpack[EngineOptions],
   ) -> Predictor:
     """Loads a checkpoint and its processor.
+
+    What is compiled is kept for the next start in the user's cache folder, see `devices.keep_compiled`.
 
     Args:
       source, config, profile, revision, token, cache_dir, local_files_only: see
@@ -139,13 +185,16 @@ class Predictor:
       param_dtype: what parameters are stored in; default: `dtype`.
       image_size: side of the model's input in pixels, a multiple of 14; default: the configuration's (1008).
       compile_ahead: compile what a first call with a phrase needs while the weights are read.
-      options: of `Predictor`.
+      fuse, options: of `Predictor`; device="gpu:1" is the second GPU.
 
     Raises:
-      ValueError, ImportError, OSError: see `sam3lt_jax.from_pretrained`.
+      ValueError, ImportError, OSError: see `sam3lt_jax.from_pretrained`; no such device.
     """
     from sam3lt_jax.checkpoints import open_checkpoint, open_tracker
 
+    jax_devices.keep_compiled()
+    if (device := options.get("device")) is not None:  # before anything is downloaded
+      options["device"] = jax_devices.find(device)
     dtypes = dtype, dtype if param_dtype is None else param_dtype
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     opened = open_checkpoint(source, config, profile, *dtypes, revision=revision, **hub)
@@ -155,13 +204,14 @@ class Predictor:
       opened_tracker = open_tracker(
         source if same else tracker, None, None, *dtypes, revision=revision if same else None, **hub
       )
-      options["tracker"] = opened_tracker.model, opened_tracker.shapes
-    predictor = cls.without_weights(opened, image_size, **options)
+    clicks = None if opened_tracker is None else (opened_tracker.model, opened_tracker.shapes)
+    predictor = cls.without_weights(opened, image_size, fuse=fuse, tracker=clicks, **options)
     if compile_ahead:
       predictor.engine.compile_ahead()
-    predictor.use_variables(opened.load())
+    first = predictor.engine.devices[0]
+    predictor.use_variables(opened.load(first))
     if opened_tracker is not None:
-      predictor.engine.use_tracker_variables(opened_tracker.load())
+      predictor.engine.use_tracker_variables(opened_tracker.load(first))
     return predictor
 
   @classmethod
@@ -169,9 +219,9 @@ class Predictor:
     """For a checkpoint of `checkpoints.open_checkpoint`, to compile while its weights are read;
     `use_variables` brings them.
     """
-    directory = None if opened.random else opened.path
-    processor = Sam3Processor.beside(directory, opened.model.config, image_size)
-    return cls(opened.model, opened.shapes, processor, **options)
+    directory, model = None if opened.random else opened.path, cast("Sam3LiteText", opened.model)
+    processor = Sam3Processor.beside(directory, model.config, image_size)
+    return cls(model, opened.shapes, processor, **options)
 
   @property
   def variables(self) -> Variables:
@@ -187,6 +237,20 @@ class Predictor:
       _, variables = self._loaded.fuse(variables)
     self.engine.use_variables(variables)
 
+  @overload
+  def __call__(
+    self, images: Image, text: str | Sequence[str] | None = None, boxes: ArrayLike | None = None,
+    box_labels: ArrayLike | None = None, threshold: float | None = None, mask_threshold: float = 0.5,
+  ) -> Results: ...  # fmt: skip
+
+  @overload
+  def __call__(
+    self, images: Sequence[Image], text: str | Sequence[str | Sequence[str] | None] | None = None,
+    boxes: Sequence[ArrayLike | None] | None = None, box_labels: Sequence[ArrayLike | None] | None = None,
+    threshold: float | None = None, mask_threshold: float = 0.5,
+  ) -> list[Results]: ...  # fmt: skip
+
+  @explained
   def __call__(
     self,
     images: Any,
@@ -236,8 +300,13 @@ class Predictor:
     ]
     return list(self._stream(zip(images, rows), *thresholds))
 
+  @explained
   def stream(
-    self, images: Iterable[Any], text: Any, threshold: float | None = None, mask_threshold: float = 0.5
+    self,
+    images: Iterable[Image],
+    text: str | Sequence[str],
+    threshold: float | None = None,
+    mask_threshold: float = 0.5,
   ) -> Iterator[Results]:
     """The same phrases asked of any number of images; their `Results`, in order.
 
@@ -256,28 +325,29 @@ class Predictor:
     asked = prompts.prompts_of(text, None, None)
     return self._stream(((image, asked) for image in images), *thresholds, paths_only=True)
 
-  def encode(self, image: Any) -> Encoded:
+  def encode(self, image: Image) -> Encoded:
     """Encodes an image (path, PIL image, array [H, W, 3]), for `predict` and `refine` to be told."""
     pixels, size = self._read(image)
     return Encoded(self.engine.encode([pixels]), size, image if self.remember_images else None)
 
-  def set_image(self, image: Any) -> Predictor:
+  def set_image(self, image: Image) -> Predictor:
     """Encodes an image, the one that `predict` and `refine` mean from now on; returns the predictor."""
     self._image = self.encode(image)
     return self
 
+  @explained
   def predict(
     self,
-    text: Any = None,
-    boxes: Any = None,
-    box_labels: Any = None,
+    text: str | Sequence[str] | None = None,
+    boxes: ArrayLike | None = None,
+    box_labels: ArrayLike | None = None,
     threshold: float | None = None,
     mask_threshold: float = 0.5,
     *,
-    points: Any = None,
-    point_labels: Any = None,
-    box: Any = None,
-    mask: Any = None,
+    points: ArrayLike | None = None,
+    point_labels: ArrayLike | None = None,
+    box: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     image: Encoded | None = None,
   ) -> Results:
     """Prompts an encoded image: for all that matches, or for single objects.
@@ -306,6 +376,7 @@ class Predictor:
     if any(value is not None for value in pointing.values()):
       finding = {"text": text, "boxes": boxes, "box_labels": box_labels, "threshold": threshold}
       self._one_kind(pointing, finding)
+      assert vision.tracker is not None  # as there is a tracker
       clicks = clicks_of(size, vision.tracker.mask_side, points, point_labels, box, mask)
       _, mask_threshold = self._thresholds(0.5, mask_threshold)
       answer = interactive.answer(self.engine, vision, clicks, None)
@@ -315,9 +386,11 @@ class Predictor:
     ((_, (kept,)),) = self.engine.run([(None, [asked])], *thresholds, vision=vision)
     return _results(kept, asked.prompts, remembered)
 
+  @explained
   def refine(
-    self, results: Results, index: int, points: Any = None, point_labels: Any = None, box: Any = None,
-    mask_threshold: float = 0.5, *, image: Encoded | None = None,
+    self, results: Results, index: int, points: ArrayLike | None = None,
+    point_labels: ArrayLike | None = None, box: ArrayLike | None = None, mask_threshold: float = 0.5, *,
+    image: Encoded | None = None,
   ) -> Results:  # fmt: skip
     """`results` of an encoded image with one instance made again, from its mask and from clicks.
 
@@ -354,12 +427,12 @@ class Predictor:
     masks = (new[0].mask if k == index else one.mask for k, one in enumerate(results))
     masks = hold_masks(masks, len(results), size)
     logits = None
-    if results.logits is not None:
+    if results.logits is not None and new.logits is not None:
       logits = results.logits.copy()
       logits[index] = new.logits[0]
     return dataclasses.replace(results, boxes=boxes, scores=scores, masks=masks, logits=logits)
 
-  def generate_masks(self, image: Any, **options: Any) -> list[dict[str, Any]]:
+  def generate_masks(self, image: Image, **options: Any) -> list[dict[str, Any]]:
     """Everything in an image, without being asked for anything: the masks of a grid of points.
 
     Args:
@@ -457,7 +530,7 @@ def _tagged(batch: list[tuple[Any, Asked]]) -> tuple[list[tuple[Any, Sequence[Pr
   return [(image, one.prompts) for image, one in batch], [one for _, one in batch]
 
 
-def _ahead(read: Any, works: Iterable[tuple[Any, Any]], rows: int) -> Iterator[tuple[Any, Any]]:
+def _ahead(read: Any, works: Iterable[tuple[Any, Any]], rows: int) -> Iterator[tuple[Any, Any, Any]]:
   """(image, read(image), what is asked) of each, in order; a batch and a few more are read in advance."""
   works, workers = iter(works), image_ops.default_workers()
   waiting: collections.deque = collections.deque()
@@ -476,5 +549,5 @@ def _ahead(read: Any, works: Iterable[tuple[Any, Any]], rows: int) -> Iterator[t
 
 
 def _results(kept: Kept, asked: Sequence[Prompt], image: Any) -> Results:
-  labels = tuple(asked[i].phrase for i in kept.prompt)
-  return Results(kept.boxes, kept.scores, kept.masks(), labels, kept.size, image=image)
+  labels, masks = tuple(asked[i].phrase for i in kept.prompt), cast("np.ndarray", kept.masks())
+  return Results(kept.boxes, kept.scores, masks, labels, kept.size, image=image)

@@ -102,8 +102,9 @@ def prune_vocabulary(
     tokenizer: the model's; None: the bundled CLIP table under the model's profile.
 
   Returns:
-    (model, variables, tokenizer). Save them with `save_pretrained(..., tokenizer=tokenizer)`, and give the
-    tokenizer to `Sam3Processor`. Features of phrases made of kept tokens are those of the unpruned model.
+    (model, variables, tokenizer). The model's configuration holds the tokenizer too, so that
+    `save_pretrained`, `Sam3Processor` and `Predictor` take it. Features of phrases made of kept tokens are
+    those of the unpruned model.
 
   Raises:
     ValueError: no phrase, or a tokenizer with more ids than the model's table has rows.
@@ -125,7 +126,8 @@ def prune_vocabulary(
 def pruned_config(config: Sam3LiteTextConfig, tokenizer: ClipTokenizer, rows: int) -> Sam3LiteTextConfig:
   """`config` for a pruned tokenizer: its padding id and a table of `rows` rows."""
   profile = dataclasses.replace(config.profile, pad_token_id=tokenizer.profile.pad_token_id)
-  return config.replace(text=dataclasses.replace(config.text, vocab_size=rows), profile=profile)
+  text = dataclasses.replace(config.text, vocab_size=rows)
+  return config.replace(text=text, profile=profile, tokenizer=tokenizer.to_json())
 
 
 def _add_pieces(token: str, parts_of: dict[str, tuple[str, str]], vocabulary: dict[str, int]) -> None:

@@ -1,9 +1,11 @@
 """The command line, with a predictor that paints squares: what is read, written, printed and returned."""
 
+import dataclasses
 import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -30,13 +32,14 @@ class FakePredictor:
 
   calls: list
   loaded: list
+  running = "paper, float32"
 
   def __init__(self, config):
     self.model = types.SimpleNamespace(config=config)
 
   @classmethod
-  def from_pretrained(cls, source, profile=None, dtype="float32"):
-    cls.loaded.append((source, profile, dtype))
+  def from_pretrained(cls, source, profile=None, dtype="float32", **more):
+    cls.loaded.append((source, profile, dtype, *more.values()))
     if source == "s00":
       raise CheckpointError("no model 's00'; did you mean 's0'?")
     return cls(Sam3LiteTextConfig.s0(profile or "original"))
@@ -80,9 +83,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def mistake(capsys, *argv):
-  """Runs a wrong command line and returns its one line on stderr."""
+  """Runs a wrong command line and returns its one line on stderr, but for what it ran on."""
   assert cli.main(argv) == 2
   out, err = capsys.readouterr()
+  err = err.replace("sam3lt: running on paper, float32\n", "")
   assert out == "" and err.startswith("sam3lt: error: ") and err.count("\n") == 1, err
   return err.removeprefix("sam3lt: error: ").strip()
 
@@ -90,7 +94,7 @@ def mistake(capsys, *argv):
 def test_segment_writes_everything(fake, folder, capsys):
   assert cli.main(["segment", "photo.jpg", "truck", "a wheel"]) == 0
   out, err = capsys.readouterr()
-  assert err == ""
+  assert err == "sam3lt: running on paper, float32\n"
   assert fake.loaded == [("s0", None, "float32")]
   assert fake.calls == [
     {"text": ["truck", "a wheel"], "boxes": None, "box_labels": None, "threshold": None, "mask": 0.5}
@@ -135,6 +139,34 @@ def test_segment_options_in_any_order(fake, folder, capsys):
   masks = sorted(p.name for p in (folder / "deep" / "er").glob("*.png"))
   assert masks == [f"photo_masks_{i:03d}.png" for i in range(4)]
   assert "photo_masks_000.png to photo_masks_003.png" in capsys.readouterr().out
+
+
+def test_segment_short_options_size_and_number(fake, folder, capsys):
+  argv = ["segment", "photo.jpg", "truck", "-m", "s1", "-o", "here", "--image-size", "504", "--top-k", "1"]
+  assert cli.main(argv) == 0
+  assert fake.loaded == [("s1", None, "float32", 504)]
+  assert [a["score"] for a in json.loads((folder / "here/photo.json").read_text())["annotations"]] == [
+    pytest.approx(0.9)
+  ]
+  assert cli.main([*argv, "--threshold", "0.1", "--top-k", "2", "--json"]) == 0
+  data = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert [a["score"] for a in data["annotations"]] == pytest.approx([0.9, 0.4])
+
+
+def test_segment_clean(fake, folder, monkeypatch):
+  found = fake.__call__
+
+  def with_holes(self, *args, **options):
+    results = found(self, *args, **options)
+    masks = results.masks.copy()
+    masks[:, 15:17, 20] = False
+    return dataclasses.replace(results, masks=masks)
+
+  monkeypatch.setattr(fake, "__call__", with_holes)
+  for more, area in ((["--clean", "1"], 298), (["--clean", "2"], 300), ([], 298)):
+    assert cli.main(["segment", "photo.jpg", "truck", *more]) == 0
+    (kept,) = json.loads((folder / "sam3lt_out/photo.json").read_text())["annotations"]
+    assert kept["area"] == area
 
 
 def test_segment_box_alone(fake, folder, capsys):
@@ -215,6 +247,7 @@ def test_a_folder_is_listed_as_a_job_lists_it(fake, folder, capsys):
     "convert it to JPEG or PNG",
     "sam3lt: error: image 'a/pipe.jpg' is a named pipe, no file",
     "sam3lt: error: image 'a/zero.png' is empty (0 bytes)",
+    "sam3lt: running on paper, float32",
     "sam3lt: 4 of 5 photos failed",
   ]
   os.remove("a/good.jpg")
@@ -260,7 +293,10 @@ def test_table_is_cut_and_labels_are_one_line():
   "argv, says",
   [
     ("photo.jpg", "nothing to look for: give a phrase or --box"),
-    ("truck", "no photo given ('truck' taken as phrase)"),
+    ("truck", "no photo given; no file or folder is called 'truck'"),
+    ("photos/ truck", "no such folder or photo: photos/ (if it is a phrase: --text 'photos/')"),
+    ("photos/june truck", "no such folder or photo: photos/june"),
+    ("../photos truck", "no such folder or photo: ../photos"),
     ("", "no photo given"),
     ("poto.jpg truck", "no such photo: poto.jpg; did you mean photo.jpg?"),
     ("none/photo.JPG truck", "no such photo: none/photo.JPG"),
@@ -306,6 +342,9 @@ def test_more_segment_mistakes(fake, folder, capsys):
 def test_main_help_and_mistakes(folder, capsys):
   assert cli.main([]) == 2
   assert "usage: sam3lt VERB" in capsys.readouterr().err
+  assert cli.main(["help", "segment"]) == 0
+  assert "usage: sam3lt segment PHOTO" in capsys.readouterr().out
+  assert "did you mean 'segment'?" in mistake(capsys, "help", "segmnt")
   for flag in ("--help", "-h", "help"):
     assert cli.main([flag]) == 0
     out = capsys.readouterr().out
@@ -357,6 +396,19 @@ def test_interrupt_and_file_errors(fake, folder, monkeypatch, capsys):
   assert mistake(capsys, "segment", "photo.jpg", "truck") == "No such file or directory: no/such/file"
 
 
+def test_python_m(folder):
+  done = subprocess.run(
+    [sys.executable, "-m", "sam3lt_jax", "--version"], capture_output=True, text=True, timeout=60,
+    env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
+  )  # fmt: skip
+  assert done.returncode == 0 and done.stdout.startswith("sam3lt 0."), done.stderr
+
+
+def test_phrases_with_a_slash_are_no_folders(fake, folder):
+  assert cli.main(["segment", "photo.jpg", "black/white cat", "--text", "and/or"]) == 0
+  assert fake.calls[0]["text"] == ["black/white cat", "and/or"]
+
+
 def test_warnings_are_one_line(fake, folder, monkeypatch, capsys):
   plain = FakePredictor.__call__
 
@@ -368,22 +420,29 @@ def test_warnings_are_one_line(fake, folder, monkeypatch, capsys):
   with warnings.catch_warnings():
     warnings.simplefilter("always")
     assert cli.main(["segment", "photo.jpg", "truck"]) == 0
-  assert capsys.readouterr().err == "sam3lt: warning: the phrase was cut\n"
+  assert capsys.readouterr().err.endswith("float32\nsam3lt: warning: the phrase was cut\n")
 
 
 def test_progress_shows_only_when_it_takes_time(monkeypatch):
   monkeypatch.setattr(progress, "DELAY", 0.05)
+  monkeypatch.setattr(progress, "_LOG_PERIOD", 0.1)
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   with progress.busy("quick"):
     pass
   assert "quick" not in sys.stderr.getvalue()
   with progress.busy("slow", total=3) as bar:
+    time.sleep(0.3)
     bar.advance()
     time.sleep(0.3)
     bar.describe("slower")
     bar.advance()
     bar.say("a line", file=sys.stderr)
-  assert "slow 1/3 [00:00<" in sys.stderr.getvalue() and "a line\n" in sys.stderr.getvalue()
+    time.sleep(0.3)
+  shown = sys.stderr.getvalue()
+  # What the first waited for, which compiles, is no part of the rate: 1 since then in 0.3 s or a little more.
+  assert "slow 0/3 [00:00]" in shown and "slow 1/3 [00:00]" in shown and "a line\n" in shown
+  rate, left = re.search(r"slower 2/3 \[00:00, ([\d.]+) a second, (00:0\d) left\]", shown).groups()
+  assert 0.3 < float(rate) < 3.4 and left < "00:04"
 
 
 def test_runs_as_a_program_and_keeps_help_quick(folder):
@@ -424,9 +483,11 @@ def test_random_if_offline_falls_back_and_says_so(fake, folder, capsys, monkeypa
 
   monkeypatch.setattr(FakePredictor, "from_pretrained", classmethod(offline))
   assert cli.main(["segment", "photo.jpg", "truck", "--model", "s1"]) == 2
-  assert fake.loaded == []
+  assert fake.loaded == [] and capsys.readouterr().err == "sam3lt: error: the hub cannot be reached\n"
   assert cli.main(["segment", "photo.jpg", "truck", "--model", "s1", "--random-if-offline", "--json"]) == 0
   out, err = capsys.readouterr()
   assert [loaded[0] for loaded in fake.loaded] == ["random:s1"]
-  assert "cannot be reached" in err and "RANDOM WEIGHTS" in err
-  assert json.loads(out)["info"]["random_weights"] is True
+  assert "sam3lt: warning: the hub cannot be reached\n" in err and "error" not in err
+  assert "RANDOM WEIGHTS" in err
+  info = json.loads(out)["info"]
+  assert info["random_weights"] is True and info["threshold"] == 0.0  # the one that was used

@@ -48,7 +48,8 @@ def test_a_job_from_the_command_line(tmp_path, monkeypatch, capsys):
   assert re.match(
     r"6 images in [\d.]+ s, [\d.]+ images/s: 18 instances found\n3 images failed: 1 empty, ", out
   )
-  assert re.search(r"devices \(1, 1 images each\) busy \d+% of", out) and err == ""
+  assert re.search(r"devices \(1, 1 images each\) busy \d+% of", out)
+  assert err == "sam3lt: running on CPU, float32, attention in blocks\n"
   assert len(pictures.records(tmp_path / "out")) == 6
   assert cli.main(arguments) == 0
   assert capsys.readouterr().out == "nothing to do: all 6 images were done before\n"
@@ -110,7 +111,7 @@ def test_random_weights_are_announced(asked, capsys):
   [
     (["--prompts", "a", "--out", "o"], "required: SOURCE"),
     (["s", "--out", "o"], "one of the arguments --prompts --prompts-file is required"),
-    (["s", "--prompts", "a"], "required: --out"),
+    (["s", "--prompts", "a"], "required: -o/--out"),
     (["s", "--prompts", "a", "--prompts-file", "b", "--out", "o"], "not allowed with"),
     (["s", "--prompts", "a", "--out", "o", "--batch", "0"], "--batch: must be a whole number of at least 1"),
     (["s", "--prompts", "a", "--out", "o", "--max-failures", "2"], "--max-failures: must be a number within"),

@@ -19,6 +19,8 @@ def loaded(monkeypatch):
   module = types.ModuleType("sam3lt_jax.predictor")
 
   class Predictor(FakePredictor):
+    running = "paper, float32"
+
     @classmethod
     def from_pretrained(cls, source, profile=None, dtype="float32"):
       calls.append((source, profile, dtype))
@@ -44,7 +46,7 @@ def test_coco(folder, loaded, capsys):
   )
   assert cli.main(command.split()) == 0
   out, err = capsys.readouterr()
-  assert loaded == [("s1", None, "bfloat16")] and err == ""
+  assert loaded == [("s1", None, "bfloat16")] and err == "sam3lt: running on paper, float32\n"
   assert out.startswith("3 images, 9 phrases, ") and "COCO AP" in out and "100.00" in out
   assert out.endswith("  wrote out/predictions.jsonl, out/report.json\n")
   report = json.loads((folder / "out" / "report.json").read_text())

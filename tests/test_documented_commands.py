@@ -4,6 +4,7 @@ import importlib
 import pathlib
 import re
 import shlex
+import subprocess
 
 import pytest
 
@@ -12,12 +13,8 @@ from sam3lt_jax import cli
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = (
   "README.md",
-  "docs/clicks.md",
-  "docs/video.md",
-  "docs/training.md",
-  "docs/jobs.md",
-  "docs/serving.md",
   "tpu/README.md",
+  *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
 )
 _COMMAND = re.compile(r"^\s*(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?sam3lt (.+)$", re.MULTILINE)
 
@@ -51,6 +48,22 @@ def test_help(verb):
     parser(argv[0]).parse(argv[1:])
 
 
-def test_the_readme_shows_what_to_do():
-  text = (ROOT / "README.md").read_text(encoding="utf-8")
-  assert len(commands(text)) >= 12
+def test_the_pages_show_what_to_do():
+  assert len(commands((ROOT / "README.md").read_text(encoding="utf-8"))) >= 3
+  verbs = {argv[0] for page in PAGES for argv in commands((ROOT / page).read_text(encoding="utf-8"))}
+  assert verbs >= {"demo", "segment", "batch", "finetune", "eval", "distill", "export", "info", "app"}
+
+
+def test_git_passes_over_what_the_pages_commands_write():
+  pages = ("README.md", "docs/index.md", "docs/phrases.md", "docs/jobs.md", "docs/checkpoints.md")
+  text = "".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+  blocks = "".join(re.findall(r"```(?:bash|python)\n(.*?)```", text, re.DOTALL))
+  written = re.findall(r"""(?:--out|-o|--data| >|save\()\s+['"]?([\w./]+)""", blocks)
+  written += re.findall(r"python -m convert\.(?:from|to)_\w+ \S+ (\S+)", blocks)
+  assert len(written) > 5
+  if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+    pytest.skip("no git checkout")
+  for name in written:
+    given = [name.rstrip("/"), name.rstrip("/") + "/"]  # a file or a folder
+    done = subprocess.run(["git", "check-ignore", *given], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, f"{name} is not in .gitignore"

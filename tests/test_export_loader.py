@@ -105,3 +105,15 @@ def test_an_edited_manifest(folder):
     else:
       path.write_bytes(mutate_bytes(rng, json.dumps(data).encode()))
     check(seed, lambda: verify(folder), ValueError, FileNotFoundError)
+
+
+def test_phrases_that_were_not_exported():
+  model = object.__new__(export_loader.Model)
+  model.manifest = {"tokens": {"phrases": {"truck": {"ids": [1, 2], "mask": [True, True]}}}}
+  ids, mask = model.phrases("truck", "truck")
+  assert ids.shape == mask.shape == (2, 2)
+  with pytest.raises(ValueError, match=r"'star': .* has 'truck'; make them with a tokenizer .* --phrases"):
+    model.phrases("truck", "star")
+  model.manifest["tokens"]["phrases"] = {}
+  with pytest.raises(ValueError, match="which has none"):
+    model.phrases("star")

@@ -142,14 +142,19 @@ def test_layers_import_downwards_only():
     },
     "tracker.py": {"config", "features", "model_inputs", "nn"},
     "interactive.py": {"engine", "features", "predictor", "processing"},  # the last in a function
+    "keywords.py": {"errors"},
+    "devices.py": {"errors", "ops"},
     "predictor.py": {
       "checkpoints",
+      "config",
+      "devices",
       "engine",
       "errors",
       "everything",
       "features",
       "interactive",
       "kept",
+      "keywords",
       "model",
       "processing",
       "tracker",
@@ -185,6 +190,13 @@ def test_no_path_of_a_machine_in_the_sources():
     source = file.read_text(encoding="utf-8")
     for folder in ("work", "root", "home"):
       assert f"/{folder}/" not in source, f"{file.relative_to(ROOT)} names a folder of some machine"
+
+
+def test_the_citation_is_of_this_version():
+  cff = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+  assert f"\nversion: {sam3lt_jax.__version__}\n" in cff and f'version = "{sam3lt_jax.__version__}"' in (
+    ROOT / "pyproject.toml"
+  ).read_text(encoding="utf-8")
 
 
 @pytest.mark.full

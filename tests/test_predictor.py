@@ -1,6 +1,7 @@
 """Predictor: the same results as the model by hand, nothing compiled twice, and clear errors."""
 
 import dataclasses
+import inspect
 import json
 from concurrent import futures
 
@@ -116,6 +117,18 @@ def test_set_image_then_predict_equals_a_call(base):
     assert_same(base.predict(**prompt, **ALL), base(PHOTO, **prompt, **ALL), atol=0)
   base.set_image(photo(seed=1))
   assert not np.allclose(base.predict("a dog", **ALL).scores, base(PHOTO, "a dog", **ALL).scores, atol=1e-4)
+
+
+def test_results_remember_what_was_given(base, tmp_path, monkeypatch):
+  path = tmp_path / "photo.png"
+  Image.fromarray(PHOTO).save(path)
+  assert base(path, "a dog").image == path and base(PHOTO, "a dog").image is PHOTO
+  assert [found.image is PHOTO for found in base([PHOTO, PHOTO], "a dog")] == [True, True]
+  assert base.set_image(PHOTO).predict("a dog").image is PHOTO
+  # An iterator may hand out one array again and again, with another picture in it.
+  assert [found.image for found in base.stream([path, PHOTO], "a dog")] == [path, None]
+  monkeypatch.setattr(base, "remember_images", False)
+  assert base(path, "a dog").image is None and base.set_image(path).predict("a dog").image is None
 
 
 def test_several_phrases_are_one_after_the_other(base):
@@ -402,3 +415,14 @@ def test_another_image_size_runs(base, sibling):
   results = small(PHOTO, "a dog", **ALL)
   assert results.masks.shape == (tiny.QUERIES, 60, 90)
   assert np.isfinite(results.boxes).all()
+
+
+def test_warnings_point_at_the_users_line(base, recwarn):
+  """Whatever way the call takes inside."""
+  line = inspect.currentframe().f_lineno
+  base(PHOTO, boxes=[[0.1, 0.1, 0.5, 0.5]])
+  base([PHOTO, PHOTO], "a dog", boxes=[[[0.1, 0.1, 0.5, 0.5]], None])
+  list(base.stream([PHOTO], "a dog " * 30))
+  base.processor(text="a dog " * 30)
+  base.processor.tokenizer("a dog " * 30)
+  assert [(w.filename, w.lineno - line) for w in recwarn] == [(__file__, k) for k in range(1, 6)]

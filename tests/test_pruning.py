@@ -58,6 +58,18 @@ def test_a_pruned_model_gives_the_same_features_and_survives_saving(tmp_path):
   np.testing.assert_array_equal(features(back, jax.tree.map(np.asarray, loaded), processor.tokenizer), want)
 
 
+@pytest.mark.parametrize("format", ["orbax", "transformers"])
+def test_the_vocabulary_goes_with_a_pruned_model(tmp_path, format):
+  """Nobody has to name the tokenizer: not to save, to load, to save again, or to ask."""
+  model, variables, tokenizer = prune_vocabulary(*from_pretrained("random:tiny"), PHRASES)
+  for name in ("once", "twice"):
+    save_pretrained(tmp_path / name, model, variables, format=format)
+    model, variables = from_pretrained(tmp_path / name, profile=model.config.profile)
+    for processor in (Sam3Processor(model.config), Sam3Processor.from_pretrained(tmp_path / name)):
+      assert processor.tokenizer.pruned and processor.tokenizer.to_json() == tokenizer.to_json()
+  assert model.config == model.config.replace(tokenizer=None) and "merges" not in repr(model.config)
+
+
 def test_unknown_words_are_named():
   model, variables = from_pretrained("random:tiny")
   small, _, tokenizer = prune_vocabulary(model, variables, PHRASES)

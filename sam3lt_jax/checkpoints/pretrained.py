@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sam3lt_jax import devices
 from sam3lt_jax.checkpoints import engine, infer, orbax_io, random_init, readers, sources, tables
 from sam3lt_jax.checkpoints.errors import CheckpointError, reason
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig
+from sam3lt_jax.keywords import explained
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Sam3LiteText, Variables
@@ -25,6 +27,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _QUIET_SECONDS = 2.0  # a progress bar for what takes longer
 
 
+@explained
 def from_pretrained(
   source: str | os.PathLike,
   config: Sam3LiteTextConfig | Mapping[str, Any] | str | os.PathLike | None = None,
@@ -63,7 +66,8 @@ def from_pretrained(
     param_dtype: what parameters are stored in, float32 by default. BatchNorm statistics stay float32.
     revision, token, cache_dir, local_files_only: for the hub, see `hub.download`.
     seed: of random weights.
-    device: a jax device or sharding for every variable. Default: the first device.
+    device: "cpu", "gpu", "gpu:1", "tpu", a jax device or sharding for every variable. Default: the first
+      device.
     progress: show a bar for what takes more than 2 seconds.
 
   Returns:
@@ -102,6 +106,7 @@ class Opened:
 
   def load(self, device: Any = None, progress: bool = True) -> Variables:
     """Reads the weights; see `from_pretrained`."""
+    device = devices.find(device) if isinstance(device, str) else device
     with _Bar(f"loading {self._title}", progress) as bar:
       return engine.unflatten(self._read(lambda array: jax.device_put(array, device), device, bar))
 
@@ -117,6 +122,7 @@ def open_checkpoint(
   **hub: Any,
 ) -> Opened:
   """The first half of `from_pretrained`, with its arguments and errors: all but reading the weights."""
+  devices.check()
   dtypes = checked_dtypes(dtype, param_dtype)
   if profile is not None:
     profile = Profile.named(profile)

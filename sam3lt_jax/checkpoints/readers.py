@@ -216,7 +216,8 @@ def _open_torch(path: str) -> dict[str, LazyTensor]:
     import torch
   except ImportError as e:
     raise ImportError(
-      f"reading {path} needs PyTorch, which is not installed: pip install sam3lt_jax[convert]"
+      f"reading {path} needs PyTorch, which is not installed: a build for the CPU is enough (0.8 GB);"
+      " pip install 'sam3lt_jax[convert]' brings it too, on Linux with gigabytes of CUDA libraries"
     ) from e
   _check_pointer(path)
   state = _state_dict(_load_pickle(torch, path), torch, path)

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import uuid
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +20,7 @@ from sam3lt_jax.checkpoints.pretrained import abstract_leaves
 from sam3lt_jax.checkpoints.readers import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
 from sam3lt_jax.checkpoints.tracker import FOLDER, tracker_leaves
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
+from sam3lt_jax.errors import warn
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Sam3LiteText, Variables
@@ -92,7 +92,8 @@ def save_pretrained(
     tracker: (tracker, its variables), to go with the model. For "transformers" the directory is then one of
       `Sam3VideoModel`, which `Sam3TrackerModel` and `Sam3TrackerVideoModel` load as well.
     tokenizer: where the tokenizer files come from: a directory that has them, a `tokenizer.json`, or an
-      object with `save(path)`. Default: for "transformers" and CLIP's vocabulary the bundled one, else none.
+      object with `save(path)`. Default: the configuration's own, of a pruned model; for "transformers" and
+      CLIP's vocabulary the bundled one, else none.
     max_shard_size: bytes, or like "500MB": the weights of "transformers" are split beyond it.
     overwrite: replace a directory that is not empty.
 
@@ -118,7 +119,7 @@ def save_pretrained(
     )
   target = _target(directory, overwrite)
   if format == "transformers" and (note := transformers_note(model.config)):
-    warnings.warn(f"{target}: {note}", OtherRules, stacklevel=2)
+    warn(f"{target}: {note}", OtherRules)
   leaves = engine.flatten(variables)
   orbax_io.compare(leaves, abstract_leaves(model), "variables")
   if tracker is not None:
@@ -284,13 +285,16 @@ def _write_processor(directory: str, config: Sam3LiteTextConfig) -> None:
 
 def _write_tokenizer(directory: str, tokenizer: Any, config: Sam3LiteTextConfig, *, bundled: bool) -> None:
   file = os.path.join(directory, "tokenizer.json")
-  if tokenizer is None:
+  if tokenizer is None and config.tokenizer is not None:
+    with open(file, "w", encoding="utf-8") as f:
+      f.write(config.tokenizer)
+  elif tokenizer is None:
     if not bundled or config.text.vocab_size != _CLIP_VOCABULARY:
       return  # a table of other ids would only mislead
     from sam3lt_jax.processing.tokenizer import ClipTokenizer
 
-    tokenizer = ClipTokenizer(profile="transformers")
-  if hasattr(tokenizer, "save"):
+    ClipTokenizer(profile="transformers").save(file)
+  elif hasattr(tokenizer, "save"):
     tokenizer.save(file)
   else:
     source = os.path.expanduser(os.fspath(tokenizer))

@@ -96,8 +96,9 @@ def random_sources() -> list[str]:
 
 def _local(path: str) -> Located:
   if os.path.isdir(path):
-    if orbax_io.is_saved(path):
-      return Located("orbax", path)
+    for folder in (path, os.path.join(path, "model")):  # the second: of a training run
+      if orbax_io.is_saved(folder):
+        return Located("orbax", folder)
     file = readers.weights_file(path)
     return Located("tensors", file if file.endswith(readers.TORCH_SUFFIXES) else path)
   readers.check_file(path)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from sam3lt_jax import devices
 from sam3lt_jax.checkpoints import engine, orbax_io, random_init, readers, sources, tables
 from sam3lt_jax.checkpoints.errors import CheckpointError, reason
 from sam3lt_jax.checkpoints.pretrained import Opened, checked_dtypes, readable, sizes_file
 from sam3lt_jax.config import TrackerConfig, TrackerProfile, read_json
+from sam3lt_jax.keywords import explained
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Variables
@@ -24,6 +26,7 @@ FOLDER = "tracker"  # in a directory that `save_pretrained` wrote
 _TRUNK_WIDTH = "params/neck/fpn_layers_2/proj1/kernel"  # the level that keeps the trunk's width and size
 
 
+@explained
 def tracker_from_pretrained(
   source: str | os.PathLike,
   config: TrackerConfig | None = None,
@@ -77,6 +80,7 @@ def open_tracker(
   **hub: Any,
 ) -> Opened:
   """The first half of `tracker_from_pretrained`, with its arguments and errors: all but the weights."""
+  devices.check()
   dtypes = checked_dtypes(dtype, param_dtype)
   profile = None if profile is None else TrackerProfile.named(profile)
   found = sources.locate(source, **hub)

@@ -111,6 +111,8 @@ def _run(argv: list[str]) -> int:
     print(_help(), file=sys.stderr)
     return 2
   verb, rest = argv[0], argv[1:]
+  if verb == "help" and rest:  # `sam3lt help segment`
+    verb, rest = rest[0], ["--help"]
   if verb in ("-h", "--help", "help"):
     print(_help())
     return 0

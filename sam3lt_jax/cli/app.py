@@ -8,8 +8,7 @@ import errno
 import socket
 import threading
 
-from sam3lt_jax.cli.arguments import add_model, add_tracker, count, tracker_of
-from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.cli.arguments import add_model, add_tracker, count, load
 from sam3lt_jax.errors import ArgumentError
 
 _EPILOG = """\
@@ -41,13 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from sam3lt_jax.app import page
   except ImportError as e:
     raise ImportError(f"the page needs the package gradio: pip install 'sam3lt_jax[app]' ({e})") from e
-  from sam3lt_jax.predictor import Predictor
 
-  with busy(f"loading {args.model}"):
-    predictor = Predictor.from_pretrained(
-      args.model, tracker=tracker_of(args), profile=args.profile, dtype=args.dtype
-    )
-  made = page.Page(predictor, args.model, _example(args.model))
+  made = page.Page(load(args), args.model, _example(args.model))
   address = page.launch(made.blocks, args.host, args.port)
   print(f"{address}  (Ctrl-C stops it)", flush=True)
   threading.Event().wait()

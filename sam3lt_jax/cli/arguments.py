@@ -6,9 +6,18 @@ import argparse
 import dataclasses
 import math
 import os
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax import storage
+from sam3lt_jax.cli import PROGRAM
+from sam3lt_jax.cli.progress import busy
+
+if TYPE_CHECKING:
+  from sam3lt_jax.predictor import Predictor
+
+RANDOM = "random:"
+RANDOM_WARNING = "RANDOM WEIGHTS: no trained model was loaded; the masks and scores below mean nothing"
 
 TRACKER = "facebook/sam3"  # of the verbs that cannot do without one
 
@@ -73,18 +82,72 @@ def add_model(
   profile: str | None = None,
   rules: str = "which PyTorch reference to follow",
 ) -> None:
-  """--model, --profile (`rules`: its help, None: the checkpoint's own) and --dtype, of
-  `Predictor.from_pretrained`.
+  """--model, --profile (`rules`: its help, None: the checkpoint's own), --image-size, --dtype and --device,
+  of `Predictor.from_pretrained`; `load` reads them.
   """
   add = parser.add_argument
-  add("--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
+  add("-m", "--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
       help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
       " weights (default: s0)",
   ).fills = ("source",)  # fmt: skip
   default = profile or "the checkpoint's own"
   add("--profile", choices=("original", "transformers"), default=profile,
       help=f"{rules} (default: {default})")  # fmt: skip
+  add("--image-size", type=count, metavar="PIXELS",
+      help="side of the model's input, a multiple of 14 (default: the model's)")  # fmt: skip
   add("--dtype", choices=("float32", "bfloat16"), default="float32", help=f"{dtype} (default: float32)")
+  add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+  """--device, which `start` reads."""
+  parser.add_argument("--device", metavar="cpu|gpu|gpu:1|tpu",
+      help="what to run on (default: what JAX finds, an accelerator first)")  # fmt: skip
+
+
+def add_out(parser: argparse.ArgumentParser, default: str | None = "sam3lt_out", **more: Any) -> None:
+  """-o, --out. default None: it must be given."""
+  usual = {"metavar": "DIR", "help": f"output folder (default: {default})", "required": default is None}
+  parser.add_argument("-o", "--out", default=default, **usual | more)
+
+
+def start(args: argparse.Namespace) -> None:
+  """Before anything else of JAX: chooses --device and keeps what is compiled for the next call.
+
+  Raises:
+    ValueError: no such device here.
+  """
+  from sam3lt_jax import devices
+
+  devices.use(args.device)
+  devices.keep_compiled(getattr(args, "compilation_cache", None))  # which batch has an option for
+  devices.check(args.device)
+
+
+def note(text: str) -> None:
+  """A line for the reader, on stderr."""
+  print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
+def load(args: argparse.Namespace, warning: str = RANDOM_WARNING, **options: Any) -> Predictor:
+  """The predictor of `add_model`'s and `add_tracker`'s arguments; says what it runs on.
+
+  warning: said where its weights are random. options: of `Predictor.from_pretrained`.
+  """
+  start(args)
+  if args.model.startswith(RANDOM):
+    note(warning)
+  for name in ("image_size", "dtype"):
+    if getattr(args, name, None) is not None:
+      options[name] = getattr(args, name)
+  if getattr(args, "tracker", None) is not None:
+    options["tracker"] = tracker_of(args)
+  with busy(f"loading {args.model}"):
+    from sam3lt_jax.predictor import Predictor
+
+    predictor = Predictor.from_pretrained(args.model, profile=args.profile, **options)
+  note(f"running on {predictor.running}")
+  return predictor
 
 
 def add_tracker(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -103,6 +166,7 @@ def add_tracking(parser: argparse.ArgumentParser) -> None:
   `video.writing.Files`.
   """
   add_tracker(parser)
+  parser.set_defaults(tracker="facebook/sam3")
   add = parser.add_argument
   add("--max-objects", type=count, metavar="N", help="of a clip at a time, over all phrases")
   add("--latency", type=whole, metavar="N",
@@ -131,7 +195,7 @@ def make_folder(folder: str, name: str = "out") -> None:
 
 
 def add_hosts(parser: argparse.ArgumentParser) -> None:
-  """The option that `join_hosts` reads."""
+  """The option that `join_hosts` reads, beside `add_device`'s."""
   parser.add_argument(
     "--hosts",
     action="store_true",
@@ -142,19 +206,24 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
 
 
 def join_hosts(args: argparse.Namespace) -> bool:
-  """Waits for the others where --hosts asks for it. Whether this process is the one that talks.
+  """`start`, after waiting for the others where --hosts asks for it, which says what it runs on. Whether this
+  process is the one that talks.
 
   Raises:
-    ValueError: the others did not come, or the variables contradict each other.
+    ValueError: the others did not come, or the variables contradict each other; no such device here.
   """
-  if not args.hosts:
-    return True
   import jax
 
-  from sam3lt_jax import parallel
+  from sam3lt_jax import devices, parallel
 
-  parallel.start_distributed(auto="JAX_COORDINATOR_ADDRESS" not in os.environ)
-  return jax.process_index() == 0
+  if args.hosts:
+    devices.use(args.device)
+    parallel.start_distributed(auto="JAX_COORDINATOR_ADDRESS" not in os.environ)
+  start(args)
+  leads = jax.process_index() == 0
+  if leads:
+    note(f"running on {devices.running(jax.devices(), args.dtype)}")
+  return leads
 
 
 def say_nothing(line: str) -> None:

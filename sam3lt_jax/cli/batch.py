@@ -9,17 +9,19 @@ import sys
 
 from sam3lt_jax.cli import PROGRAM, UserError
 from sam3lt_jax.cli.arguments import (
-  TRACKER,
+  RANDOM,
+  RANDOM_WARNING,
   add_model,
+  add_out,
   add_tracking,
   count,
   filled,
   fraction,
+  start,
   tracker_of,
   whole,
 )
 from sam3lt_jax.cli.progress import busy
-from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
 _EPILOG = """\
 examples:
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--prompts", dest="phrases", nargs="+", default=[], metavar="PHRASE", help="phrases for every image"
   )
   what.add_argument("--prompts-file", metavar="FILE", help="phrases, or questions an image, see below")
-  add("--out", required=True, metavar="DIR", help="the job's folder: plan, shards of results, summaries")
+  add_out(parser, None, help="the job's folder: plan, shards of results, summaries")
   add("--images", metavar="DIR", help="where COCO's file names are (default: beside the JSON file)")
   add("--no-recursive", dest="recursive", action="store_false", help="leave out subfolders")
   _model_arguments(parser)
@@ -69,7 +71,6 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
   group = parser.add_argument_group("model")
   add_model(group)
   add = group.add_argument
-  add("--image-size", type=count, metavar="PIXELS", help="side of the model's input, a multiple of 14")
   add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
   add("--mask-threshold", type=fraction, default=0.5, metavar="T",
       help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
@@ -127,6 +128,7 @@ def _video_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+  start(args)
   if args.video:
     return _run_clips(args)
   with _Shown("starting") as shown:
@@ -146,7 +148,7 @@ def _run_clips(args: argparse.Namespace) -> int:
   with _Shown("starting") as shown:
     from sam3lt_jax.jobs.clips import ClipConfig, run_clips
 
-    config = ClipConfig(**filled(ClipConfig, args) | {"tracker": tracker_of(args) or TRACKER})
+    config = ClipConfig(**filled(ClipConfig, args) | {"tracker": tracker_of(args)})
     if args.model.startswith(RANDOM):
       shown.note(RANDOM_WARNING.replace("the masks and scores below", "the results"))
     summary = run_clips(config, progress=shown)

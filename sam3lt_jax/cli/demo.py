@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from sam3lt_jax.cli import UserError
-from sam3lt_jax.cli.arguments import count, make_folder, whole
+from sam3lt_jax.cli.arguments import add_device, add_out, count, load, make_folder, whole
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("phrases", nargs="*", metavar="PHRASE", help="what to find (default: phrases about the scene)")
   add("--seed", type=whole, default=SEED, metavar="N", help=f"which scene, 0 or more (default: {SEED})")
-  add("--out", default="sam3lt_out", metavar="DIR", help="output folder (default: sam3lt_out)")
+  add_device(parser)
+  add_out(parser)
   add("--data", metavar="DIR",
       help="draw a data set into DIR instead: images/, train.json and val.json (COCO), phrases.txt",
   )  # fmt: skip
@@ -60,18 +61,18 @@ def run(args: argparse.Namespace) -> int:
   from PIL import Image
 
   from sam3lt_jax.checkpoints import sources
-  from sam3lt_jax.predictor import Predictor
   from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 
   sources.check_phrases("shapes", args.phrases)
   make_folder(args.out)
   picture, overlay = (os.path.join(args.out, f"demo_{name}.png") for name in ("scene", "overlay"))
-  with busy("drawing a scene and loading the bundled model"):
+  with busy("drawing a scene"):
     scene = draw_scene(args.seed, SceneConfig(side=SIDE))
     phrases = args.phrases or _phrases_about(scene)
-    predictor = Predictor.from_pretrained("shapes")
+  args.model, args.profile = "shapes", None
+  predictor = load(args)
   with busy("compiling and segmenting"):
-    results = predictor(scene.image, text=phrases)
+    results = predictor(scene.image, text=phrases).sort()
   Image.fromarray(scene.image).save(picture)
   results.render(scene.image).save(overlay)
   for phrase in phrases:

@@ -7,23 +7,25 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import textwrap
 
-from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli import UserError
 from sam3lt_jax.cli.arguments import (
+  RANDOM,
+  add_device,
   add_hosts,
+  add_out,
   below_one,
   count,
   filled,
   join_hosts,
   not_negative,
+  note,
   positive,
   say_nothing,
   up_to_one,
   whole,
 )
-from sam3lt_jax.cli.segment import RANDOM
 
 _EPILOG = """\
 examples:
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--prompts", nargs="+", required=True, metavar="FILE",
       help="phrases: text, JSON or JSON lines, told by content; folders, too")  # fmt: skip
-  add("--out", required=True, metavar="DIR", help="the run's folder; a run in it goes on")
+  add_out(parser, None, help="the run's folder; a run in it goes on")
   add("--teacher", default="sam3", metavar="sam3|shapes|ID|DIR|FILE",
       help="whose text encoder is learnt from and whose detector is kept; shapes comes with the package"
       " (default: sam3)",
@@ -126,6 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="compare student and teacher on it at the end; repeatable")  # fmt: skip
   add("--eval-phrase", dest="phrases", action="append", default=[], metavar="PHRASE",
       help="what to ask of the photos; repeatable (default: eight held-out phrases)")  # fmt: skip
+  add_device(parser)
   add_hosts(parser)
 
 
@@ -135,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
   config = _config(args)  # its checks come before anything is downloaded
   leads = join_hosts(args)
   if args.teacher.startswith(RANDOM) and leads:
-    print(f"{PROGRAM}: RANDOM WEIGHTS: the teacher knows nothing, nor will the student", file=sys.stderr)
+    note("RANDOM WEIGHTS: the teacher knows nothing, nor will the student")
   config = _fitted(config, args, numbers)
 
   from sam3lt_jax.training.distillation.run import distill

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 
-from sam3lt_jax.cli import PROGRAM, UserError
-from sam3lt_jax.cli.arguments import add_model, count, fraction, make_folder
+from sam3lt_jax.cli import UserError
+from sam3lt_jax.cli.arguments import add_model, add_out, count, fraction, load, make_folder
 from sam3lt_jax.cli.progress import busy
-from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
 _EPILOG = """\
 examples:
@@ -48,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--limit", type=count, metavar="N", help="only the first N images")
   add("--threshold", type=fraction, default=0.5, metavar="T",
       help="of cgF1: results scored at least T count (default: 0.5)")  # fmt: skip
-  add("--out", metavar="DIR", help="folder for predictions.jsonl and report.json")
+  add_out(parser, None, required=False, help="folder for predictions.jsonl and report.json")
   add("--json", action="store_true", help="print the report as JSON instead of the table")
 
 
@@ -56,12 +54,7 @@ def run(args: argparse.Namespace) -> int:
   records, *annotators = _load(args)
   if args.out is not None:
     make_folder(args.out)
-  if args.model.startswith(RANDOM):
-    print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
-  with busy(f"loading {args.model}"):
-    from sam3lt_jax.predictor import Predictor
-
-    predictor = Predictor.from_pretrained(args.model, profile=args.profile, dtype=args.dtype)
+  predictor = load(args)
   from sam3lt_jax.evaluation.run import evaluate, table
 
   total = min(len(records), args.limit or len(records))

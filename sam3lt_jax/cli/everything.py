@@ -14,12 +14,13 @@ import numpy as np
 from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
 from sam3lt_jax.cli.arguments import (
   add_model,
+  add_out,
   add_tracker,
   count,
   filled,
   fraction,
+  load,
   make_folder,
-  tracker_of,
   whole,
 )
 from sam3lt_jax.cli.progress import busy
@@ -47,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("photos", nargs="+", metavar="PHOTO", help="image files")
   add_model(parser)
   add_tracker(parser, required=True)
-  add("--out", default="sam3lt_out", metavar="DIR", help="output folder (default: sam3lt_out)")
+  add_out(parser)
+  add("--top-k", type=count, metavar="N", help="keep the best N of each photo (default: all)")
   add("--points-per-side", type=count, default=32, metavar="N", help="of the grid of points (default: 32)")
   add("--pred-iou-thresh", type=fraction, default=0.88, metavar="T",
       help="keep masks whose expected IoU is above T (default: 0.88)")  # fmt: skip
@@ -70,17 +72,12 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.isfile(photo):
       raise UserError(f"no such photo: {shown(photo)}")
   make_folder(args.out)
-  with busy(f"loading {args.model}"):
-    from sam3lt_jax.predictor import Predictor
-
-    predictor = Predictor.from_pretrained(
-      args.model, tracker=tracker_of(args), profile=args.profile, dtype=args.dtype
-    )
+  predictor = load(args)
   failed = 0
   for photo in args.photos:
     try:
       with busy(shown(photo)):
-        line = _one(predictor, photo, args.out, options)
+        line = _one(predictor, photo, args.out, args.top_k, options)
       print(line)
     except Exception as e:
       if not is_users_mistake(e):
@@ -92,13 +89,13 @@ def run(args: argparse.Namespace) -> int:
   return 2 if failed else 0
 
 
-def _one(predictor: Any, photo: str, out: str, options: dict[str, Any]) -> str:
+def _one(predictor: Any, photo: str, out: str, top_k: int | None, options: dict[str, Any]) -> str:
   """Segments a photo and writes what is found; returns the line to show."""
   from sam3lt_jax.processing.images import load_image
 
   start = time.perf_counter()
   image = load_image(photo)
-  records = predictor.generate_masks(image, **options)
+  records = predictor.generate_masks(image, **options)[:top_k]
   seconds = time.perf_counter() - start
   base = os.path.join(out, os.path.splitext(os.path.basename(photo))[0])
   height, width = image.shape[:2]

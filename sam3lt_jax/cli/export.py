@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
-from sam3lt_jax.cli import PROGRAM, UserError
-from sam3lt_jax.cli.arguments import add_model
+from sam3lt_jax.cli import UserError
+from sam3lt_jax.cli.arguments import add_model, add_out, load
 from sam3lt_jax.cli.progress import busy
-from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 
 _EPILOG = """\
 examples:
@@ -33,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add = parser.add_argument
   add_model(parser, "of weights and layers")
-  add("--out", required=True, metavar="DIR", help="output folder, new or empty")
+  add_out(parser, None, help="output folder, new or empty")
   add("--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="P",
       help="what it is to run on: cpu, cuda, tpu, rocm (default: cpu cuda tpu)")  # fmt: skip
   add("--batch", type=_count, default="symbolic", metavar="N|symbolic",
@@ -43,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--boxes", type=int, default=8, metavar="N",
       help="slots for example boxes a prompt, 0 for none (default: 8)")  # fmt: skip
   add("--phrases", nargs="+", default=[], metavar="PHRASE", help="keep the token ids of these phrases")
-  add("--image-size", type=int, metavar="S", help="side of the input in pixels (default: the model's, 1008)")
 
 
 def _count(text: str) -> int | str:
@@ -58,14 +55,9 @@ def _count(text: str) -> int | str:
 def run(args: argparse.Namespace) -> int:
   if os.path.isdir(args.out) and os.listdir(args.out):
     raise UserError(f"--out: {args.out} is not empty; give a new folder")
-  if args.model.startswith(RANDOM):
-    print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
-  with busy(f"loading {args.model}"):
-    from sam3lt_jax import exporting
-    from sam3lt_jax.predictor import Predictor
+  predictor = load(args, compile_ahead=False)
+  from sam3lt_jax import exporting
 
-    options = {"profile": args.profile, "dtype": args.dtype, "image_size": args.image_size}
-    predictor = Predictor.from_pretrained(args.model, **options)
   with busy(f"exporting for {', '.join(args.platforms)}"):
     manifest = exporting.export_model(
       predictor,

@@ -5,25 +5,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import sys
 
-from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli import UserError
 from sam3lt_jax.cli.arguments import (
+  RANDOM,
   add_hosts,
   add_model,
+  add_out,
   below_one,
   count,
   filled,
   fraction,
   join_hosts,
   not_negative,
+  note,
   positive,
   say_nothing,
   up_to_one,
   whole,
 )
 from sam3lt_jax.cli.progress import busy
-from sam3lt_jax.cli.segment import RANDOM
 
 _EPILOG = """\
 examples:
@@ -93,7 +94,6 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
       help="side of the true masks, to which predicted ones are made larger (default: the model's input; a"
       " quarter takes a sixteenth of the memory)",
   )  # fmt: skip
-  add("--image-size", type=count, metavar="PX", help="side of the model's input (default: the model's)")
 
 
 def _add_model(model: argparse._ArgumentGroup) -> None:
@@ -123,7 +123,7 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
 
 def _add_run(run: argparse._ArgumentGroup) -> None:
   add = run.add_argument
-  add("--out", dest="directory", required=True, metavar="DIR", help="the run's folder; a run in it goes on")
+  add_out(run, None, dest="directory", help="the run's folder; a run in it goes on")
   add("--steps", type=count, default=1000, metavar="N", help="(default: 1000)")
   add("--accumulate", type=count, default=1, metavar="N", help="steps that make one update (default: 1)")
   for name, default, what in (
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
   records, validation = _records(args)
   leads = join_hosts(args)
   if args.model.startswith(RANDOM) and leads:
-    print(f"{PROGRAM}: RANDOM WEIGHTS: the model starts knowing nothing", file=sys.stderr)
+    note("RANDOM WEIGHTS: the model starts knowing nothing")
 
   from sam3lt_jax.training.detection.run import finetune
 

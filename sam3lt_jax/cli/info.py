@@ -8,8 +8,8 @@ import json
 import os
 from typing import Any
 
+from sam3lt_jax.cli.arguments import RANDOM
 from sam3lt_jax.cli.progress import busy
-from sam3lt_jax.cli.segment import RANDOM
 
 SAM3_TEXT_PARAMETERS = 353_724_672  # CLIP text tower, its two projections; a test counts it again
 _VARIANTS = ("s0", "s1", "l", "sam3")
@@ -66,13 +66,14 @@ def describe(source: str, profile: str | None = None) -> dict[str, Any]:
 
 def _open(source: str, profile: str | None):
   """(config, variables or their shapes, where that was read); loads weights only if nothing else tells."""
-
+  from sam3lt_jax import devices
   from sam3lt_jax.checkpoints.engine import unflatten
   from sam3lt_jax.checkpoints.pretrained import abstract_leaves
   from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
   from sam3lt_jax.config import Sam3LiteTextConfig
   from sam3lt_jax.model import Sam3LiteText
 
+  devices.check()
   name = source.removeprefix(RANDOM)
   if name in (RANDOM_CONFIGS if name != source else _VARIANTS) and not os.path.exists(source):
     config = RANDOM_CONFIGS[name]()

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add = parser.add_argument
   add("directory", metavar="DIR", help="the job's output folder, or its URL")
-  add("--out", metavar="FILE", help="COCO JSON to write: images, categories, annotations with RLE masks")
+  add(
+    "-o", "--out", metavar="FILE", help="COCO JSON to write: images, categories, annotations with RLE masks"
+  )
   add("--results-only", action="store_true", help="--out holds a list of COCO results instead, for loadRes")
   add("--parquet", metavar="FILE", help="Parquet to write, a row an image (needs pyarrow)")
   add("--failures", metavar="FILE", help="JSON lines to write: the images that failed and why")

@@ -18,6 +18,7 @@ class Progress:
   def __init__(self, description: str, total: int | None, unit: str | None = None, done: int = 0):
     self._description, self._total, self._unit = description, total, unit
     self._before, self._done, self._start = done, done, time.time()
+    self._first: float | None = None  # when the first was done: what it waited for compiling does not count
     self._bar = None
     self._lock = threading.RLock()
     self._end = threading.Event()
@@ -34,6 +35,7 @@ class Progress:
     """One more of `total` is done."""
     with self._lock:
       self._done += 1
+      self._first = self._first or time.time()
       if self._bar is not None:
         self._bar.update()
 
@@ -49,10 +51,9 @@ class Progress:
 
     if self._bar is None:
       counts = self._total is not None and self._total > 1
-      layout = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if counts else "{desc} [{elapsed}]"
-      if self._unit is not None:
-        layout = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-        layout = layout if counts else "{desc} {n_fmt} [{elapsed}, {rate_noinv_fmt}]"
+      layout = "{desc} {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if counts else "{desc} [{elapsed}]"
+      if self._unit is not None and not counts:
+        layout = "{desc} {n_fmt} [{elapsed}{postfix}]"
       self._bar = tqdm(
         desc=self._description, total=self._total, initial=self._before, unit=self._unit or "it", leave=False,
         bar_format=layout,
@@ -60,6 +61,13 @@ class Progress:
       )  # fmt: skip
       self._bar.start_t = self._start
       self._bar.update(self._done - self._before)
+    new = self._done - self._before - 1
+    if new > 0 and (self._total is not None or self._unit is not None):
+      rate = new / max(time.time() - self._first, 1e-9)
+      told = f"{rate:.3g}{self._unit or ''} a second"
+      if self._total is not None:
+        told += f", {tqdm.format_interval(max(self._total - self._done, 0) / rate)} left"
+      self._bar.set_postfix_str(told, refresh=False)
     self._bar.refresh()
     if not terminal:
       print(file=sys.stderr, flush=True)

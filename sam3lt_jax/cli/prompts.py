@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
-from sam3lt_jax.cli import PROGRAM
-from sam3lt_jax.cli.arguments import make_folder
+from sam3lt_jax.cli.arguments import add_device, add_out, load, make_folder, note
 from sam3lt_jax.cli.progress import busy
-from sam3lt_jax.cli.segment import RANDOM
 
 _EPILOG = """\
 examples:
@@ -36,12 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--synonyms", action="store_true", help="take the synonyms of LVIS categories, too")
   add("--context", dest="context_length", type=_tokens, metavar="T",
       help="context length in tokens to judge (default: the profile's)")  # fmt: skip
-  add("--model", metavar="s0|s1|l|shapes|ID|DIR|FILE",
+  add("-m", "--model", metavar="s0|s1|l|shapes|ID|DIR|FILE",
       help="measure the dimension of this model's text features as well (default: no model)",
   ).fills = ("source",)  # fmt: skip
   add("--profile", choices=("original", "transformers"),
       help="whose cleaning and context (default: the model's own, original without one)")  # fmt: skip
-  add("--out", default="sam3lt_prompts", metavar="DIR", help="output folder (default: sam3lt_prompts)")
+  add_device(parser)
+  add_out(parser, "sam3lt_prompts")
   add("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     try:
       save_plots(report, paths[1])
     except ImportError as e:
-      print(f"{PROGRAM}: warning: {e}", file=sys.stderr)
+      note(f"warning: {e}")
       del paths[1]
   if args.json:
     print(report.to_json())
@@ -91,10 +89,6 @@ def _load(args: argparse.Namespace):
 
   if args.model is None:
     return ClipTokenizer(profile=args.profile or "original"), None, None
-  if args.model.startswith(RANDOM):
-    print(f"{PROGRAM}: RANDOM WEIGHTS: the dimensions below are of no trained model", file=sys.stderr)
-  with busy(f"loading {args.model}"):
-    from sam3lt_jax.predictor import Predictor
-
-    predictor = Predictor.from_pretrained(args.model, profile=args.profile, compile_ahead=False)
+  warning = "RANDOM WEIGHTS: the dimensions below are of no trained model"
+  predictor = load(args, warning, compile_ahead=False)
   return predictor.processor.tokenizer, predictor.model, predictor.variables

@@ -14,7 +14,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
-from sam3lt_jax.cli.arguments import add_model, add_tracker, fraction, make_folder, tracker_of
+from sam3lt_jax.cli.arguments import (
+  RANDOM,
+  RANDOM_WARNING,
+  add_model,
+  add_out,
+  add_tracker,
+  count,
+  fraction,
+  load,
+  make_folder,
+  note,
+)
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs.sources import images_in
@@ -25,8 +36,6 @@ if TYPE_CHECKING:
   from sam3lt_jax.processing.results import Results
 
 _ROWS = 20  # of the table, a photo
-RANDOM = "random:"
-RANDOM_WARNING = "RANDOM WEIGHTS: no trained model was loaded; the masks and scores below mean nothing"
 _RANDOM_SHOWN = 3  # of each photo's finds, where random weights leave a threshold without meaning
 
 _EPILOG = """\
@@ -85,7 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
   add("--mask-threshold", type=fraction, default=0.5, metavar="T",
       help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
-  add("--out", default="sam3lt_out", metavar="DIR", help="output folder (default: sam3lt_out)")
+  add("--top-k", type=count, metavar="N", help="keep the best N of each photo (default: all)")
+  add("--clean", type=count, metavar="N",
+      help="fill holes and take out specks of up to N pixels in each mask (default: leave them)",
+  )  # fmt: skip
+  add_out(parser)
   add("--separate-masks", action="store_true",
       help="a black-and-white PNG for every mask, overlaps kept, instead of the label map")  # fmt: skip
   add("--json", action="store_true", help="print the COCO JSON of all photos instead of the table")
@@ -173,12 +186,19 @@ def sort_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
       raise UserError(f"no such photo: {shown(given)}{hint}")
     elif not given.strip():
       raise UserError("a phrase is empty")
+    elif _is_path(given):
+      raise UserError(f"no such folder or photo: {shown(given)} (if it is a phrase: --text {given!r})")
     else:
       phrases.append(given)
   if not photos:
-    taken = f" ({', '.join(map(repr, phrases))} taken as phrase)" if phrases else ""
+    taken = "".join(f"; no file or folder is called {phrase!r}" for phrase in phrases)
     raise UserError(f"no photo given{taken} (see {PROGRAM} segment --help)")
   return photos, phrases
+
+
+def _is_path(given: str) -> bool:
+  """Whether it is written as a path, "photos/" or "../photos/june", and not as words, "black/white cat"."""
+  return "/" in given and (given[0] in "./~" or given.endswith("/") or not any(map(str.isspace, given)))
 
 
 def _bad_photos(photos: Sequence[str], given: Sequence[str]) -> dict[str, str]:
@@ -226,7 +246,7 @@ def run(args: argparse.Namespace) -> int:
   if names:
     failed += _segment_all(args, names, phrases)
   if failed and len(photos) > 1:
-    print(f"{PROGRAM}: {failed} of {len(photos)} photos failed", file=sys.stderr)
+    note(f"{failed} of {len(photos)} photos failed")
   return 2 if failed else 0
 
 
@@ -237,6 +257,8 @@ def _segment_all(args: argparse.Namespace, names: dict[str, str], phrases: list[
   sources.check_phrases(args.model, phrases)
   predictor = _load(args)
   random = args.model.startswith(RANDOM)
+  if random and args.threshold is None:
+    args.threshold, args.top_k = 0.0, args.top_k or _RANDOM_SHOWN
   report = _Report(args, phrases, predictor.model.config.profile)
   failed = 0
   with busy("", total=len(names)) as progress:
@@ -261,28 +283,20 @@ def _segment_all(args: argparse.Namespace, names: dict[str, str], phrases: list[
   if args.json:
     print(json.dumps(report.everything()))
   if random:
-    print(f"{PROGRAM}: {RANDOM_WARNING.replace('below', 'above')}", file=sys.stderr)
+    note(RANDOM_WARNING.replace("below", "above"))
   return failed
 
 
 def _load(args: argparse.Namespace) -> Predictor:
   """The predictor of `args.model`; under --random-if-offline that may become random weights of its size."""
-  if args.model.startswith(RANDOM):
-    print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
-  with busy(f"loading {args.model}"):
-    from sam3lt_jax.predictor import Predictor
-
-    load = {"profile": args.profile, "dtype": args.dtype}
-    if args.tracker is not None:
-      load["tracker"] = tracker_of(args)
-    try:
-      return Predictor.from_pretrained(args.model, **load)
-    except ConnectionError as e:
-      if not args.random_if_offline or args.model not in ("s0", "s1", "l"):
-        raise
-      print(f"{error_line(e)}\n{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
-    args.model = f"{RANDOM}{args.model}"
-    return Predictor.from_pretrained(args.model, **load)
+  try:
+    return load(args)
+  except ConnectionError as e:
+    if not args.random_if_offline or args.model not in ("s0", "s1", "l"):
+      raise
+    note(f"warning: {e}")
+  args.model = f"{RANDOM}{args.model}"
+  return load(args)
 
 
 def _segment(predictor, photo: str, phrases: list[str], args) -> tuple[Any, Results]:
@@ -290,17 +304,18 @@ def _segment(predictor, photo: str, phrases: list[str], args) -> tuple[Any, Resu
 
   image = load_image(photo)  # upright, once for the model and the overlay
   if args.clicks:
-    return image, _clicked(predictor, image, _objects(args.clicks), args.mask_threshold)
-  few = args.model.startswith(RANDOM) and args.threshold is None
-  results = predictor(
-    image,
-    text=phrases or None,
-    boxes=[box for box, _ in args.box] or None,
-    box_labels=[label for _, label in args.box] or None,
-    threshold=0.0 if few else args.threshold,
-    mask_threshold=args.mask_threshold,
-  )
-  return image, results.top_k(_RANDOM_SHOWN) if few else results.sort()
+    results = _clicked(predictor, image, _objects(args.clicks), args.mask_threshold)
+  else:
+    results = predictor(
+      image,
+      text=phrases or None,
+      boxes=[box for box, _ in args.box] or None,
+      box_labels=[label for _, label in args.box] or None,
+      threshold=args.threshold,
+      mask_threshold=args.mask_threshold,
+    ).sort()
+  results = results if args.top_k is None else results.top_k(args.top_k)
+  return image, results if args.clean is None else results.clean(args.clean, args.clean)
 
 
 def _clicked(predictor, image: Any, objects: list[dict[str, Any]], mask_threshold: float) -> Results:

@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax.cli import PROGRAM
-from sam3lt_jax.cli.arguments import TRACKER, add_model, add_tracking, count, fraction, positive, tracker_of
+from sam3lt_jax.cli.arguments import add_model, add_out, add_tracking, fraction, load, positive
 from sam3lt_jax.cli.progress import busy
-from sam3lt_jax.cli.segment import RANDOM, RANDOM_WARNING
 from sam3lt_jax.errors import shown
+
+if TYPE_CHECKING:
+  from sam3lt_jax.video.predictor import VideoPredictor
 
 _EPILOG = """\
 examples:
@@ -45,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="a video file, a folder of frames, a glob of them, a camera's number, or a stream's address",
   )  # fmt: skip
   add("phrases", nargs="+", metavar="PHRASE", help="what to follow; quote a phrase of several words")
-  add("--out", required=True, metavar="DIR", help="output folder")
+  add_out(parser, None)
   add_model(parser)
-  add("--image-size", type=count, metavar="PIXELS", help="side of the model's input, a multiple of 14")
   add("--threshold", type=fraction, metavar="T",
       help="detections below it start no object, 0 to 1 (default: the authors')")  # fmt: skip
   add("--rate", type=positive, metavar="FPS", help="frames a second of pictures (default: 25)")
@@ -65,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
   storage.check_directory(args.out, "out")
   stop = threading.Event()
   with storage.signals(stop.set) as caught, open_frames(source, args.rate) as frames:
-    with busy(f"loading {args.model}"):
-      predictor = _load(args)
+    predictor = _load(args)
     bar = _Bar()
     try:
       options = {name: getattr(args, name) for name in ("latency", "threshold", "max_objects")}
@@ -89,18 +89,10 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace) -> VideoPredictor:
   from sam3lt_jax.video.predictor import VideoPredictor
 
-  if args.model.startswith(RANDOM):
-    print(f"{PROGRAM}: {RANDOM_WARNING}", file=sys.stderr)
-  return VideoPredictor.from_pretrained(
-    args.model,
-    tracker=tracker_of(args) or TRACKER,
-    profile=args.profile,
-    dtype=args.dtype,
-    image_size=args.image_size,
-  )
+  return VideoPredictor(load(args))
 
 
 def _files(args: argparse.Namespace) -> list[str]:

@@ -66,19 +66,23 @@ class ShardWriter:
 
   def open(self) -> ShardWriter:
     """Takes the lock and reads what there is; as entering does, for who leaves it elsewhere by `close`."""
-    self._started = time.time()
-    about = {"host": locks.host_name(), "process": self.process, "pid": os.getpid(), "started": self._started}
     self._part.open()
     try:
       self.plan.check_current()
       for record in self._part.recover():
         self._count(record)
       self._recovered = len(self.done)
-      self._part.say(about | {"recovered": self._recovered})
+      self.begin()
     except BaseException:
       self._part.close()
       raise
     return self
+
+  def begin(self) -> None:
+    """Work begins now, for the rate. Opening does it; who compiles after that does it again."""
+    self._started = time.time()
+    about = {"host": locks.host_name(), "process": self.process, "pid": os.getpid(), "started": self._started}
+    self._part.say(about | {"recovered": self._recovered})
 
   def close(self) -> None:
     """Lets go of the lock. More than once does no harm."""

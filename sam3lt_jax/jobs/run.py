@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sam3lt_jax import storage
+from sam3lt_jax import devices, storage
 from sam3lt_jax.checkpoints.sources import check_phrases
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.jobs import files, ledger, reading, setup
@@ -61,8 +61,7 @@ class JobConfig:
     allow_change, verify: see `Plan.open`.
     process_index, process_count: which part of the job this process does. None: as `jax.distributed` has it,
       where it was started, else 0 of 1.
-    compilation_cache: folder of XLA's persistent cache; "" for none. None: one in the user's cache folder,
-      unless jax has been given one.
+    compilation_cache: folder of XLA's persistent cache, see `devices.keep_compiled`.
   """
 
   source: str | Sequence[str]
@@ -166,7 +165,7 @@ def run_job(
       progress.note(f"nothing is asked of {skipped} of {len(items)} images")
     if predictor is None:
       check_phrases(config.model, questions.phrases)
-    setup.use_compilation_cache(config.compilation_cache)
+    devices.keep_compiled(config.compilation_cache)
     first = itertools.islice(items, SHARD_SIZES[1])
     asked = max([1, *(len(questions.for_item(item.id)) for item in first)])
     progress.phase(f"loading {config.model}")
@@ -194,6 +193,7 @@ def run_job(
     if engine is None:
       options = setup.engine_options(config, asked)
       engine = Engine(predictor.model, predictor.variables, predictor.processor, **options)
+    progress.note(f"running on {devices.running(engine.devices, engine.model.dtype)}")
     engine.compile_ahead(engine.rows, asked)
     if config.batch is None:
       engine.fit_memory(asked)
@@ -285,6 +285,8 @@ class _Job:
   def _on_start(self, at: float, output: Any) -> None:
     if self._waited_before is None:
       self._waited_before = self.engine.waited_s
+      for shard in self._open:  # so that `status` leaves compiling out of the rate, as the summary does
+        shard.writer.begin()
     self.clock.started(at, output)
 
   def _on_record(self, record: dict[str, Any]) -> None:

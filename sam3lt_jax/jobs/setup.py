@@ -1,4 +1,4 @@
-"""What a job needs before it runs: questions, model, the fingerprint of both, the compilation cache."""
+"""What a job needs before it runs: questions, model, the fingerprint of both."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from sam3lt_jax import parallel
+from sam3lt_jax import devices, parallel
 from sam3lt_jax.checkpoints import open_checkpoint
 from sam3lt_jax.checkpoints.summary import digest
 from sam3lt_jax.engine import IMAGE_BUCKETS, PROMPT_BUCKETS, Engine
 from sam3lt_jax.errors import renamed
-from sam3lt_jax.jobs import files
 from sam3lt_jax.jobs.questions import Questions
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.predictor import Predictor
@@ -29,6 +28,7 @@ def process_number(config: JobConfig) -> tuple[int, int]:
   """(index, count) of this process."""
   if config.process_count is not None:
     return config.process_index, config.process_count
+  devices.check()
   return jax.process_index(), jax.process_count()
 
 
@@ -36,24 +36,6 @@ def load_questions(config: JobConfig) -> Questions:
   if config.prompts_file is not None:
     return Questions.from_file(config.prompts_file)
   return Questions.of_phrases(config.phrases)
-
-
-def use_compilation_cache(folder: str | None) -> None:
-  """XLA keeps what it compiles, for the next start, in `folder`; see `JobConfig.compilation_cache`.
-
-  Programs in there are trusted: the default folder is the user's own.
-  """
-  if folder is None and jax.config.jax_compilation_cache_dir:
-    return
-  if folder is None:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = os.path.join(cache, "sam3lt_jax", "xla")
-  if folder and not files.is_remote(folder):
-    try:
-      os.makedirs(folder, mode=0o700, exist_ok=True)
-    except OSError:  # a home that cannot be written: the job runs, it compiles anew each time
-      folder = ""
-  jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def load(config: JobConfig, questions: int, ahead: bool) -> tuple[Engine, str]:
@@ -76,9 +58,9 @@ def load(config: JobConfig, questions: int, ahead: bool) -> tuple[Engine, str]:
 
 def engine_options(config: JobConfig, questions: int) -> dict[str, Any]:
   """All local devices; what runs together is as the configuration says, or as suits the questions."""
-  devices = jax.local_devices()
-  options: dict[str, Any] = {"devices": devices, "model_parallel": config.model_parallel}
-  on_cpu = devices[0].platform == "cpu"
+  local = jax.local_devices()
+  options: dict[str, Any] = {"devices": local, "model_parallel": config.model_parallel}
+  on_cpu = local[0].platform == "cpu"
   if config.batch is not None or not on_cpu:
     options["image_buckets"] = (config.batch or IMAGE_BUCKETS[-1],)
   if config.buckets is not None:

@@ -134,3 +134,15 @@ def _has_cudnn() -> bool:
   except Exception:  # an old GPU, no cuDNN, no GPU at all: each has an error of its own
     return False
   return True
+
+
+def described(platform: str, dtype: str) -> str:
+  """How large attentions are computed on a platform, for a reader: "by Pallas kernels"."""
+  if platform == "cpu":
+    return "in blocks"
+  if _asked_for_kernels():
+    if platform == "tpu":
+      return "by Pallas kernels"
+    if platform in GPUS and dtype != "float32" and _has_cudnn():
+      return "by cuDNN"
+  return "by XLA"

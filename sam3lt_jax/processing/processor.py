@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numbers
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, read_json, typed
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, warn
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
 from sam3lt_jax.processing.arrays import to_numpy
@@ -74,7 +73,8 @@ class Sam3Processor:
     """Args:
       config: the model's configuration, or only a profile ("original", "transformers" or a `Profile`).
       image_size: overrides the configuration's; 1008 with a profile alone.
-      tokenizer: overrides the bundled public CLIP table. Its own profile decides how it cleans and pads.
+      tokenizer: overrides the configuration's, else the bundled public CLIP table. Its own profile
+        decides how it cleans and pads.
 
     Raises:
       ValueError: an image size that is not a positive whole number, or a `config` of another kind.
@@ -89,12 +89,16 @@ class Sam3Processor:
       raise ArgumentError("image_size", f" must be a positive whole number of pixels, got {image_size!r}")
     self.image_size = int(image_size)
     self._vocab_size = full.text.vocab_size if full else None
+    self._own_vocabulary = full.tokenizer if full else None
     self._tokenizer = tokenizer
 
   @property
   def tokenizer(self) -> ClipTokenizer:
     if self._tokenizer is None:
-      self._tokenizer = ClipTokenizer(profile=self.profile)
+      if self._own_vocabulary is None:
+        self._tokenizer = ClipTokenizer(profile=self.profile)
+      else:
+        self._tokenizer = ClipTokenizer.of_json(self._own_vocabulary, self.profile)
     return self._tokenizer
 
   @classmethod
@@ -177,9 +181,9 @@ class Sam3Processor:
         phrase is accepted, as in both references, with a warning: it asks for nothing in particular.
       segmentation_maps: not supported; labels for training are prepared elsewhere.
       input_boxes: one list of boxes a prompt, each box (x1, y1, x2, y2) in pixels of its image: nested lists
-        [prompt][box][4] with None or [] for a prompt without boxes, or an array [P, N, 4]. A box may reach
+        `[prompt][box][4]` with None or [] for a prompt without boxes, or an array [P, N, 4]. A box may reach
         over the image's edge and is not clipped; one that lies wholly outside draws a warning.
-      input_boxes_labels: [prompt][box], 1 (like this), 0 (not like this) or -10 (ignore). Default: all 1.
+      input_boxes_labels: `[prompt][box]`, 1 (like this), 0 (not like this) or -10 (ignore). Default: all 1.
       original_sizes: (height, width) a prompt, in place of images, where only prompts are prepared.
       return_tensors: None or "np" for numpy, "jax" for jax arrays (`original_sizes` stays numpy).
       truncation: see `ClipTokenizer.__call__`.
@@ -236,7 +240,7 @@ class Sam3Processor:
   def _tokenize(self, phrases: list[str], truncation: bool) -> tuple[np.ndarray, np.ndarray]:
     for phrase in phrases:
       if not phrase.strip():
-        warnings.warn(f"text {phrase!r} is empty: it names nothing to look for", stacklevel=3)
+        warn(f"text {phrase!r} is empty: it names nothing to look for")
     if self.tokenizer.pruned:  # an unknown word is many tokens: it is to be named, not cut off
       self._check_vocabulary(phrases, self.tokenizer(phrases, truncation=False)[0])
     ids, mask = self.tokenizer(phrases, truncation=truncation)

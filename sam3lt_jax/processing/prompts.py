@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PADDING_LABEL
+from sam3lt_jax.errors import warn
 from sam3lt_jax.processing.arrays import plain
 
 _NESTED = "[prompt][box][x1, y1, x2, y2] in pixels (or an array [P, N, 4])"
@@ -187,11 +187,9 @@ def _warn(box: np.ndarray, size: tuple[int, int], name: str) -> None:
   x1, y1, x2, y2 = box.tolist()
   height, width = size
   if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-    warnings.warn(f"{name} {box.tolist()} lies outside the image of {width}x{height} pixels", stacklevel=5)
+    warn(f"{name} {box.tolist()} lies outside the image of {width}x{height} pixels")
   elif box.min() >= 0 and box.max() <= 1 and min(size) > 1:
-    warnings.warn(
-      f"{name} {box.tolist()} is within one pixel; pixels are expected, not fractions", stacklevel=5
-    )
+    warn(f"{name} {box.tolist()} is within one pixel; pixels are expected, not fractions")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
@@ -147,7 +147,7 @@ class Results:
     object.__setattr__(self, "labels", labels)
     object.__setattr__(self, "size", size)
 
-  def __getattr__(self, name: str) -> Any:
+  def _unpacked(self, name: str) -> Any:
     if name != "masks" or "_packed" not in self.__dict__:
       raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
     masks = np.empty((len(self), *self.size), bool)
@@ -155,6 +155,9 @@ class Results:
       masks[i] = self._packed[i]
     self.__dict__["masks"] = masks
     return masks
+
+  if not TYPE_CHECKING:  # a checker would take any name for one of ours
+    __getattr__ = _unpacked
 
   @property
   def _held(self) -> np.ndarray | PackedMasks:
@@ -209,47 +212,21 @@ class Results:
     Raises:
       ValueError: no such image, or what is wrong with an annotation.
     """
-    import json
+    from sam3lt_jax.processing.coco import read
 
-    from sam3lt_jax.data import rle as rle_ops
-
-    if not isinstance(coco, Mapping):
-      with open(coco, encoding="utf-8") as f:
-        coco = json.load(f)
-    images = {image["id"]: image for image in coco["images"]}
-    if image_id is None and len(images) != 1:
-      raise ValueError(f"image_id must be given for a data set of {len(images)} images")
-    if image_id is not None and image_id not in images:
-      raise ValueError(f"image_id must be the id of one of {len(images)} images, got {image_id!r}")
-    image = images[image_id] if image_id is not None else next(iter(images.values()))
-    names = {category["id"]: category["name"] for category in coco.get("categories", ())}
-    size = int(image["height"]), int(image["width"])
-    rows, masks = [], []
-    for row in coco.get("annotations", ()):
-      if row["image_id"] != image["id"]:
-        continue
-      try:
-        rle, _ = rle_ops.read(row.get("segmentation"), size)
-      except ValueError as e:
-        raise ValueError(f"annotation {row.get('id')!r}: {e}") from e
-      if rle is not None:
-        rows.append(row)
-        masks.append(rle)
-    boxes = [_corners(row["bbox"]) if "bbox" in row else rle_ops.bounds(m) for row, m in zip(rows, masks)]
-    return cls(
-      np.reshape(np.array(boxes, np.float32), (len(rows), 4)),
-      np.array([row.get("score", 1.0) for row in rows], np.float32),
-      hold_masks(map(rle_ops.decode, masks), len(rows), size),
-      tuple(names.get(row["category_id"], str(row["category_id"])) for row in rows),
-      size,
-      ids=[row["track_id"] for row in rows] if rows and all("track_id" in row for row in rows) else None,
-    )
+    return read(coco, image_id)
 
   def __len__(self) -> int:
     return len(self.labels)
 
   def __iter__(self) -> Iterator[Instance]:
     return (self[i] for i in range(len(self)))
+
+  @overload
+  def __getitem__(self, key: int | np.integer) -> Instance: ...
+
+  @overload
+  def __getitem__(self, key: slice | np.ndarray | Sequence[int] | Sequence[bool]) -> Results: ...
 
   def __getitem__(self, key):
     """An `Instance` for an integer; `Results` for a slice, a boolean mask [N] or a sequence of integers.
@@ -572,8 +549,10 @@ class Results:
   def plot(self, ax: Any = None, image: Any = None, **options: Any):
     """Draws on matplotlib axes, the current ones by default, and returns them; the rest as in `render`."""
     if ax is None:
-      import matplotlib.pyplot as plt
-
+      try:
+        import matplotlib.pyplot as plt
+      except ImportError as e:
+        raise ImportError(f"plot needs the package matplotlib: pip install 'sam3lt_jax[viz]' ({e})") from e
       ax = plt.gca()
     ax.imshow(np.asarray(self.render(image, **options)))
     ax.set_axis_off()
@@ -582,11 +561,6 @@ class Results:
 
 def _line(label: str, score: float, box: np.ndarray) -> str:
   return f"{label!r} {score:.3f} box=({', '.join(f'{v:.1f}' for v in box)})"
-
-
-def _corners(bbox: Sequence[float]) -> tuple[float, float, float, float]:
-  x, y, width, height = bbox
-  return x, y, x + width, y + height
 
 
 def drawing_order(areas: Sequence[int] | np.ndarray) -> list[int]:

@@ -11,13 +11,13 @@ import functools
 import gzip
 import html
 import os
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sam3lt_jax.config import Profile
+from sam3lt_jax.errors import warn
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer
@@ -182,6 +182,13 @@ class ClipTokenizer:
       raise ValueError(f"{path} is not a tokenizer.json that the tokenizers package can read: {e}") from e
     return cls(backend, profile)
 
+  @classmethod
+  def of_json(cls, text: str, profile: str | Profile = "original") -> ClipTokenizer:
+    """What `to_json` gave."""
+    from tokenizers import Tokenizer
+
+    return cls(Tokenizer.from_str(text), profile)
+
   def save(self, path: str | os.PathLike) -> None:
     """Writes `tokenizer.json` as transformers reads it; a directory gets the file's usual name."""
     path = os.fspath(path)
@@ -247,10 +254,7 @@ class ClipTokenizer:
     for i, row in enumerate(rows):
       if truncation and len(row) > length:
         phrase = phrases[i] if len(phrases[i]) <= 200 else phrases[i][:197] + "..."
-        warnings.warn(
-          f"text {phrase!r} has {len(row)} tokens, the model reads {length}: the rest was cut off",
-          stacklevel=2,
-        )
+        warn(f"text {phrase!r} has {len(row)} tokens, the model reads {length}: the rest was cut off")
         rows[i] = [*row[: length - 1], self.eot_token_id]
     length = max(length, max(map(len, rows)))
     pad = self.profile.pad_token_id

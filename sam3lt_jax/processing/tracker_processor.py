@@ -61,10 +61,10 @@ class Sam3TrackerProcessor:
     """Args (all optional):
       images: one image or a list of B (what `images.load_image` takes), or an array [B, H, W, 3].
       segmentation_maps: not supported.
-      input_points: [image][object][point][x, y] in pixels of the image.
-      input_labels: [image][object][point], 1 on the object, 0 off it, -1 no point, -10 padding. Default: 1.
-      input_boxes: [image][object][x1, y1, x2, y2] in pixels: the outline of each object.
-      input_masks: [image][object] logits of the model's mask size, or bool masks of the image's.
+      input_points: `[image][object][point][x, y]` in pixels of the image.
+      input_labels: `[image][object][point]`, 1 on the object, 0 off it, -1 no point, -10 padding. Default: 1.
+      input_boxes: `[image][object][x1, y1, x2, y2]` in pixels: the outline of each object.
+      input_masks: `[image][object]` logits of the model's mask size, or bool masks of the image's.
       original_sizes: (height, width) an image, in place of images.
 
     Returns:

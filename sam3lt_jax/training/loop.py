@@ -125,7 +125,10 @@ def fit(
     frozen = runner.place_frozen(frozen)
     run = _Run(runner, data, frozen, checkpoints, log, report, unit, record_name, total_steps, done)
     if done >= total_steps:
-      report(f"nothing is left to do: all {total_steps} steps are done")
+      report(
+        f"nothing is left to do: all {total_steps} steps are done; to train on, start a run in another folder"
+        " from the model of this one"
+      )
       return state
     batches = stack.enter_context(contextlib.closing(Prefetch(data, done, total_steps)))
     caught = stack.enter_context(storage.signals())
@@ -219,7 +222,8 @@ class _Run:
     shown = [f"step {step}/{self.total}", f"loss {line['loss']:.5g}"]
     if "learning_rate" in metrics:
       shown.append(f"rate {metrics['learning_rate']:.3g}")
-    shown += [f"{rate:.3g} {self.unit}/s", f"{_duration(left)} left"]
+    if left is not None:
+      shown += [f"{rate:.3g} {self.unit}/s", f"{_duration(left)} left"]
     self.report(", ".join(shown) + self.newly_skipped())
 
   def newly_skipped(self) -> str:
@@ -331,11 +335,12 @@ class _Clock:
     self.compiled = time.perf_counter() if first else None
     self.steps, self.rows = self.steps + 1, self.rows + rows
 
-  def read(self, steps_left: int) -> tuple[float, float]:
-    """(rows a second, seconds left)."""
+  def read(self, steps_left: int) -> tuple[float, float | None]:
+    """(rows a second, seconds left); None after the first step alone, which compiled."""
     now = time.perf_counter()
     passed = max(now - self.since, 1e-9)
-    rate, left = self.rows / passed, passed / max(self.steps, 1) * steps_left
+    rate = self.rows / passed
+    left = passed / max(self.steps, 1) * steps_left if self.compiled is None else None
     self.since, self.steps, self.rows, self.compiled = now, 0, 0, None
     return rate, left
 

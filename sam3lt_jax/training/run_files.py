@@ -203,7 +203,10 @@ def _compare(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     changes = "; ".join(
       f"{name} was {_show(old.get(name, _ABSENT))}, is {_show(new.get(name, _ABSENT))}" for name in names
     )
-    raise ValueError(f"{path}: the run in this directory was started with another configuration: {changes}")
+    raise ValueError(
+      f"{path}: the run in this directory was started with another configuration: {changes}; go on with the"
+      " old one, or start another run in a new directory (from this one's model, where that is wanted)"
+    )
 
 
 _ABSENT = object()

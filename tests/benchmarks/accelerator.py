@@ -140,7 +140,7 @@ def batch(args: argparse.Namespace, folder: pathlib.Path, cache: str) -> list[tu
   for how in ("cold", "warm"):
     out = folder / f"found-{how}"
     command = [
-      sys.executable, "-m", "sam3lt_jax.cli", "batch", str(folder / "photos"), "--prompts", "a cup",
+      sys.executable, "-m", "sam3lt_jax", "batch", str(folder / "photos"), "--prompts", "a cup",
       "a spoon",
       "--model", args.model, "--dtype", args.dtype, "--threshold", "0.9", "--out", str(out), "--json",
       *(("--image-size", str(args.image_size)) if args.image_size else ()),

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from sam3lt_jax.checkpoints import (
   pretrained,
   random_init,
   save_pretrained,
+  sources,
 )
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig
 from tests.checkpoints.common import (
@@ -78,6 +80,12 @@ def test_unknown_sources(source, words, monkeypatch):
   with pytest.raises(CheckpointError, match=words) as caught:
     from_pretrained(source)
   assert isinstance(caught.value, ValueError)
+
+
+def test_a_training_run_s_folder_is_its_model(tmp_path, saved_s1):
+  shutil.copytree(saved_s1, tmp_path / "tuned/model")
+  (tmp_path / "tuned/config.json").write_text("{}")  # the run's, no model's
+  assert sources.locate(tmp_path / "tuned") == sources.Located("orbax", str(tmp_path / "tuned/model"))
 
 
 def test_paths_are_suggested(tmp_path, monkeypatch):

@@ -56,6 +56,17 @@ def test_a_good_checkpoint_passes(capsys, checkpoint, photo, prompt, grid):
   assert lines[-1] == f"all {len(stages)} stages are within their tolerance"
 
 
+def test_a_word_that_a_pruned_vocabulary_has_not(capsys):
+  code, _, err = run(capsys, "shapes", "--text", "truck")
+  assert code == 2 and "text 'truck': the model's vocabulary was pruned to 25 tokens, and 'truck' is" in err
+
+
+@pytest.mark.full
+def test_the_bundled_model_and_its_own_vocabulary(capsys):
+  code, out, err = run(capsys, "shapes")
+  assert code == 0 and out.splitlines()[-1].endswith("stages are within their tolerance"), out + err
+
+
 def test_a_wrong_weight_is_found_where_it_acts(capsys, checkpoint, monkeypatch):
   from sam3lt_jax import checkpoints
 

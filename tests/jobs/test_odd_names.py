@@ -35,7 +35,7 @@ def test_a_job_has_them_as_they_are_and_status_shows_them_escaped(tmp_path):
       writer.append([{"id": item.id, "uri": item.uri, "error": str(kind), "message": f"of {item.uri}"}])
     writer.commit()
   done = subprocess.run(
-    [sys.executable, "-m", "sam3lt_jax.cli", "status", plan.directory],
+    [sys.executable, "-m", "sam3lt_jax", "status", plan.directory],
     env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
     capture_output=True,
   )

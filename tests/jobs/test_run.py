@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 from PIL import Image
 
 from sam3lt_jax.engine import Engine
-from sam3lt_jax.jobs import files, ledger, pipeline, reading, run, setup
+from sam3lt_jax.jobs import files, ledger, pipeline, reading, run, setup, shard_files, status
 from sam3lt_jax.jobs import results as job_results
 from sam3lt_jax.jobs.overlays import Overlays
 from sam3lt_jax.jobs.run import JobConfig, Progress, run_job
 from sam3lt_jax.jobs.sources import list_items
+from sam3lt_jax.jobs.status import job_status
 from tests import tiny
 from tests.jobs import pictures
 
@@ -132,7 +134,8 @@ def test_each_image_its_own_questions(job, photos, tmp_path):
   summary = job(progress, prompts_file=str(tmp_path / "q.jsonl"))
   found = pictures.records(tmp_path / "out")
   assert summary.images == COUNT + 3 and sum(len(r.get("results", ())) > 0 for r in found.values()) == 4
-  assert progress.notes == ["nothing is asked of 19 of 23 images"]
+  running = "running on CPU, float32, attention in blocks"
+  assert progress.notes == ["nothing is asked of 19 of 23 images", running]
   read = lambda key: job_results.to_results(found[key])  # noqa: E731
   pictures.assert_same_results(read("001.png"), by_predictor(photos, "001.png", ["a dog", "wheel"]))
   pictures.assert_same_results(read("sub/003.png"), by_predictor(photos, "sub/003.png", ["wheel"]))
@@ -324,22 +327,22 @@ def test_bad_configurations(job, given, message):
     job(**given)
 
 
-def test_the_compilation_cache(tmp_path, monkeypatch):
-  before = jax.config.jax_compilation_cache_dir
-  try:
-    jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    setup.use_compilation_cache(None)
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sam3lt_jax/xla")
-    assert (tmp_path / "sam3lt_jax/xla").stat().st_mode & 0o077 == 0
-    setup.use_compilation_cache(str(tmp_path / "own"))
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
-    setup.use_compilation_cache(None)  # jax has one: it stays
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
-    setup.use_compilation_cache("")
-    assert jax.config.jax_compilation_cache_dir is None
-  finally:
-    jax.config.update("jax_compilation_cache_dir", before)
+def test_compiling_is_no_part_of_the_rate(job, compiled, monkeypatch, tmp_path):
+  """`sam3lt status` divides by the time since the first program was started, as the summary does."""
+  encode, waited = compiled._encode, []
+
+  def slow(*given):
+    if not waited:
+      waited.append(time.sleep(1.5))  # as if it was compiled
+    return encode(*given)
+
+  monkeypatch.setattr(compiled, "_encode", slow)
+  monkeypatch.setattr(type(compiled), "waited_s", property(lambda self: 1.5 * len(waited)))
+  monkeypatch.setattr(status, "WINDOW", 1e9)
+  summary = job(shard_size=100)
+  out = str(tmp_path / "out")
+  assert summary.shards == 1 and summary.seconds > 1.5 > shard_files.read_digest(out, 0)["seconds"]
+  assert job_status(out).rate > summary.images / 1.5
 
 
 def test_another_model_has_another_digest():

@@ -369,6 +369,8 @@ def test_from_coco_of_others():
     Results.from_coco(data)
   with pytest.raises(ValueError, match=r"image_id must be the id of one of 2 images, got 3"):
     Results.from_coco(data, 3)
+  with pytest.raises(ValueError, match=r"coco must be a COCO data set: an entry of it has no 'images'"):
+    Results.from_coco({"annotations": []})
   bad = {**row, "id": 5, "segmentation": {"size": [1, 1], "counts": [1]}}
   with pytest.raises(ValueError, match=r"annotation 5: the RLE's size"):
     Results.from_coco({**data, "annotations": [bad]}, 2)
@@ -406,7 +408,9 @@ def test_to_pandas():
   assert len(Results.empty(SIZE).to_pandas()) == 0
 
 
-@pytest.mark.parametrize("method, package", [("to_pandas", "pandas"), ("to_yolo", "contourpy")])
+@pytest.mark.parametrize(
+  "method, package", [("to_pandas", "pandas"), ("to_yolo", "contourpy"), ("plot", "matplotlib")]
+)
 def test_a_missing_package_says_what_to_install(method, package, monkeypatch):
   monkeypatch.setitem(sys.modules, package, None)
   with pytest.raises(ImportError, match=rf"{package}: pip install 'sam3lt_jax\[viz\]'"):

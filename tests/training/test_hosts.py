@@ -34,7 +34,7 @@ def start(argv, processes=1, number=0, port=0):
       "JAX_NUM_PROCESSES": str(processes),
       "JAX_PROCESS_ID": str(number),
     }
-  command = [sys.executable, "-m", "sam3lt_jax.cli", *map(str, argv)]
+  command = [sys.executable, "-m", "sam3lt_jax", *map(str, argv)]
   pipe = subprocess.PIPE
   return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 

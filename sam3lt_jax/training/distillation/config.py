@@ -54,7 +54,8 @@ class DistillationConfig:
       kept rather than the best. Ours.
     batch_size: phrases a step, over all devices.
     accumulate: steps whose mean gradient makes one update.
-    epochs: passes over the phrases. steps: calls of the step instead.
+    epochs: passes over the phrases. steps: calls of the step instead; what is over a multiple of `accumulate`
+      makes no update.
     warmup: share of the run in which the rate rises.
     peak_lr, end_lr, warmup_init_lr: learning rates for `lr_rows` phrases an update: they are multiplied by
       batch_size * accumulate / lr_rows, as the authors' trainer does, which makes the peak 1.25e-3 for S0,
@@ -124,7 +125,10 @@ class DistillationConfig:
     self._check("batch_size", self.batch_size >= 1, "1 or more phrases")
     self._check("accumulate", self.accumulate >= 1, "1 or more steps")
     self._check("epochs", self.epochs > 0 and math.isfinite(self.epochs), "a number above 0")
-    self._check("steps", self.steps is None or self.steps >= 1, "None or 1 or more steps")
+    self._check(
+      "steps", self.steps is None or self.steps >= self.accumulate,
+      f"None, or at least the {self.accumulate} steps that make an update",
+    )  # fmt: skip
     self._check("warmup", 0 <= self.warmup <= 1, "a share in [0, 1]")
     self._check("lr_rows", self.lr_rows is None or self.lr_rows >= 1, "None or 1 or more phrases")
     self._check("dropout", 0 <= self.dropout < 1, "a rate in [0, 1)")
@@ -138,8 +142,10 @@ class DistillationConfig:
       raise ArgumentError(name, f"={getattr(self, name)!r}; accepted: {accepted}")
 
   def total_steps(self, phrases: int) -> int:
-    """Calls of the step for a set of that many phrases: a multiple of `accumulate`."""
-    steps = self.steps or math.ceil(self.epochs * phrases / self.batch_size)
+    """Calls of the step for a set of that many phrases: `steps`, or of epochs a multiple of `accumulate`."""
+    if self.steps is not None:
+      return self.steps
+    steps = math.ceil(self.epochs * phrases / self.batch_size)
     return -(-steps // self.accumulate) * self.accumulate
 
   def optimizer(self, total_steps: int) -> OptimizerConfig:

@@ -39,6 +39,7 @@ def test_the_models_are_written_when_there_is_room(tmp_path, capsys):
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert failed.returncode == 2
     assert failed.stderr == (
+      "sam3lt: running on CPU, bfloat16, attention in blocks\n"
       f"sam3lt: error: {run}/model is not written: no space is left on its disk; the run is kept in"
       f" {run}/checkpoints/4: make room and start it again, which only writes its models\n"
     )

@@ -15,7 +15,7 @@ from tests.training import toy
 
 ROOT = pathlib.Path(__file__).parents[3]
 STEPS, LAST = 20, 15  # the life that is killed comes so far
-COMMAND = [sys.executable, "-m", "sam3lt_jax.cli"]
+COMMAND = [sys.executable, "-m", "sam3lt_jax"]
 # As the command, but its 16th batch never comes: however late the kill comes, it meets the run at work.
 ENDLESS = f"""
 import sys, time

@@ -231,4 +231,7 @@ def test_the_authors_recipe_is_the_default():
   assert c.dtype == "bfloat16"
   as_given = dataclasses.replace(c, lr_rows=None).optimizer(100)
   assert (as_given.peak_lr, as_given.end_lr, as_given.warmup_init_lr) == (5e-3, 5e-6, 1e-6)
-  assert dataclasses.replace(c, steps=7).total_steps(100) == 8
+  assert dataclasses.replace(c, steps=7).total_steps(100) == 7  # as asked
+  assert dataclasses.replace(c, epochs=1.0).total_steps(64 * 7) == 8
+  with pytest.raises(ValueError, match="steps=1; accepted: None, or at least the 2 steps that"):
+    dataclasses.replace(c, steps=1)

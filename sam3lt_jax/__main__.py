@@ -1,4 +1,4 @@
-"""`python -m sam3lt_jax.cli`, the same as `sam3lt`."""
+"""`python -m sam3lt_jax`, the same as `sam3lt`."""
 
 import sys
 
