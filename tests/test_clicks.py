@@ -66,6 +66,13 @@ def test_phrases_and_clicks_share_one_encoding(predictor):
     predictor.set_image(photo(HEIGHT, WIDTH))
 
 
+def test_a_photo_without_clicks_does_not_pay_for_the_tracker(predictor, monkeypatch):
+  monkeypatch.setattr(predictor.engine, "_neck", None)  # cannot be called
+  assert predictor(photo(HEIGHT, WIDTH), text="a star") is not None
+  with pytest.raises(TypeError):
+    predictor.encode(photo(HEIGHT, WIDTH))
+
+
 def test_a_first_click_compiles_nothing_new(predictor):
   """What is compiled ahead is what a click then runs."""
   with tiny.hurry():

@@ -33,7 +33,7 @@ from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.clicks import clicks_of
 from sam3lt_jax.tracker import ABSENT_LOGIT, MEMORY_SCALE
 from sam3lt_jax.video import bank as banks
-from sam3lt_jax.video.tracks import Tracks
+from sam3lt_jax.video.tracks import Tracks, grid_of, programs_of
 
 HISTORY = 512  # frames, of which an object takes 1 MB each at 1008 px
 MOST_POINTS = 16  # of an object on a frame; of more, the first and the last 8 count, as in the original
@@ -120,8 +120,8 @@ class InteractiveVideo:
     if isinstance(history, bool) or not isinstance(history, int) or history < 0:
       raise ArgumentError("history", f" must be a number of frames from 0, got {history!r}")
     self.engine, self.history = engine, history
-    self.tracks = Tracks(engine)  # says early that there is no tracker
-    self.profile = engine.tracker.config.profile
+    programs_of(engine)  # says early that there is no tracker
+    self.profile, self._side = engine.tracker.config.profile, 4 * grid_of(engine)
 
   def init_state(self, frames: Sequence[np.ndarray]) -> InferenceState:
     """frames: what has a length and gives frame i as uint8 [H, W, 3]."""
@@ -173,8 +173,7 @@ class InteractiveVideo:
       points = None if points is None else to_numpy(points, "points") * scale
       box = None if box is None else to_numpy(box, "box").reshape(2, 2) * scale
     box = None if box is None else to_numpy(box, "box").reshape(-1)
-    side = 4 * self.tracks._grid
-    new = clicks_of(size, side, points, labels, box, names=("points", "labels", "box", "mask"))
+    new = clicks_of(size, self._side, points, labels, box, names=("points", "labels", "box", "mask"))
     if len(new.points) != 1:
       raise ArgumentError("points", f" must be of one object, got {len(new.points)}")
     xy, kinds = new.points[0][new.valid[0]], new.labels[0][new.valid[0]]
@@ -218,7 +217,7 @@ class InteractiveVideo:
     thing = state.objects.setdefault(obj_id, TrackedObject())
     tracks = self._filled(state, [], t)
     tracks.add([obj_id], 0)
-    side = self.engine.tracker.mask_side(tracks._grid)
+    side = self.engine.tracker.mask_side(grid_of(self.engine))
     asked = _resized(given, (side, side))
     if self.profile.mask_prompt_of_image_side:
       asked = (asked >= 0.5).astype(np.float32)
@@ -360,7 +359,7 @@ class InteractiveVideo:
         new = {i: thing.pending[t] for i, thing in state.objects.items() if t in thing.pending}
       tracks = self._filled(state, [], t)
       tracks.add(new, 0)
-      side = 4 * tracks._grid
+      side = self._side
       maps_of: dict[int, np.ndarray] = {}
       by_side: dict[int, dict[int, np.ndarray]] = {}  # the tracker's, or that of masks that were given
       for i, record in new.items():
@@ -390,8 +389,8 @@ class InteractiveVideo:
     thing = state.objects[obj_id]
     record = thing.pending.get(t) or thing.records.get(t)
     if record is None:
-      side, pointer = 4 * self.tracks._grid, self.engine.tracker_variables["params"]["no_object_pointer"][0]
-      nothing = np.full((side, side), ABSENT_LOGIT, np.float32)
+      pointer = self.engine.tracker_variables["params"]["no_object_pointer"][0]
+      nothing = np.full((self._side, self._side), ABSENT_LOGIT, np.float32)
       record = Record(nothing, np.asarray(pointer), PLACEHOLDER_SCORE, 0.0)
     record.cond = record.kept = True
     return record
@@ -439,9 +438,8 @@ class InteractiveVideo:
 
   def _clicks(self, xy: np.ndarray, kinds: np.ndarray, before: np.ndarray | None) -> Clicks:
     slots = next(n for n in POINT_SLOTS if n >= len(kinds))
-    side = 4 * self.tracks._grid
     pad = lambda x: np.pad(x, [(0, slots - len(x)), *[(0, 0)] * (x.ndim - 1)])[None]  # noqa: E731
-    mask = np.zeros((side, side), np.float32) if before is None else before
+    mask = np.zeros((self._side, self._side), np.float32) if before is None else before
     return Clicks(
       pad(xy.astype(np.float32)), pad(kinds.astype(np.int32)), pad(np.ones(len(kinds), bool)), mask[None],
       np.array([before is not None]),

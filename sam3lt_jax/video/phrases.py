@@ -9,21 +9,18 @@ A frame takes two device programs with the host's decisions between them:
 Only counts and scores leave the device between them; masks do when they are put out, 14 frames later, so that
 objects which are soon removed are never seen.
 
-Axes: R frames of a batch, P slots, C prompts that were asked together, Q object queries, N objects; h, w a
-mask; H, W the clip.
+Axes as in `phrase_step`; N objects of a frame.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,281 +29,24 @@ from sam3lt_jax import parallel
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PhraseVideoConfig
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.errors import ArgumentError
-from sam3lt_jax.features import Clicks, Detections, Tracked, TrackerFeatures, VisionFeatures
+from sam3lt_jax.features import Clicks, Detections, Tracked, TrackerFeatures
 from sam3lt_jax.kept import MaskSource
-from sam3lt_jax.ops import overlap
-from sam3lt_jax.ops.components import clean_small
-from sam3lt_jax.ops.resize import resized
 from sam3lt_jax.processing.clicks import ClickArrays
 from sam3lt_jax.processing.masks import mask_box
 from sam3lt_jax.processing.postprocess import sigmoid
-from sam3lt_jax.processing.prompts import Prompt, prompts_of
 from sam3lt_jax.processing.results import Results, hold_masks
 from sam3lt_jax.programs import Program, explain_memory
-from sam3lt_jax.tracker import ABSENT_LOGIT, CELL, Sam3Tracker
 from sam3lt_jax.video import bank as banks
-from sam3lt_jax.video import decisions, step
-from sam3lt_jax.video.bank import Bank, Clock
+from sam3lt_jax.video import decisions, phrase_step
 from sam3lt_jax.video.decisions import CLICKED, Counters, Delay, Observed, Plan, Waiting
+from sam3lt_jax.video.phrase_step import Now, Orders, Seen
 from sam3lt_jax.video.tracks import Tracks, bits, of_bits
 
-HIDDEN_LOGIT = -10.0  # everywhere in a mask that was suppressed
 BORDER = 0.025  # of the frame's sides, see `suppress_det_close_to_boundary`
-NEAR = 16  # frames around a click on which the object's detections are taken back
-NONE = -1  # no detection, no phrase
+COND_FRAMES = 16  # frames with prompts of an object that are kept where the pointers of all are read
 MOST_CLICKED = 16  # frames of an object with clicks that later clicks leave alone
+NONE = -1  # no detection, no phrase
 _FORMAT = 1  # of a saved state
-
-
-# ---------------------------------------------------------------- the programs
-
-
-@flax.struct.dataclass
-class SeenDetections:
-  """Of C prompts: scores float32 [C, Q]; boxes [C, Q, 4]; areas int32 [C, Q]; and pixels that their masks
-  share, float32: among themselves [C, Q, Q], with each object's [C, Q, P].
-  """
-
-  scores: jax.Array
-  boxes: jax.Array
-  areas: jax.Array
-  between: jax.Array
-  with_objects: jax.Array
-
-
-@flax.struct.dataclass
-class Seen:
-  """What `observe` tells the host: areas int32 [P] of the objects' masks, pixels that they share float32
-  [P, P], their score logits float32 [P], and the detections.
-  """
-
-  areas: jax.Array
-  between: jax.Array
-  scores: jax.Array
-  detections: tuple[SeenDetections, ...]
-
-
-@flax.struct.dataclass
-class Orders:
-  """What `commit` is told, a row a slot.
-
-  Attributes:
-    new, recondition: int32 [P], which detection, counted through all of them; -1: none.
-    cond: bool [P], objects for which this becomes a frame with a prompt.
-    suppressed, removed: bool [P].
-    group: int32 [P], the same slot number for all objects of a phrase; its own for every other slot.
-    rank: int32 [P], the order of the objects' ids.
-  """
-
-  new: Any
-  recondition: Any
-  cond: Any
-  suppressed: Any
-  removed: Any
-  group: Any
-  rank: Any
-
-
-class Now(NamedTuple):
-  """The frame that a program is about.
-
-  Attributes:
-    features: of a batch of R frames. row: int32 [], which of them.
-    clock: see `Clock`.
-    detections: [R, C, Q, ...] each.
-  """
-
-  features: TrackerFeatures
-  row: Any
-  clock: Clock
-  detections: tuple[Detections, ...]
-
-
-def observe(
-  config: PhraseVideoConfig,
-  tracker: Sam3Tracker,
-  variables: Any,
-  bank: Bank,
-  now: Now,
-  last: Tracked,
-  last_frame: jax.Array,
-) -> tuple[Tracked, jax.Array, Seen]:
-  """Follows every object: as tracked, the cleaned masks float32 [P, h, w], and what the host is told.
-
-  last, last_frame: what stood on the frame that ran last. Where it is this one, objects with a prompt on it
-  are as they were.
-  """
-  tracked = step.follow(tracker, variables, bank, step.one_frame(now.features, now.row), now.clock)
-  again = (bank.cond_frames == now.clock.frame).any(axis=1) & (last_frame == now.clock.frame)
-  tracked = _where(again, last, tracked)
-  cleaned = clean_small(tracked.masks, config.fill_hole_area)
-  on = (cleaned > 0) & bank.live[:, None, None]
-
-  def count(found: Detections) -> SeenDetections:
-    found = _of_row(found, now.row)
-    masks = found.masks > 0
-    return SeenDetections(
-      found.scores, found.boxes, masks.sum((-1, -2)), overlap.shared_pixels(masks, masks),
-      overlap.shared_pixels(masks, jnp.broadcast_to(on, (len(masks), *on.shape))),
-    )  # fmt: skip
-
-  between = overlap.shared_pixels(on, on)
-  seen = Seen(on.sum((-1, -2)), between, tracked.object_score_logits, tuple(map(count, now.detections)))
-  return tracked, cleaned, seen
-
-
-def commit(
-  config: PhraseVideoConfig,
-  tracker: Sam3Tracker,
-  variables: Any,
-  bank: Bank,
-  now: Now,
-  tracked: Tracked,
-  cleaned: jax.Array,
-  first: jax.Array,
-  orders: Orders,
-) -> tuple[Bank, Tracked, jax.Array]:
-  """Carries out the decisions: the next bank, what stands on this frame, masks to put out [P, h, w].
-
-  first: float32 [P, h, w], of `first_masks`.
-  """
-  one = step.one_frame(now.features, now.row)
-  masks = jnp.where(orders.suppressed[:, None, None], HIDDEN_LOGIT, cleaned)
-  side = None if config.shrink_at_mask_size else one.image.shape[1] * CELL
-  areas, left = overlap.areas_among_others(masks, orders.group, orders.rank, side)
-  keeps = overlap.keeps_area(areas, left, orders.group, config.shrink_threshold, config.shrink_spares_single)
-
-  renews, starts = orders.recondition >= 0, orders.new >= 0
-
-  def as_given(at: jax.Array) -> tuple[Tracked, jax.Array, jax.Array]:
-    """Detections as the tracker takes masks; their logits, as they are and cleaned."""
-    logits = _detected(now, at)
-    prompts = _mask_prompts(config, tracker, logits, one.image.shape[1])
-    given = step.given_masks(tracker, variables, one, prompts, at >= 0)
-    return given, logits, clean_small(logits, config.fill_hole_area)
-
-  nothing = jax.tree.map(jnp.zeros_like, (tracked, masks, masks))
-  at = jnp.where(starts, orders.new, orders.recondition)
-  given, detected, fresh = jax.lax.cond((at >= 0).any(), as_given, lambda _: nothing, at)
-  out = jnp.where(starts[:, None, None], fresh, masks)
-  if config.recondition_on_trk_masks:
-    out = jnp.where(renews[:, None, None], detected, out)
-  else:
-    tracked = tracked.replace(pointers=jnp.where(renews[:, None], given.pointers, tracked.pointers))
-  tracked = _where(starts, given, tracked)
-  if not config.new_masks_at_mask_size:
-    tracked = tracked.replace(masks=jnp.where(starts[:, None, None], first, tracked.masks))
-
-  # What is followed is remembered as it was seen, what begins as it was given.
-  maps_of = functools.partial(step.maps_of, tracker, variables, one)
-  remembered = jnp.where(keeps[:, None, None], masks, jnp.minimum(masks, HIDDEN_LOGIT))
-  maps = maps_of(
-    remembered,
-    keeps & (areas > 0),
-    jnp.zeros_like(starts),
-    bank.live & ~starts & ~orders.removed,
-    direct=True,
-  )
-  first_maps = maps_of(
-    tracked.masks, tracked.object_score_logits > 0, starts, starts,
-    starts if tracker.config.profile.group_rules else None,
-  )  # fmt: skip
-  quality = step.quality_of(tracked)
-  if tracker.config.profile.group_rules:
-    quality = banks.shared_quality(bank, quality)
-  maps = jnp.where(starts[:, None, None], first_maps, maps)
-  cond = orders.cond | starts
-  bank = banks.write(bank, tracker.config, now.clock, bank.live, maps, tracked.pointers, quality, cond)
-  return banks.clear(bank, orders.removed), tracked, out
-
-
-def first_masks(
-  config: PhraseVideoConfig,
-  tracker: Sam3Tracker,
-  size: tuple[int, int],
-  variables: Any,
-  now: Now,
-  new: jax.Array,
-) -> jax.Array:
-  """What is remembered of detections that become objects: float32 [P, h, w], +-1024 but for the edges.
-
-  The original brings them to the clip's own size (H, W) and back. new: int32 [P], which detections.
-  """
-  grid = now.features.image.shape[1]
-  masks = resized(_mask_prompts(config, tracker, _detected(now, new), grid), *size) > 0.5
-  if tracker.config.profile.group_rules:  # later ones take their pixels from earlier ones
-    masks &= ~(jnp.cumsum(masks[::-1], axis=0)[::-1] - masks > 0)
-  return resized(jnp.where(masks, -ABSENT_LOGIT, ABSENT_LOGIT), now.features.mask_side)
-
-
-def correct(
-  config: PhraseVideoConfig,
-  tracker: Sam3Tracker,
-  variables: Any,
-  bank: Bank,
-  now: Now,
-  last: Tracked,
-  clicks: Clicks,
-  which: jax.Array,
-  begins: jax.Array,
-  kept: jax.Array,
-) -> tuple[Bank, Tracked, jax.Array]:
-  """Clicks on the frame that ran last: the next bank, what stands there now, masks to put out [P, h, w].
-
-  Args:
-    clicks: a row a slot, without masks. which: bool [P], slots that have some; begins: those that are new.
-    kept: int32 [K], frames with prompts of the user, which stay.
-  """
-  profile = tracker.config.profile
-  one = step.one_frame(now.features, now.row)
-  if profile.refine_from_mask:
-    limit = jnp.inf if profile.logit_limit is None else profile.logit_limit
-    clicks = clicks.replace(masks=jnp.clip(last.masks, -limit, limit), has_mask=which & ~begins)
-  answer = functools.partial(step.prompt, tracker, variables, bank, one, now.clock, clicks, which)
-  tracked = answer(with_memory=profile.corrections_remember)
-  # What the detector said near by is what the user corrects.
-  near = jnp.abs(bank.cond_frames - now.clock.frame) < NEAR
-  near &= ~jnp.isin(bank.cond_frames, kept) & which[:, None]
-  bank = bank.replace(cond_frames=jnp.where(near, banks.EMPTY, bank.cond_frames))
-  cond = begins if profile.corrections_remember else which
-  bank = step.remember(
-    tracker, variables, bank, one, now.clock, tracked, which=which, cond=cond, binary=which
-  )
-  return bank, _where(which, tracked, last), clean_small(tracked.masks, config.fill_hole_area)
-
-
-def _where(which: jax.Array, a: Any, b: Any) -> Any:
-  """Trees of [P, ...], chosen by slot."""
-  return jax.tree.map(lambda x, y: jnp.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
-
-
-def _of_row(found: Detections, row: jax.Array) -> Detections:
-  return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, row, keepdims=False), found)
-
-
-def _detected(now: Now, which: jax.Array) -> jax.Array:
-  """Mask logits float32 [P, h, w] of detections int32 [P], counted through all calls; zeros for -1."""
-  out, start = None, 0
-  for found in now.detections:
-    C, Q = found.masks.shape[1:3]
-    at = which - start
-    inside = (at >= 0) & (at < C * Q)
-    at = jnp.clip(at, 0, C * Q - 1)
-    masks = jnp.where(inside[:, None, None], found.masks[now.row, at // Q, at % Q], 0)
-    out, start = masks if out is None else out + masks, start + C * Q
-  side = now.features.mask_side
-  return jnp.zeros((len(which), side, side)) if out is None else out
-
-
-def _mask_prompts(config: PhraseVideoConfig, tracker: Sam3Tracker, logits: jax.Array, grid: int) -> jax.Array:
-  """float32 [P, S, S] in [0, 1], as the tracker takes masks."""
-  side = tracker.mask_side(grid)
-  if config.new_masks_at_mask_size:
-    return resized((logits >= 0.5).astype(jnp.float32), side)
-  return (resized(logits, side) > 0).astype(jnp.float32)
-
-
-# ---------------------------------------------------------------- the host
 
 
 class Found(NamedTuple):
@@ -369,13 +109,15 @@ class PhrasePrograms:
 
   def __init__(self, engine: Engine, config: PhraseVideoConfig):
     self._engine, self._config = engine, config
-    self.observe, self.commit, self.correct = (self._made(f) for f in (observe, commit, correct))
+    self.observe, self.commit, self.correct = (
+      self._made(f) for f in (phrase_step.observe, phrase_step.commit, phrase_step.correct)
+    )
     self._first: dict[tuple[int, int], Program] = {}
 
   def first_masks(self, size: tuple[int, int]) -> Program:
     """For clips of this size."""
     if size not in self._first:
-      self._first[size] = self._made(first_masks, size)
+      self._first[size] = self._made(phrase_step.first_masks, size)
     return self._first[size]
 
   def _made(self, function: Any, *more: Any) -> Program:
@@ -436,7 +178,8 @@ class PhraseTracks:
     """
     if latency is not None and (isinstance(latency, bool) or not isinstance(latency, int) or latency < 0):
       raise ArgumentError("latency", f" must be a number of frames from 0, or None, got {latency!r}")
-    self.tracks = Tracks(engine, slots)  # says early that there is no tracker
+    every = engine.tracker is not None and engine.tracker.config.profile.all_cond_pointers
+    self.tracks = Tracks(engine, slots, COND_FRAMES if every else None)  # says early that there is no tracker
     self.config, self.size = PhraseVideoConfig.named(config), (int(size[0]), int(size[1]))
     self._programs = programs_of(engine, self.config)
     self._frames, self.reverse = frames, reverse
@@ -701,125 +444,6 @@ class PhraseTracks:
     self._clicked = {i: t for i, t in known["clicked"]}
     self._delay.waiting = waiting[: known["delayed"]]
     self._last = _Last(known["frame"], tracks._placed(last), waiting[-1] if waiting else None)
-
-
-class Batch(NamedTuple):
-  """Some frames that run through the image model together, and what the detector found in them.
-
-  Attributes:
-    frames: their numbers, a row of `vision` each.
-    phrases: how many phrases there were when it was asked.
-  """
-
-  frames: Sequence[int]
-  vision: VisionFeatures
-  found: Sequence[Found]
-  phrases: int
-
-
-class PhraseVideo:
-  """Phrases, example boxes and clicks about one clip.
-
-      video = PhraseVideo(engine, (1080, 1920))
-      video.add_phrase("person")
-      for frame, pixels in ...:                       # uint8 [S, S, 3]
-        batch = video.look([frame], engine.encode([pixels]))
-        for objects in video.step(batch, 0):
-          results = video.results(objects)            # ids, masks [N, H, W], boxes, scores
-      for objects in video.finish():
-        ...
-
-  Attributes:
-    tracks: the objects, `PhraseTracks`: `click` and `remove` are there.
-    texts: what each phrase says; None: nothing but the boxes of `add_boxes` does.
-  """
-
-  def __init__(self, engine: Engine, size: tuple[int, int], config: Any = "original", **options: Any):
-    """Arguments as in `PhraseTracks`."""
-    self.engine, self.tracks = engine, PhraseTracks(engine, size, config, **options)
-    self.texts: list[str | None] = []
-    self._boxes: dict[tuple[int, int], Prompt] = {}  # (phrase, frame)
-
-  def add_phrase(self, text: str) -> int:
-    """Sought from the next frame on; its number. A phrase that is there already keeps its own."""
-    (prompt,) = prompts_of(text, None, None)
-    if prompt.text not in self.texts:
-      self.texts.append(prompt.text)
-    return self.texts.index(prompt.text)
-
-  def add_boxes(self, frame: int, boxes: Any, labels: Any = None, phrase: int | None = None) -> int:
-    """Examples on a frame that is still to come, of a phrase or by themselves; the phrase's number.
-
-    Objects that boxes alone show are found on that frame and followed, whether detected again or not.
-
-    Args:
-      boxes: (x1, y1, x2, y2) in pixels of the clip, [N, 4]. labels: 1 (like this) or 0 (not); None: all 1.
-
-    Raises:
-      ValueError: naming the argument; the frame has run.
-    """
-    direction = -1 if self.tracks.reverse else 1
-    if self.tracks.frame is not None and (frame - self.tracks.frame) * direction <= 0:
-      raise ArgumentError("frame", f" must be still to come, after {self.tracks.frame}, got {frame}")
-    if phrase is not None and not 0 <= phrase < len(self.texts):
-      raise ArgumentError("phrase", f" must be one of the {len(self.texts)} phrases, got {phrase}")
-    text = None if phrase is None else self.texts[phrase]
-    (prompt,) = prompts_of(text, boxes, labels)
-    self.engine.box_arrays(prompt, self.tracks.size)  # raises
-    if phrase is None:
-      phrase = len(self.texts)
-      self.texts.append(None)
-      self.tracks.shown.add(phrase)
-    self._boxes[phrase, frame] = prompt
-    return phrase
-
-  def look(self, frames: Sequence[int], vision: VisionFeatures) -> Batch:
-    """Starts the detector on some frames; vision: of `Engine.encode`, a row each."""
-    numbers, asked = [], []
-    for frame in frames:
-      prompts = {n: self._boxes.get((n, frame), text and Prompt(text)) for n, text in enumerate(self.texts)}
-      prompts = {n: prompt for n, prompt in prompts.items() if prompt}
-      numbers.append(list(prompts))
-      asked.append(self.engine.asked(None, self.tracks.size, list(prompts.values())))
-    self.engine.phrases.add(self.engine.variables, [p.phrase for one in asked for p in one.prompts])
-    found = []
-    for call in self.engine.calls(asked):
-      phrase = np.full(call.index.shape, NONE)
-      for row, slot in np.argwhere(call.index >= 0):
-        phrase[row, slot] = numbers[row][call.index[row, slot]]
-      found.append(Found(phrase, self.engine.detect(vision, call)))
-    return Batch(frames, vision, found, self._asked())
-
-  def _asked(self) -> int:
-    return len(self.texts) + len(self._boxes)
-
-  def step(self, batch: Batch, row: int) -> list[FrameObjects]:
-    """As `PhraseTracks.step`. What was asked since the batch was looked at counts."""
-    if batch.phrases != self._asked():
-      batch = self.look(batch.frames, batch.vision)
-    frame = batch.frames[row]
-    out = self.tracks.step(frame, batch.vision.tracker, row, batch.found)
-    self._boxes = {at: prompt for at, prompt in self._boxes.items() if at[1] != frame}
-    return out
-
-  def finish(self) -> list[FrameObjects]:
-    """As `PhraseTracks.finish`."""
-    return self.tracks.finish()
-
-  def results(self, objects: FrameObjects, mask_threshold: float = 0.5) -> Results:
-    """What is put out of a frame, at the clip's own size."""
-    return frame_results(self.engine.click_masks, objects, self.texts, self.tracks.size, mask_threshold)
-
-  def state(self) -> dict[str, np.ndarray]:
-    """As `PhraseTracks.state`, with what is asked."""
-    boxes = [[*at, p.text, p.boxes, p.labels] for at, p in self._boxes.items()]
-    return self.tracks.state() | {"asked": np.array(json.dumps([self.texts, boxes]))}
-
-  def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-    """As `PhraseTracks.load_state`."""
-    self.tracks.load_state(state)
-    self.texts, boxes = json.loads(str(state["asked"]))
-    self._boxes = {(n, t): Prompt(text, boxes, labels) for n, t, text, boxes, labels in boxes}
 
 
 def frame_results(

@@ -211,6 +211,7 @@ def _by_slots(
   if P % together:
     together = P
   split = lambda x: x.reshape(P // together, together, *x.shape[1:])  # noqa: E731
+  function = jax.jit(function)  # traced once, for its shapes and for itself
   kind = jax.eval_shape(function, jax.tree.map(lambda x: split(x)[0], rows))
 
   def some(given):

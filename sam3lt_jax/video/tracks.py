@@ -129,7 +129,7 @@ class Tracks:
     """
     self.engine, self.programs = engine, programs_of(engine)
     self.slots: dict[int, int] = {}
-    self._grid = engine.processor.image_size // self.tracker.config.patch_size
+    self._grid = grid_of(engine)
     self.bank = self._placed(
       banks.empty(self.tracker.config, self._grid, bucket(slots), cond, self.tracker.dtype)
     )
@@ -334,6 +334,11 @@ class Tracks:
     """Goes on from a file of `save`; raises ValueError as `of_state`."""
     with np.load(path, allow_pickle=False) as data:
       return cls.of_state(engine, dict(data))
+
+
+def grid_of(engine: Engine) -> int:
+  """Side of the token grid of its images."""
+  return engine.processor.image_size // engine.tracker.config.patch_size
 
 
 def bucket(count: int) -> int:

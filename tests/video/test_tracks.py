@@ -162,19 +162,25 @@ def test_mistakes_are_told(tmp_path):
 # ---------------------------------------------------------------- the bank alone
 
 
-def filled(config, frames, direction=1, quality=None, P=1):
-  bank = banks.born(banks.empty(config, 1, P), jnp.ones(P, bool), 0)
+def filled(config, frames, direction=1, quality=None):
+  """A bank whose maps and pointers are the numbers of their frames, of which the first has a prompt."""
+
+  @jax.jit
+  def write(bank, t, quality, cond):
+    clock = banks.Clock(t, np.int32(direction), np.int32(16))
+    maps = jnp.full((1, 1, config.memory.hidden_size), t, jnp.float32)
+    pointers = jnp.full((1, config.hidden_size), t, jnp.float32)
+    return banks.write(bank, config, clock, bank.live, maps, pointers, quality[None], cond[None])
+
+  bank = banks.born(banks.empty(config, 1, 1), jnp.ones(1, bool), 0)
   for n, t in enumerate(frames):
-    clock = banks.Clock(np.int32(t), np.int32(direction), np.int32(16))
-    maps = jnp.full((P, 1, config.memory.hidden_size), t, jnp.float32)
-    pointers = jnp.full((P, config.hidden_size), t, jnp.float32)
-    q = jnp.full(P, 1.0 if quality is None else quality[n])
-    bank = banks.write(bank, config, clock, bank.live, maps, pointers, q, jnp.full(P, n == 0))
+    bank = write(bank, np.int32(t), np.float32(1 if quality is None else quality[n]), np.bool_(n == 0))
   return bank
 
 
 def read(bank, config, frame, direction=1):
-  memory = banks.choose(bank, config, banks.Clock(np.int32(frame), np.int32(direction), np.int32(16)))
+  clock = banks.Clock(np.int32(frame), np.int32(direction), np.int32(16))
+  memory = jax.jit(lambda bank: banks.choose(bank, config, clock))(bank)
   n = int(memory.count[0])
   maps = dict(zip(memory.maps[0, :n, 0, 0].astype(int).tolist(), memory.rows[0, :n].tolist()))
   there = np.asarray(memory.there[0])
