@@ -72,6 +72,7 @@ class VideoPredictor(InteractiveVideo):
       raise ArgumentError("devices", f" must be one device, as a clip runs on one, got {engine.mesh.size}")
     super().__init__(engine, history)
     self.predictor, self.config = predictor, PhraseVideoConfig.named(video)
+    self._digests: tuple[tuple[Any, Any], list[str]] | None = None
 
   @classmethod
   def from_pretrained(
@@ -105,9 +106,11 @@ class VideoPredictor(InteractiveVideo):
   def fingerprint(self) -> dict[str, Any]:
     """What masks depend on, in plain JSON values: a clip goes on only with what it began with."""
     engine = self.engine
+    weights = engine.variables, engine.tracker_variables
+    if self._digests is None or any(a is not b for a, b in zip(weights, self._digests[0])):
+      self._digests = weights, [digest(jax.device_get(one)) for one in weights]  # seconds, at full size
     return {
-      "weights": digest(jax.device_get(engine.variables)),
-      "tracker": digest(jax.device_get(engine.tracker_variables)),
+      "weights": self._digests[1],
       "profiles": [engine.processor.profile.name, engine.tracker.config.profile.name],
       "video": dataclasses.asdict(self.config),
       "dtype": np.dtype(engine.model.dtype).name,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -200,6 +202,17 @@ def test_a_frame_that_a_live_source_never_reaches(predictor):
   found = []
   with pytest.raises(ValueError, match="boxes_frame=5: the iterator has 3 frames"):
     found.extend(tracking)
+
+
+def test_fingerprint(predictor):
+  first = predictor.fingerprint()
+  assert first == json.loads(json.dumps(first)) and len(set(first["weights"])) == 2
+  before = predictor.engine.tracker_variables
+  predictor.engine.tracker_variables = jax.tree.map(lambda x: x + 1, before)
+  other = predictor.fingerprint()
+  predictor.engine.tracker_variables = before
+  assert other["weights"][0] == first["weights"][0] and other["weights"][1] != first["weights"][1]
+  assert predictor.fingerprint() == first
 
 
 def test_no_tracker():
