@@ -19,6 +19,7 @@ from sam3lt_jax import Predictor
 
 MODEL = "s0"
 OUTPUT = "many_prompts.png"
+CAPTION = 40  # pixels above each picture
 STAR, SQUARE = scene.ORANGE_STARS[0], scene.BLACK_SQUARES[0]
 PROMPTS = {
   **{phrase: {"text": phrase} for phrase in scene.PHRASES},
@@ -34,13 +35,13 @@ def main(model: str = MODEL) -> None:
 
   predictor = Predictor.from_pretrained(model)
   predictor.set_image(image)
-  sheet = Image.new("RGB", (3 * scene.SIDE, 2 * (scene.SIDE + 24)), "white")
+  sheet = Image.new("RGB", (3 * scene.SIDE, 2 * (scene.SIDE + CAPTION)), "white")
   for i, (name, prompt) in enumerate(PROMPTS.items()):
     results = predictor.predict(**prompt, threshold=threshold)
     print(f"{name}: {len(results)} found")
-    x, y = i % 3 * scene.SIDE, i // 3 * (scene.SIDE + 24)
-    sheet.paste(results.render(labels=False), (x, y + 24))
-    ImageDraw.Draw(sheet).text((x + 6, y + 4), name, fill="black", font_size=15)
+    x, y = i % 3 * scene.SIDE, i // 3 * (scene.SIDE + CAPTION)
+    sheet.paste(results.render(labels=False), (x, y + CAPTION))
+    ImageDraw.Draw(sheet).text((x + 8, y + 5), name, fill="black", font_size=26)
   sheet.save(OUTPUT)
   print(f"wrote {OUTPUT}")
 
