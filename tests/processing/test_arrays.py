@@ -112,10 +112,11 @@ def test_outputs_for_the_processor(kind):
 
 
 def test_results(kind):
-  masks = kind([[[1, 0]], [[0, 1]]])
-  results = Results(kind(BOXES), [0.5, 0.25], masks, ("a", "b"), (1, 2))
+  masks = np.arange(2 * 50 * 40).reshape(2, 50, 40) % 3 == 0
+  results = Results(kind(BOXES), [0.5, 0.25], kind(masks.astype(int).tolist()), ("a", "b"), (50, 40))
   np.testing.assert_array_equal(results.boxes, BOXES)
-  assert results.masks.tolist() == [[[True, False]], [[False, True]]] and results.boxes.dtype == np.float32
+  np.testing.assert_array_equal(results.masks, masks)
+  assert results.boxes.dtype == np.float32
 
 
 @pytest.mark.parametrize("value", [0.5, np.float16(0.5), np.asarray(0.5), ml_dtypes.bfloat16(0.5)])
