@@ -31,6 +31,13 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def _named(cls: type, name: Any) -> Any:
+  if isinstance(name, cls):
+    return name
+  _check_choice("profile", name, ("original", "transformers"))
+  return cls.original() if name == "original" else cls.transformers()
+
+
 _LARGEST = 1 << 24  # of any number of ours that counts something
 _FLOAT_MAX = sys.float_info.max
 _LONGEST = 1024  # of our lists: global layers, scales
@@ -170,10 +177,7 @@ class Profile:
   @classmethod
   def named(cls, name: str | Profile) -> Profile:
     """`"original"` or `"transformers"` to its profile; a `Profile` passes through."""
-    if isinstance(name, Profile):
-      return name
-    _check_choice("profile", name, ("original", "transformers"))
-    return cls.original() if name == "original" else cls.transformers()
+    return _named(cls, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,10 +336,7 @@ class TrackerProfile:
   @classmethod
   def named(cls, name: str | TrackerProfile) -> TrackerProfile:
     """`"original"` or `"transformers"` to its profile; a `TrackerProfile` passes through."""
-    if isinstance(name, TrackerProfile):
-      return name
-    _check_choice("profile", name, ("original", "transformers"))
-    return cls.original() if name == "original" else cls.transformers()
+    return _named(cls, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,37 +344,27 @@ class PhraseVideoConfig:
   """How phrase video decides; names of the fields are those of both references.
 
   Attributes:
-    name: a label only; no code branches on it.
-    score_threshold_detection: detections above it count. det_nms_thresh: of two that overlap by more, the
-      better stays; 0: both.
-    new_det_thresh: score from which a detection that fits no object is a new one.
-    assoc_iou_thresh: IoU from which a detection belongs to an object. trk_assoc_iou_thresh: IoU from which an
-      object counts as detected.
-    hotstart_delay: frames for which an object is young, and for which results are held back.
-    hotstart_unmatch_thresh: frames without a detection after which a young object is removed.
-    hotstart_dup_thresh: detections shared with an older object after which a young one is removed.
-    suppress_unmatched_only_within_hotstart: False: an older object is hidden while its keep-alive count is 0
-      or less.
-    init_trk_keep_alive, max_trk_keep_alive, min_trk_keep_alive: where that count starts, and its ends.
+    score_threshold_detection: detections above it count. det_nms_thresh: of two that overlap by more the
+      better stays; 0: both. new_det_thresh: score from which one that fits no object is a new one.
+    assoc_iou_thresh, trk_assoc_iou_thresh: IoU from which a detection belongs to an object, and from which
+      the object counts as detected.
+    hotstart_delay: frames for which objects are young, and results held back. A young object is removed after
+      hotstart_unmatch_thresh frames without a detection or hotstart_dup_thresh that match an older one too.
+    suppress_unmatched_only_within_hotstart: False: an object is hidden while its keep-alive count is 0 or
+      less; it starts at init_trk_keep_alive, within min_trk_keep_alive and max_trk_keep_alive.
     decrease_trk_keep_alive_for_empty_masklets: an empty mask counts as a frame without a detection.
-    suppress_overlapping_based_on_recent_occlusion_threshold: IoU from which two objects cover each other; 0:
-      never.
-    fill_hole_area: holes and specks of masks of up to so many cells are cleaned away; 0: none.
-    recondition_every_nth_frame: how often sure detections renew the memory of their objects; 0: never.
-    high_conf_thresh, high_iou_thresh: score and IoU from which a detection is sure.
-    recondition_on_trk_masks: memory is renewed from the tracked mask, and the detection is put out
-      (transformers). False: from the detection, and the tracked mask is put out (original).
+    suppress_overlapping_based_on_recent_occlusion_threshold: IoU from which two cover each other; 0: none.
+    fill_hole_area: holes and specks of up to so many cells are cleaned away.
+    recondition_every_nth_frame: when detections above high_conf_thresh and high_iou_thresh renew the memory.
+    recondition_on_trk_masks: from the tracked mask, and the detection is put out. False: the other way.
     shrink_threshold: an object that keeps less of its area among the others is remembered as absent.
-    shrink_at_mask_size: areas are counted on masks as the tracker gives them; False: as the memory takes
-      them.
-    shrink_spares_single: an object alone in its phrase is remembered as it is, an empty one too.
-    new_masks_at_mask_size: a detection that becomes an object counts where its logit is at least 0.5, and is
-      enlarged then (transformers). False: where its enlarged logit is above 0 (original).
-    max_num_objects: tracked at once.
-    max_score: detection scores are held below it; 1: they are not.
+      shrink_at_mask_size: of masks as the tracker gives them, not as memory takes them.
+      shrink_spares_single: but for one alone in its phrase.
+    new_masks_at_mask_size: a new object is where its logits are at least 0.5, enlarged then. False: where they
+      are above 0 once they are enlarged.
+    max_num_objects: tracked at once. max_score: detection scores are held below it; 1: they are not.
     suppress_det_close_to_boundary: detections with a centre within 0.025 of the frame's edge do not count.
-    masklet_confirmation_enable: objects are put out only once they were detected on some frames in a row.
-    masklet_confirmation_consecutive_det_thresh: on how many.
+    masklet_confirmation_enable: only objects are put out that were once detected on so many frames in a row.
   """
 
   name: str = "original"
@@ -408,7 +399,7 @@ class PhraseVideoConfig:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      if field.name != "min_trk_keep_alive":  # the one that may be negative
+      if field.name != "min_trk_keep_alive":  # which may be negative
         typed(field.name, getattr(self, field.name), field.default)
 
   @classmethod
@@ -427,10 +418,7 @@ class PhraseVideoConfig:
   @classmethod
   def named(cls, name: str | PhraseVideoConfig) -> PhraseVideoConfig:
     """`"original"` or `"transformers"` to its numbers; a `PhraseVideoConfig` passes through."""
-    if isinstance(name, PhraseVideoConfig):
-      return name
-    _check_choice("profile", name, ("original", "transformers"))
-    return cls.original() if name == "original" else cls.transformers()
+    return _named(cls, name)
 
 
 @dataclasses.dataclass(frozen=True)
