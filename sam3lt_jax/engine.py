@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,13 +35,13 @@ from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.features import Clicks, Detections, Prompts, TrackerFeatures, VisionFeatures
 from sam3lt_jax.kept import Kept, MaskSource
 from sam3lt_jax.model import Sam3LiteText, Variables
-from sam3lt_jax.ops.stability import stability
 from sam3lt_jax.phrase_table import PhraseTable
 from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.clicks import ClickArrays
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.prompts import Prompt, box_arrays
 from sam3lt_jax.programs import Ahead, Program, explain_memory
+from sam3lt_jax.stages import Clicked, click, detect, encode, encode_frames, neck, read
 from sam3lt_jax.tracker import Sam3Tracker
 
 # One rule for what runs together: the smallest of these that holds what there is, the last over and over.
@@ -56,88 +55,6 @@ MOST_PROMPTS = 32  # prompts a device at once, of all its images; each takes som
 MEMORY_SHARE = 0.85  # of a device's, to be planned with
 
 Tag = TypeVar("Tag")
-
-
-# ---------------------------------------------------------------- the programs
-
-
-def encode(model: Sam3LiteText, with_trunk: bool, variables: Variables, pixels: jax.Array) -> VisionFeatures:
-  """Images uint8 [R, S, S, 3]: a quarter of the bytes that float32 would take to the device.
-
-  with_trunk: leave the trunk's map for a tracker that may be asked.
-  """
-  trunk = _trunk(model, variables, pixels)
-  vision = model.apply(variables, trunk, method="read_trunk")
-  return vision.replace(trunk=trunk) if with_trunk else vision
-
-
-def _trunk(model: Sam3LiteText, variables: Variables, pixels: jax.Array) -> jax.Array:
-  return model.apply(variables, (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5, method="trunk_map")
-
-
-def neck(tracker: Sam3Tracker, variables: Variables, trunk: jax.Array) -> TrackerFeatures:
-  """The trunk's map [R, h, w, D_trunk] for the tracker."""
-  return tracker.apply(variables, trunk, method="get_image_features")
-
-
-def encode_frames(
-  model: Sam3LiteText, tracker: Sam3Tracker, variables: tuple[Variables, Variables], pixels: jax.Array
-) -> TrackerFeatures:
-  """Images uint8 [R, S, S, 3] for the tracker alone."""
-  return neck(tracker, variables[1], _trunk(model, variables[0], pixels))
-
-
-def read(model: Sam3LiteText, variables: Variables, ids: jax.Array, mask: jax.Array) -> jax.Array:
-  """Phrases, ids int32 [P, T] and mask bool [P, T], to their features [P, T, D]."""
-  return model.apply(variables, ids, mask, method="get_text_features").pooler_output
-
-
-def detect(model: Sam3LiteText, variables: Variables, vision: VisionFeatures, prompts: Prompts) -> Detections:
-  """P prompts about each of R images; `prompts` and the result have the leading axes [R, P]."""
-  lead = prompts.mask.shape[:2]
-  spread = lambda m: jnp.broadcast_to(m[:, None], (*lead, *m.shape[1:]))  # noqa: E731
-  flat = lambda x: x.reshape(lead[0] * lead[1], *x.shape[2:])  # noqa: E731
-  vision, prompts = jax.tree.map(lambda m: flat(spread(m)), vision), jax.tree.map(flat, prompts)
-  out = model.apply(variables, vision, prompts, method="detect")
-  scores = postprocess.detection_scores(out.pred_logits, out.presence_logits)
-  found = Detections(scores, out.pred_boxes, out.pred_masks)
-  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
-
-
-@flax.struct.dataclass
-class Clicked:
-  """What the tracker says of P prompts about each of R images, by mask token: see `Sam3Tracker.decode`.
-
-  Attributes:
-    masks: float32 [R, P, M, h, w] logits. ious: float32 [R, P, M].
-    object_score_logits: float32 [R, P]. single: int32 [R, P], which mask answers where one is asked for.
-    stability: float32 [R, P, M], see `ops.stability`.
-  """
-
-  masks: jax.Array
-  ious: jax.Array
-  object_score_logits: jax.Array
-  single: jax.Array
-  stability: jax.Array
-
-
-def click(
-  tracker: Sam3Tracker, variables: Variables, features: TrackerFeatures, clicks: Clicks, offset: jax.Array
-) -> Clicked:
-  """P prompts about each of R images; `clicks` and the result have the leading axes [R, P].
-
-  offset: float32 [], of the stability that is handed out.
-  """
-  lead = clicks.valid.shape[:2]
-  flat = jax.tree.map(lambda x: x.reshape(lead[0] * lead[1], *x.shape[2:]), clicks)
-  decoded = tracker.apply(variables, features, flat, method="decode")
-  single = tracker.apply(variables, decoded, method="single")
-  stable = stability(decoded.masks, offset)
-  found = Clicked(decoded.masks, decoded.ious, decoded.object_score_logits[:, 0], single, stable)
-  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
-
-
-# ---------------------------------------------------------------- the engine
 
 
 @dataclasses.dataclass
