@@ -360,8 +360,8 @@ class PhraseVideoConfig:
     shrink_threshold: an object that keeps less of its area among the others is remembered as absent.
       shrink_at_mask_size: of masks as the tracker gives them, not as memory takes them.
       shrink_spares_single: but for one alone in its phrase.
-    new_masks_at_mask_size: a new object is where its logits are at least 0.5, enlarged then. False: where they
-      are above 0 once they are enlarged.
+    new_masks_at_mask_size: a new object is where its logits are at least 0.5, enlarged then. False: where
+      they are above 0 once they are enlarged.
     max_num_objects: tracked at once. max_score: detection scores are held below it; 1: they are not.
     suppress_det_close_to_boundary: detections with a centre within 0.025 of the frame's edge do not count.
     masklet_confirmation_enable: only objects are put out that were once detected on so many frames in a row.
