@@ -215,6 +215,24 @@ def test_a_piece_that_is_missing_is_drawn_again(clip, whole, tmp_path):
   assert contents(tmp_path) == contents(whole)
 
 
+def test_pieces_are_the_same_on_every_cpu(tmp_path, monkeypatch):
+  noise = np.random.default_rng(0).integers(0, 60, (12, 48, 64, 3)).astype(np.uint8)
+  made, encoder = [], overlay._ENCODER
+  for instructions in (
+    "",
+    ":asm=SSE2",
+    ":asm=0",
+  ):  # these stand in the file: compare pictures
+    monkeypatch.setattr(overlay, "_ENCODER", encoder | {"x264-params": encoder["x264-params"] + instructions})
+    pieces = overlay.Overlay(str(tmp_path / f"pieces{len(made)}"))
+    for image in clips.frames(12) // 2 + noise:
+      pieces.add(image)
+    pieces.join(str(tmp_path / "joined.mp4"), np.arange(12) / 25, None)
+    made.append(np.stack([frame.image for frame in open_frames(tmp_path / "joined.mp4")]))
+  np.testing.assert_array_equal(made[1], made[0])
+  np.testing.assert_array_equal(made[2], made[0])
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
