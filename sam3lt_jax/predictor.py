@@ -15,6 +15,7 @@ from concurrent import futures
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast, overload
 
 import jax
+import jax.numpy as jnp  # noqa: F401  (others import it from here)
 import numpy as np
 
 from sam3lt_jax import devices as jax_devices

@@ -396,9 +396,10 @@ def test_interrupt_and_file_errors(fake, folder, monkeypatch, capsys):
   assert mistake(capsys, "segment", "photo.jpg", "truck") == "No such file or directory: no/such/file"
 
 
-def test_python_m(folder):
+@pytest.mark.parametrize("module", ["sam3lt_jax", "sam3lt_jax.cli"])
+def test_python_m(folder, module):
   done = subprocess.run(
-    [sys.executable, "-m", "sam3lt_jax", "--version"], capture_output=True, text=True, timeout=60,
+    [sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60,
     env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
   )  # fmt: skip
   assert done.returncode == 0 and done.stdout.startswith("sam3lt 0."), done.stderr
