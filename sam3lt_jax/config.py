@@ -592,14 +592,4 @@ class Sam3LiteTextConfig:
     """
     from sam3lt_jax import config_schema
 
-    if isinstance(source, Mapping):
-      return config_schema.from_schema(source, profile)
-    path = os.fspath(source)
-    if os.path.isdir(path):
-      path = os.path.join(path, "config.json")
-    config = config_schema.from_schema(read_json(path), profile)
-    own = os.path.join(os.path.dirname(path), "tokenizer.json")
-    if config.text.vocab_size == TextConfig().vocab_size or not os.path.isfile(own):
-      return config
-    with open(own, encoding="utf-8") as f:
-      return config.replace(tokenizer=f.read())
+    return config_schema.read(source, profile)

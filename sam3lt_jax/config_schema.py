@@ -6,6 +6,7 @@ Source: transformers 5.23.0 `configuration_sam3_lite_text.py` and `configuration
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from sam3lt_jax.config import (
   TrackerConfig,
   TrackerProfile,
   VisionConfig,
+  read_json,
   typed,
 )
 
@@ -44,6 +46,23 @@ _TRANSFORMERS_TEXT_DEFAULTS = {
     "num_attention_heads": 16, "max_position_embeddings": 32,
   },
 }  # fmt: skip
+
+
+def read(
+  source: str | os.PathLike | Mapping[str, Any], profile: str | Profile | None = None
+) -> Sam3LiteTextConfig:
+  """See `Sam3LiteTextConfig.from_json`."""
+  if isinstance(source, Mapping):
+    return from_schema(source, profile)
+  path = os.fspath(source)
+  if os.path.isdir(path):
+    path = os.path.join(path, "config.json")
+  config = from_schema(read_json(path), profile)
+  own = os.path.join(os.path.dirname(path), "tokenizer.json")
+  if config.text.vocab_size == TextConfig().vocab_size or not os.path.isfile(own):
+    return config
+  with open(own, encoding="utf-8") as f:
+    return config.replace(tokenizer=f.read())
 
 
 def to_schema(config: Sam3LiteTextConfig) -> dict[str, Any]:

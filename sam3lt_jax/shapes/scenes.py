@@ -118,7 +118,8 @@ def draw_clip(
   """A scene whose objects move: one `Scene` a frame, with the same objects in the same order in all of them.
 
   Each goes its way in a line, turning a little, in front of those before it in the order. About half of
-  them turn back at the edges; the others leave the picture and come back later. An object may be hidden for some frames.
+  them turn back at the edges; the others leave the picture and come back later. An object may be hidden for
+  some frames.
   """
   rng = np.random.default_rng([seed, 19])
   side = config.side
