@@ -70,16 +70,16 @@ class ClicksRun:
 class ClipsRun:
   """Numbers of the second stage; clips have `length` frames, of which some `frames` are taken in a row."""
 
-  steps: int = 1_000
+  steps: int = 600
   scenes: int = 300
   length: int = 12
   clips: int = 3
-  frames: int = 6
+  frames: int = 5
   objects: int = 2
   seed: int = 9
   optimizer: OptimizerConfig = OptimizerConfig(
-    peak_lr=1e-3, total_steps=1_000, warmup_steps=50, end_lr=1e-5, weight_decay=1e-3, muon_rms=0.4,
-    muon_for=r"(transformer|memory_attention)/layers_", ema_decay=0.995,
+    peak_lr=1.5e-3, total_steps=600, warmup_steps=30, end_lr=1e-5, weight_decay=1e-3, muon_rms=1.0,
+    muon_for=r"(transformer|memory_attention)/layers_", ema_decay=0.98,
     lr_scale=((r"^(prompt_encoder|mask_decoder)/", 0.3),),
   )  # fmt: skip
 
@@ -180,21 +180,36 @@ def clips_loss(self: Sam3Tracker, batch, key: jax.Array) -> tuple[jax.Array, dic
 # ---------------------------------------------------------------- stages
 
 
-def start(seed: int) -> Any:
-  """Random parameters, but for two things.
+def start(seed: int, trunk: np.ndarray) -> Any:
+  """Random parameters, but for what makes a click look where it is from the first step on.
 
-  The neck is the detector's own and stays so: it reads the same trunk, and was trained to tell of every pixel
-  what lies there. And where tokens and image look at each other, keys start as queries do, so that a click
-  looks where it is from the first step on. Otherwise that is learned late: after 600 steps the tracker could
-  not tell yet whether a click is on an object.
+  The neck is the detector's own and stays so: it reads the same trunk, and was trained to tell of every
+  pixel what lies there. The places of a grid of 10 need slower waves than SAM's 64. Where tokens and image
+  look at each other, each head starts with four of these waves, the same for queries and keys; and the
+  image's maps are scaled so that the places that are added to them stand out. Started otherwise, the
+  tracker answered every click with all objects that there are, for as long as anybody watched.
+
+  trunk: [B, h, w, D], maps to measure by.
   """
-  tracker = Sam3Tracker(tracker_config())
+  tracker, rng = Sam3Tracker(tracker_config()), np.random.default_rng(seed)
   bundled, variables = from_pretrained("shapes", progress=False)
   params = tracker.init_variables(jax.random.key(seed), bundled.config.vision.hidden_size)["params"]
-  flat = engine.flatten({**params, "neck": variables["params"]["vision_encoder"]["neck"]})
+  params = {**params, "neck": variables["params"]["vision_encoder"]["neck"]}
+  maps = tracker.apply({"params": params}, trunk.astype(np.float32), method=lambda self, x: self.neck(x))
+  flat = engine.flatten(params)
+  angle = rng.uniform(0, 2 * np.pi, models.WIDTH // 2)
+  waves = np.geomspace(0.12, 0.6, len(angle)) * np.stack([np.cos(angle), np.sin(angle)])
+  flat["prompt_encoder/shared_embedding/positional_embedding"] = waves.astype(np.float32)
   for path in flat:
-    if re.search(r"(image|attn_image_to_token)/q_proj/kernel$", path) and "transformer" in path:
-      flat[path] = flat[path.replace("q_proj", "k_proj")] = 1.6 * flat[path]
+    if level := re.match(r"neck/fpn_layers_([0-2])/proj2/", path):  # nothing follows it
+      flat[path] = flat[path] * (0.3 if level[1] == "2" else 1.0) / maps[int(level[1])].std()
+    if re.search(r"transformer.*(to_image|to_token)/q_proj/kernel$", path):
+      kernel = 0.3 * np.asarray(flat[path])  # [D, heads * 8]
+      chosen = rng.permutation(len(angle))[: kernel.shape[1] // 2]
+      for i, wave in enumerate(chosen):  # its sine and its cosine
+        kernel[wave, 2 * i] += 2.0
+        kernel[wave + len(angle), 2 * i + 1] += 2.0
+      flat[path] = flat[path.replace("q_proj", "k_proj")] = kernel
   return jax.tree.map(np.asarray, engine.unflatten(flat))
 
 
@@ -228,16 +243,22 @@ def run_stage(
   return jax.tree.map(np.asarray, freezing.merge(state.averaged(), kept))
 
 
-def ship(params: Any, directory: str) -> None:
-  """The tracker in float16, as transformers' `Sam3TrackerVideoModel` names things."""
+def ship(params: Any, directory: str, memory: bool) -> None:
+  """The tracker in float16, as transformers' `Sam3TrackerModel` or `Sam3TrackerVideoModel` names things.
+
+  memory: with what follows objects through a clip, that is to say after the second stage.
+  """
   from safetensors.numpy import save_file
 
-  detector = from_pretrained("shapes", progress=False)[0].config
-  half = engine.flatten(jax.tree.map(lambda x: np.asarray(x, np.float16), {"params": params}))
-  entries = engine.export_tensors(tables.tracker_layout("transformers"), half, where="the tracker")
+  detector, config = from_pretrained("shapes", progress=False)[0].config, tracker_config()
+  flat = engine.flatten({"params": jax.tree.map(lambda x: np.asarray(x, np.float16), params)})
+  if not memory:
+    config = config.replace(memory=None)
+    flat = {path: x for path, x in flat.items() if not re.search(MEMORY, path.removeprefix("params/"))}
+  entries = engine.export_tensors(tables.tracker_layout("transformers"), flat, where="the tracker")
   os.makedirs(directory, exist_ok=True)
   with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as f:
-    sizes = config_schema.tracker_to_schema(tracker_config(), detector)
+    sizes = config_schema.tracker_to_schema(config, detector)
     json.dump(sizes | {"dtype": "float16"}, f, indent=2, sort_keys=True)
     f.write("\n")
   file = os.path.join(directory, "model.safetensors")
@@ -250,13 +271,15 @@ def train(clicks: ClicksRun, clips: ClipsRun | None, out: str) -> None:
   os.makedirs(out, exist_ok=True)
   found = scenes_for_training(os.path.join(out, "scenes.npz"), clicks.scenes, clicks.seed)
   data = ClickBatches(*found, images=clicks.images, prompts=clicks.prompts, seed=clicks.seed)
-  params = run_stage(clicks, start(clicks.seed), data, (*KEPT, MEMORY), os.path.join(out, "clicks"))
-  ship(params, os.path.join(out, "tracker"))
+  params = run_stage(
+    clicks, start(clicks.seed, found[0][:32]), data, (*KEPT, MEMORY), os.path.join(out, "clicks")
+  )
+  ship(params, os.path.join(out, "tracker"), memory=False)
   if clips is not None:
     found = clips_for_training(os.path.join(out, "clips.npz"), clips.scenes, clips.length, clips.seed)
     data = ClipBatches(*found, clips=clips.clips, frames=clips.frames, objects=clips.objects, seed=clips.seed)
     params = run_stage(clips, params, data, KEPT, os.path.join(out, "clips"))
-    ship(params, os.path.join(out, "tracker"))
+    ship(params, os.path.join(out, "tracker"), memory=True)
 
 
 def main() -> None:
