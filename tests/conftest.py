@@ -33,7 +33,13 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _wo
 import pytest  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
+  """A file's tests run in one worker; those that are marked "large" one at a time, and first."""
+  items.sort(key=lambda item: "large" not in item.keywords)
+  for item in items:
+    group = "large" if "large" in item.keywords else str(item.path.relative_to(_ROOT))
+    item.add_marker(pytest.mark.xdist_group(group))
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
   if not missing:
     return

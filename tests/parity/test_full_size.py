@@ -12,7 +12,7 @@ import pytest
 from tests.parity import full_size, full_size_clicks
 from tests.reference import import_torch_reference
 
-pytestmark = [pytest.mark.full, pytest.mark.torch]
+pytestmark = [pytest.mark.full, pytest.mark.large, pytest.mark.torch]
 
 
 @pytest.fixture(scope="module")

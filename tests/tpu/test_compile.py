@@ -74,6 +74,7 @@ def test_the_compilers_flops_are_those_of_the_configuration(small):
 
 @NEEDS_LIBTPU
 @pytest.mark.full
+@pytest.mark.large
 def test_full_size_vision_meets_its_goals_and_the_table_says_so():
   """Takes minutes; what the table says of the other programs is not compiled again."""
   line = run("tpu.compile", "--only", "vision, 1", "--chips", "1", timeout=1800).splitlines()[-1]
