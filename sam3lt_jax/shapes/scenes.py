@@ -1,4 +1,4 @@
-"""Scenes of drawn shapes with exact masks. A scene depends on its seed and the configuration only.
+"""Scenes and clips of drawn shapes with exact masks. Both depend on their seed and the configuration only.
 
 A scene has 0 to 8 objects on a textured background with unnamed clutter (lines and specks). An object is a
 kind in a colour, a pattern and a size, turned by up to 20 degrees, and may hide part of another one.
@@ -60,7 +60,9 @@ class SceneConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SceneObject:
-  """One object. `mask`: bool [side, side], its visible pixels; `box`: xyxy in pixels, tight around them."""
+  """One object. `mask`: bool [side, side], its visible pixels; `box`: xyxy in pixels, tight around them, all 0
+  where there are none (in a clip).
+  """
 
   kind: str
   colour: str
@@ -109,14 +111,61 @@ def draw_scene(seed: int, config: SceneConfig = SceneConfig()) -> Scene:
   return Scene(seed, image, objects)
 
 
+def draw_clip(
+  seed: int, frames: int, config: SceneConfig = SceneConfig(min_objects=2, max_objects=5)
+) -> tuple[Scene, ...]:
+  """A scene whose objects move: one `Scene` a frame, with the same objects in the same order in all of them.
+
+  Each goes its way in a line, turning a little, in front of those before it in the order. Two in three turn back
+  at the edges; the others leave the picture and come back later. An object may be hidden for some frames.
+  """
+  rng = np.random.default_rng([seed, 19])
+  side = config.side
+  ground = _background(rng, side)
+  _add_clutter(ground, rng, config.clutter)
+  noise = rng.uniform(0.0, 6.0)
+  count = int(rng.integers(config.min_objects, config.max_objects + 1))
+  starts = rng.uniform(0.2, 0.8, (count, 2)) * side
+  speed, heading, turn = (rng.uniform(*ends, count) for ends in ((0.01, 0.06), (0, 2 * np.pi), (-0.08, 0.08)))
+  beyond = np.where(rng.random(count) < 1 / 3, 0.35, -0.12) * side  # how far outside of the edges it turns back
+  steps = np.stack([np.cos(heading), np.sin(heading)], 1) * speed[:, None] * side
+  scenes = []
+  for t in range(frames):
+    canvas, masks, looks = ground.copy(), np.zeros((0, side, side), bool), []
+    for i in range(count):
+      at = _between(starts[i] + t * steps[i], -beyond[i], side + beyond[i])
+      own = np.random.default_rng([seed, 19, i])  # the same look and paint in every frame
+      look, window, cover, paint = _draw_object(own, KINDS, side, at, t * turn[i])
+      mask = np.zeros((side, side), bool)
+      mask[window] = cover > 0.5
+      masks = np.concatenate([masks & ~mask, mask[None]])
+      canvas[window] += cover[..., None] * (paint - canvas[window])
+      looks.append(look)
+    canvas += rng.normal(0.0, noise, canvas.shape).astype(np.float32)
+    boxes = [tight_box(mask) if mask.any() else (0.0,) * 4 for mask in masks]
+    objects = tuple(SceneObject(mask=m, box=box, **look) for m, box, look in zip(masks, boxes, looks))
+    scenes.append(Scene(seed, np.clip(canvas, 0, 255).astype(np.uint8), objects))
+  return tuple(scenes)
+
+
+def _between(x: np.ndarray, low: float, high: float) -> np.ndarray:
+  """x, turned back at both ends as often as it takes."""
+  span = high - low
+  x = np.mod(x - low, 2 * span)
+  return low + np.minimum(x, 2 * span - x)
+
+
 def tight_box(mask: np.ndarray) -> tuple[float, float, float, float]:
   """bool [h, w] -> xyxy in pixels around its True pixels; right and bottom edges exclusive."""
   ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
   return float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)
 
 
-def _draw_object(rng, kinds, side):
-  """(look, window of the canvas, cover float32 [h, w] in 0..1, paint float32 [h, w, 3])."""
+def _draw_object(rng, kinds, side, at=None, turned=0.0):
+  """(look, window of the canvas, cover float32 [h, w] in 0..1, paint float32 [h, w, 3]).
+
+  at: (x, y) of its centre, anywhere; None: somewhere inside. turned: radians, added to its own tilt.
+  """
   look = {
     "kind": str(rng.choice(kinds)),
     "colour": str(rng.choice(list(COLOURS))),
@@ -125,13 +174,14 @@ def _draw_object(rng, kinds, side):
   }
   radius = side * rng.uniform(*SIZES[look["size"]])
   reach = int(np.ceil(radius)) + 1
-  x, y = rng.uniform(reach, side - reach, 2)
-  left, top = int(x) - reach, int(y) - reach
-  right, bottom = min(left + 2 * reach + 1, side), min(top + 2 * reach + 1, side)
-  left, top = max(left, 0), max(top, 0)
+  inside = rng.uniform(reach, side - reach, 2)
+  x, y = inside if at is None else at
+  left, top = int(np.floor(x)) - reach, int(np.floor(y)) - reach
+  right, bottom = (min(max(v + 2 * reach + 1, 1), side) for v in (left, top))
+  left, top = (min(max(v, 0), side - 1) for v in (left, top))
   size = (right - left, bottom - top)
   centre = np.array([x - left, y - top])
-  angle = rng.uniform(-_TILT, _TILT)
+  angle = rng.uniform(-_TILT, _TILT) + turned
   cover = _cover(look["kind"], size, centre, radius, angle)
   paint = _paint(rng, look, size, centre, radius)
   return look, (slice(top, bottom), slice(left, right)), cover, paint
