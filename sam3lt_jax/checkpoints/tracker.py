@@ -20,7 +20,7 @@ if TYPE_CHECKING:
   from sam3lt_jax.model import Variables
   from sam3lt_jax.tracker import Sam3Tracker
 
-FOLDER = "tracker"  # in a directory that `save_pretrained` wrote
+FOLDER = "tracker"  # in a directory that `save_pretrained` wrote, and in the bundled model's
 _TRUNK_WIDTH = "params/neck/fpn_layers_2/proj1/kernel"  # the level that keeps the trunk's width and size
 
 
@@ -46,7 +46,8 @@ def tracker_from_pretrained(
   Args:
     source: what `from_pretrained` takes, of a checkpoint that holds a tracker: the authors' `.pt` of
       SAM3-LiteText or SAM 3, transformers' "facebook/sam3", a directory of `Sam3TrackerModel` or
-      `Sam3TrackerVideoModel`, one that `save_pretrained` wrote with a tracker; "random:s0", "random:tiny".
+      `Sam3TrackerVideoModel`, a directory with one of those in it, named "tracker"; one that
+      `save_pretrained` wrote with a tracker; "random:s0", "random:tiny".
     config: the sizes, instead of those of `config.json` or, where there is none, of SAM 3.
     profile: "original", "transformers" or a `TrackerProfile`. The default is "original" for every source: the
       weights are the same in all, and were trained so.
@@ -103,6 +104,8 @@ def open_tracker(
       return orbax_io.load(path, target, device)
 
   else:
+    inner = os.path.join(path, FOLDER)
+    path = inner if os.path.isdir(inner) else path
     tracker, target, read = _open_tensors(path, config, profile, dtypes)
   title = os.path.basename(os.fspath(source).rstrip(os.sep))
   return Opened(tracker, engine.unflatten(target), path, found.kind == "random", title, read)

@@ -92,7 +92,9 @@ class MemoryCrossAttention(nn.Module):
 
     tokens = jnp.where(token_mask[..., None], tokens.astype(self.dtype), 0)
     first = key(tokens, jnp.where(token_mask[..., None], token_places, 0)), tokens, token_mask
-    out = attention.attend_in_parts(q, [first], remembered, jnp.minimum(count.max(), K))
+    # A number that is known when it is traced makes a loop that gradients can go back through.
+    most = jnp.minimum(count.max(), K) if isinstance(count, jax.Array) else min(int(count.max()), K)
+    out = attention.attend_in_parts(q, [first], remembered, most)
     out = Dense(self.features, name="v_proj", **kw)(out.astype(self.dtype))
     return Dense(x.shape[-1], name="o_proj", **kw)(out)
 

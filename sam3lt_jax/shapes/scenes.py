@@ -60,8 +60,9 @@ class SceneConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SceneObject:
-  """One object. `mask`: bool [side, side], its visible pixels; `box`: xyxy in pixels, tight around them, all 0
-  where there are none (in a clip).
+  """One object. `mask`: bool [side, side], its visible pixels; `box`: xyxy in pixels, tight around them.
+
+  In a clip there may be none: the box is then all 0.
   """
 
   kind: str
@@ -116,8 +117,9 @@ def draw_clip(
 ) -> tuple[Scene, ...]:
   """A scene whose objects move: one `Scene` a frame, with the same objects in the same order in all of them.
 
-  Each goes its way in a line, turning a little, in front of those before it in the order. Two in three turn back
-  at the edges; the others leave the picture and come back later. An object may be hidden for some frames.
+  Each goes its way in a line, turning a little, in front of those before it in the order. About half of
+  them turn back at the edges; the others leave the picture and come back later. An object may be hidden for
+  some frames.
   """
   rng = np.random.default_rng([seed, 19])
   side = config.side
@@ -126,8 +128,11 @@ def draw_clip(
   noise = rng.uniform(0.0, 6.0)
   count = int(rng.integers(config.min_objects, config.max_objects + 1))
   starts = rng.uniform(0.2, 0.8, (count, 2)) * side
-  speed, heading, turn = (rng.uniform(*ends, count) for ends in ((0.01, 0.06), (0, 2 * np.pi), (-0.08, 0.08)))
-  beyond = np.where(rng.random(count) < 1 / 3, 0.35, -0.12) * side  # how far outside of the edges it turns back
+  speed, heading, turn = (
+    rng.uniform(*ends, count) for ends in ((0.015, 0.06), (0, 2 * np.pi), (-0.08, 0.08))
+  )
+  # How far outside of the edges it turns back.
+  beyond = np.where(rng.random(count) < 0.5, 0.3, -0.12) * side
   steps = np.stack([np.cos(heading), np.sin(heading)], 1) * speed[:, None] * side
   scenes = []
   for t in range(frames):

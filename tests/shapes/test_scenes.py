@@ -7,7 +7,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sam3lt_jax.shapes.scenes import COLOURS, KINDS, PATTERNS, SIZES, SceneConfig, draw_scene, tight_box
+from sam3lt_jax.shapes.scenes import (
+  COLOURS,
+  KINDS,
+  PATTERNS,
+  SIZES,
+  SceneConfig,
+  draw_clip,
+  draw_scene,
+  tight_box,
+)
 
 
 def test_a_scene_depends_on_its_seed_alone():
@@ -81,3 +90,20 @@ def test_configuration():
     SceneConfig(min_objects=9)
   with pytest.raises(ValueError, match="side must be at least 32"):
     SceneConfig(side=8)
+
+
+def test_the_objects_of_a_clip_move_and_stay_the_same():
+  hidden = 0
+  for seed in range(6):
+    clip, again = draw_clip(seed, 20), draw_clip(seed, 6)
+    np.testing.assert_array_equal(clip[5].image, again[5].image)  # however long the clip is
+    looks = [[(o.size, o.pattern, o.colour, o.kind) for o in scene.objects] for scene in clip]
+    assert all(of_frame == looks[0] for of_frame in looks)
+    for thing, later in zip(clip[0].objects, clip[-1].objects):
+      assert (thing.mask != later.mask).any()
+    for scene in clip:
+      assert sum(o.mask.astype(int) for o in scene.objects).max() <= 1
+      for thing in scene.objects:
+        assert thing.box == (tight_box(thing.mask) if thing.mask.any() else (0.0,) * 4)
+        hidden += not thing.mask.any()
+  assert hidden  # some leave the picture, or go behind another
