@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sam3lt_jax import Predictor, cli
+from tests.checkpoints.common import bundled_detector
 from tests.test_clicks import HEIGHT, WIDTH, photo, predictor
 
 __all__ = ["predictor"]  # a fixture
@@ -63,7 +64,7 @@ def test_a_photo(folder, loaded, capsys):
   [
     ("no such photo: nowhere.jpg", ["nowhere.jpg", "--tracker", "same"]),
     ("--tracker", ["photo.png"]),
-    ("holds no tracker", ["photo.png", "--model", "shapes", "--tracker", "same"]),
+    ("holds no tracker", ["photo.png", "--model", "detector", "--tracker", "same"]),
     (
       "--pred-iou-thresh: must be a number within",
       ["photo.png", "--tracker", "same", "--pred-iou-thresh", "2"],
@@ -72,6 +73,8 @@ def test_a_photo(folder, loaded, capsys):
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, message, arguments):
   monkeypatch.chdir(folder)
+  if "detector" in arguments:
+    bundled_detector(folder / "detector")
   assert cli.main(["everything", *arguments]) == 2
   error = capsys.readouterr().err
   assert message in error and len(error.strip().splitlines()) == 1

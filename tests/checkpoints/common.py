@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
 
-from sam3lt_jax.checkpoints import engine
+from sam3lt_jax.checkpoints import engine, sources
 from sam3lt_jax.config import (
   DetrDecoderConfig,
   DetrEncoderConfig,
@@ -24,6 +25,11 @@ FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
 TEXT = "detector.backbone.language_backbone."
 VARIANTS = ("s0", "s1", "l", "sam3")
 _TEXT_FIXTURES = {"s0": "text_mct", "s1": "text_base", "l": "text_base_wide", "sam3": "text_teacher_ve"}
+
+
+def bundled_detector(directory: pathlib.Path) -> pathlib.Path:
+  """The bundled model without its tracker, as a directory."""
+  return shutil.copytree(sources.bundled("shapes"), directory, ignore=shutil.ignore_patterns("tracker"))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from sam3lt_jax.config import TrackerConfig, TrackerProfile
 from sam3lt_jax.config_schema import tracker_from_schema, tracker_to_schema
 from sam3lt_jax.tracker import Sam3Tracker
 from tests import tiny
-from tests.checkpoints.common import FIXTURES, original_state_dict
+from tests.checkpoints.common import FIXTURES, bundled_detector, original_state_dict
 from tests.parity import tracker as reference
 
 
@@ -68,7 +68,7 @@ def test_no_tracker_says_where_one_is(tmp_path):
   with pytest.raises(CheckpointError, match=r"holds no tracker.*the authors' \.pt files.*'facebook/sam3'"):
     tracker_from_pretrained(file, reference.config())
   with pytest.raises(CheckpointError, match=r"holds no tracker"):
-    tracker_from_pretrained("shapes")
+    tracker_from_pretrained(bundled_detector(tmp_path / "shapes"))
 
 
 def test_sam_3_1_is_refused_by_name(tmp_path):
@@ -123,7 +123,7 @@ def test_of_another_model_it_is_not_saved(tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_a_predictor_takes_both_from_where_they_are():
+def test_a_predictor_takes_both_from_where_they_are(tmp_path):
   with tiny.hurry():
     predictor = Predictor.from_pretrained("random:tiny", tracker="random:tiny", compile_ahead=False)
     same = Predictor.from_pretrained("random:tiny", tracker=True, compile_ahead=False)
@@ -131,7 +131,7 @@ def test_a_predictor_takes_both_from_where_they_are():
     np.testing.assert_array_equal, predictor.engine.tracker_variables, same.engine.tracker_variables
   )
   with pytest.raises(CheckpointError, match="holds no tracker"):
-    Predictor.from_pretrained("shapes", tracker=True)
+    Predictor.from_pretrained(bundled_detector(tmp_path / "shapes"), tracker=True)
 
 
 def test_the_configuration_goes_through_transformers_schema():

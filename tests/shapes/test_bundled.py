@@ -1,6 +1,6 @@
 """The bundled model: it loads from the package, answers about scenes nobody trained on, and stays small."""
 
-import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -47,8 +47,8 @@ def test_all_held_out_scenes(loaded):
 
 
 def test_size():
-  folder = sources.bundled("shapes")
-  assert sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder)) < 10e6
+  folder = pathlib.Path(sources.bundled("shapes"))
+  assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 10e6
 
 
 def test_predictor(loaded):
