@@ -68,7 +68,10 @@ class ClicksRun:
 
 @dataclasses.dataclass(frozen=True)
 class ClipsRun:
-  """Numbers of the second stage; clips have `length` frames, of which some `frames` are taken in a row."""
+  """Numbers of the second stage, which was never run.
+
+  Clips have `length` frames, of which some `frames` are taken in a row.
+  """
 
   steps: int = 600
   scenes: int = 300

@@ -1,20 +1,15 @@
-"""The bundled model's tracker: its prompts and losses by hand, and that both stages run, resume and ship."""
-
-import dataclasses
+"""The bundled model's tracker: its prompts and losses by hand, and what it answers."""
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from examples.shapes import tracker, tracker_data, tracker_evaluation
 from examples.shapes.data import HELD_OUT_SEED
 from examples.shapes.tracker_data import ClickBatches, ClipBatches, first_prompt
-from sam3lt_jax import Predictor, tracker_from_pretrained
+from sam3lt_jax import Predictor
 from sam3lt_jax.nn.tracker_mask_decoder import Decoded
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
-from tests import tiny
 
 FLOORS = {"click": 0.6, "box": 0.6}
 
@@ -129,28 +124,3 @@ def test_the_bundled_tracker_answers_clicks_and_outlines():
         ious[kind].append((mask & thing.mask).sum() / (mask | thing.mask).sum())
   assert len(ious["click"]) > 10
   assert np.mean(ious["click"]) > FLOORS["click"] and np.mean(ious["box"]) > FLOORS["box"]
-
-
-@pytest.mark.full
-def test_both_stages(tmp_path):
-  clicks, clips = tracker.ClicksRun(), tracker.ClipsRun()
-  short = {"steps": 2, "scenes": 6}
-  quick = {"total_steps": 2, "warmup_steps": 1}
-  clicks = dataclasses.replace(
-    clicks, **short, images=2, prompts=2, optimizer=dataclasses.replace(clicks.optimizer, **quick)
-  )
-  clips = dataclasses.replace(
-    clips, **short, length=4, frames=3, clips=1, optimizer=dataclasses.replace(clips.optimizer, **quick)
-  )
-  with tiny.hurry():
-    tracker.train(clicks, clips, str(tmp_path))
-  model, variables = tracker_from_pretrained(tmp_path / "tracker", progress=False)
-  assert model.config == tracker.tracker_config()
-  trunk, _ = tracker_data.scenes_for_training(str(tmp_path / "scenes.npz"), 6, clicks.seed)
-  before, _ = jax.tree.flatten(tracker.start(clicks.seed, trunk[:32]))
-  kept = [bool((a == b).all()) for a, b in zip(before, jax.tree.leaves(variables["params"]))]
-  assert 0 < sum(kept) < len(kept) / 2
-  # Killed and started again at the very end: nothing is trained again, and the same tracker comes out.
-  with tiny.hurry():
-    tracker.train(clicks, clips, str(tmp_path))
-  chex.assert_trees_all_equal(tracker_from_pretrained(tmp_path / "tracker", progress=False)[1], variables)
