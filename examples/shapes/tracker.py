@@ -104,7 +104,10 @@ def answer_loss(decoded, truth: jax.Array) -> tuple[jax.Array, dict]:
   found, inside = logits > 0, cells > 0.5
   iou = (found & inside).sum(-1) / jnp.maximum((found | inside).sum(-1), 1)
   masks = 20 * focal_loss(logits, cells, 0.5, 2.0).mean(-1) + dice_loss(logits, cells)
-  masks = masks[:, 0] + masks[:, 1:].min(axis=1)
+  # Not min(): its gradient divides by how many equal it, which are none where it is computed twice, in two
+  # roundings.
+  best = 1 + jax.lax.stop_gradient(masks[:, 1:]).argmin(axis=1)
+  masks = masks[:, 0] + masks[row, best]
   ious = jnp.square(decoded.ious - iou).mean(axis=1)
   score = binary_cross_entropy(decoded.object_score_logits[:, 0], there)
   total = (there * masks + ious + 0.5 * score).mean()
@@ -169,7 +172,7 @@ def clips_loss(self: Sam3Tracker, batch, key: jax.Array) -> tuple[jax.Array, dic
     given = asked.has_mask if f == 0 else jnp.zeros(P, bool)
     exact = 10 * (2 * resized(truth[:, f], features.mask_side) - 1)
     logits = jnp.where((given | ~own)[:, None, None], exact, jnp.where(score[:, None, None], logits, -1024.0))
-    soft = self.mask_to_remember(logits, jnp.full(P, f == 0))
+    soft = self.mask_to_remember(logits, jnp.full(P, f == 0), features.image.shape[1])
     maps.append(self.encode_memory(features, soft, score | given).reshape(P, -1, m.hidden_size))
     pointer = self.object_pointers(decoded.tokens[row, jnp.where(points <= 1, best, 0)], score)
     if f == 0:

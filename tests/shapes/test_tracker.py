@@ -1,15 +1,20 @@
 """The bundled model's tracker: its prompts and losses by hand, and what it answers."""
 
+import dataclasses
+
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from examples.shapes import tracker, tracker_data, tracker_evaluation
 from examples.shapes.data import HELD_OUT_SEED
 from examples.shapes.tracker_data import ClickBatches, ClipBatches, first_prompt
-from sam3lt_jax import Predictor
+from sam3lt_jax import Predictor, tracker_from_pretrained
 from sam3lt_jax.nn.tracker_mask_decoder import Decoded
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
+from tests import tiny
 
 FLOORS = {"click": 0.6, "box": 0.6}
 
@@ -124,3 +129,25 @@ def test_the_bundled_tracker_answers_clicks_and_outlines():
         ious[kind].append((mask & thing.mask).sum() / (mask | thing.mask).sum())
   assert len(ious["click"]) > 10
   assert np.mean(ious["click"]) > FLOORS["click"] and np.mean(ious["box"]) > FLOORS["box"]
+
+
+@pytest.mark.full
+def test_both_stages(tmp_path):
+  clicks, clips = tracker.ClicksRun(), tracker.ClipsRun()
+  short, quick = {"steps": 2, "scenes": 6}, {"total_steps": 2, "warmup_steps": 1}
+  clicks = dataclasses.replace(
+    clicks, **short, images=2, prompts=2, optimizer=dataclasses.replace(clicks.optimizer, **quick)
+  )
+  clips = dataclasses.replace(
+    clips, **short, length=4, frames=3, clips=1, optimizer=dataclasses.replace(clips.optimizer, **quick)
+  )
+  with tiny.hurry():
+    tracker.train(clicks, clips, str(tmp_path))
+  model, variables = tracker_from_pretrained(tmp_path / "tracker", progress=False)
+  assert model.config == tracker.tracker_config()
+  # Killed and started again at the very end: nothing is trained again, and the same tracker comes out.
+  with tiny.hurry():
+    tracker.train(clicks, clips, str(tmp_path))
+  again = tracker_from_pretrained(tmp_path / "tracker", progress=False)[1]
+  chex.assert_trees_all_equal(again, variables)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(again))
