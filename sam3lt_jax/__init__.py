@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # the same names, for checkers and editors
   from sam3lt_jax.processing.tracker_processor import Sam3TrackerProcessor as Sam3TrackerProcessor
   from sam3lt_jax.tracker import Sam3Tracker as Sam3Tracker
   from sam3lt_jax.tracker import Sam3TrackerOutput as Sam3TrackerOutput
+  from sam3lt_jax.video.predictor import VideoPredictor as VideoPredictor
 
 # Names are resolved on first use, so that importing the package stays fast and touches no device.
 _EXPORTS = {

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ class FileLock:
   def __init__(self, path: str):
     self.path = path
     self._descriptor: int | None = None
+    self._one_thread = threading.RLock()
     _open_locks.add(self)
 
   def acquire(self, wait: float = 0.2) -> bool:
@@ -58,18 +60,19 @@ class FileLock:
 
   def say(self, about: dict) -> None:
     """Writes who holds it, and since when, into the file, for `holder`; nothing once it was let go."""
-    if self._descriptor is None:
-      return
     data = json.dumps(about).encode()
-    with _writing(self.path):
-      os.ftruncate(self._descriptor, 0)
-      os.pwrite(self._descriptor, data, 0)
+    with self._one_thread:  # another one may let go meanwhile, and the number of the file be another's
+      if self._descriptor is not None:
+        with _writing(self.path):
+          os.ftruncate(self._descriptor, 0)
+          os.pwrite(self._descriptor, data, 0)
 
   def release(self) -> None:
-    if self._descriptor is not None:
-      with contextlib.suppress(OSError):  # a disk that became read-only; the lock goes all the same
-        os.unlink(self.path)
-      self.drop()
+    with self._one_thread:
+      if self._descriptor is not None:
+        with contextlib.suppress(OSError):  # a disk that became read-only; the lock goes all the same
+          os.unlink(self.path)
+        self.drop()
 
   def drop(self) -> None:
     """Closes the file, as a forked child does: the lock is its parent's and stays."""

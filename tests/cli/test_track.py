@@ -105,7 +105,7 @@ def test_the_bar_shows_frames_a_second(clip, tmp_path, loaded, capsys, monkeypat
   monkeypatch.setattr(progress, "DELAY", 0.1)
   loaded[0][0] = 0.03
   assert track(clip, *fake.PHRASES, "--out", tmp_path / "out", "--no-overlay") == 0
-  assert re.search(r"tracking \d+/30 \[.*frames/s\]", capsys.readouterr().err)
+  assert re.search(r"tracking \d+/30 \[.*frames a second, .*left\]", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_bar_shows_frames_a_second(clip, tmp_path, loaded, capsys, monkeypat
     ("video 'text.mp4' is no video", ["text.mp4", "a", "--out", "o"]),
     ("No such file or directory: /dev/video77", ["77", "a", "--out", "o"]),
     ("the following arguments are required: PHRASE", ["clip.mp4", "--out", "o"]),
-    ("the following arguments are required: --out", ["clip.mp4", "a"]),
+    ("the following arguments are required: -o/--out", ["clip.mp4", "a"]),
     ("--every: must be a whole number of at least 1", ["clip.mp4", "a", "--out", "o", "--every", "0"]),
     ("--rate: must be a number above 0", ["clip.mp4", "a", "--out", "o", "--rate", "-1"]),
     ("--out 'text.mp4': ", ["clip.mp4", "a", "--out", "text.mp4"]),

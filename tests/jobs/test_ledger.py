@@ -140,6 +140,26 @@ def test_looking_whether_it_is_held_does_not_take_a_shard_away(plan):
     os.close(descriptor)
 
 
+def test_a_lock_may_be_let_go_while_its_holder_speaks(tmp_path, monkeypatch):
+  """In another thread: what is written must not meet a closed file, or another one that got its number."""
+  lock, truncate = locks.FileLock(str(tmp_path / "lock")), os.ftruncate
+  assert lock.acquire()
+  letting_go = threading.Thread(target=lock.release)
+
+  def slow(descriptor, size):
+    letting_go.start()
+    letting_go.join(0.2)
+    truncate(descriptor, size)
+
+  monkeypatch.setattr(os, "ftruncate", slow)
+  lock.say({"pid": 1})
+  letting_go.join()
+  assert not (tmp_path / "lock").exists()
+  monkeypatch.undo()
+  lock.say({"pid": 1})
+  assert not (tmp_path / "lock").exists()
+
+
 def test_a_lock_whose_file_was_removed_is_nobodys(tmp_path, monkeypatch):
   """The holder lets go between another's open and its flock: what that locked is no longer in the folder."""
   first, second, third = (locks.FileLock(str(tmp_path / "lock")) for _ in range(3))

@@ -200,6 +200,7 @@ def test_from_file_to_results(checkpoint):
       found += len(mine)
       # Pillow's resize is one level (of 255) off at 1% of the values at most; that is what is seen here.
       np.testing.assert_allclose(mine.scores, want["scores"].numpy(), atol=2e-3)
-      np.testing.assert_allclose(mine.boxes, want["boxes"].numpy(), atol=0.2)
+      inside = np.clip(want["boxes"].numpy(), 0, np.tile(np.shape(picture)[1::-1], 2))  # as ours are
+      np.testing.assert_allclose(mine.boxes, inside, atol=0.2)
       assert np.mean(mine.masks != want["masks"].numpy().astype(bool)) < 5e-3
     assert found == len(got)
