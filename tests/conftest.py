@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import tempfile
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,16 +31,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
+import filelock  # noqa: E402
 import pytest  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  """Tests that are marked "large" run one at a time, whatever the workers."""
+  if "large" not in item.keywords:
+    return (yield)
+  with filelock.FileLock(os.path.join(tempfile.gettempdir(), f"sam3lt_large_{os.getuid()}.lock")):
+    return (yield)
+
+
 def pytest_collection_modifyitems(items):
-  """A file's tests run in one worker; those that are marked "large" one at a time, and first."""
-  items.sort(key=lambda item: "large" not in item.keywords)
-  for item in items:
-    group = "large" if "large" in item.keywords else str(item.path.relative_to(_ROOT))
-    item.add_marker(pytest.mark.xdist_group(group))
+  items.sort(key=lambda item: "large" not in item.keywords)  # they come first
   missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
   if not missing:
     return
