@@ -96,9 +96,9 @@ def run_reference(directory: str) -> tuple[dict[str, Detections], dict[str, Any]
       found = post.post_process_instance_segmentation(
         out, threshold=0.0, target_sizes=inputs.original_sizes.tolist()
       )[0]
-      results[name] = Detections(
-        found["scores"].numpy(), found["boxes"].numpy(), found["masks"].numpy().astype(bool)
-      )
+      height, width = inputs.original_sizes[0].tolist()
+      boxes = np.clip(found["boxes"].numpy(), 0, [width, height, width, height])  # as ours are
+      results[name] = Detections(found["scores"].numpy(), boxes, found["masks"].numpy().astype(bool))
     del model
   size = tuple(inputs.original_sizes[0].tolist())
   return results, full_size_clicks.run_reference(trunk[0], size, os.path.join(directory, TRACKER))
