@@ -39,6 +39,8 @@ from sam3lt_jax.video.interactive import HISTORY, InferenceState, InteractiveVid
 from sam3lt_jax.video.phrases import Found, FrameObjects, PhraseTracks, frame_results
 from sam3lt_jax.video.results import FrameResults
 
+SLOTS = 8  # objects that there is room for at first: every doubling compiles anew, an empty slot costs little
+
 
 class VideoPredictor(InteractiveVideo):
   """Follows what phrases, example boxes and clicks ask for through videos of any length.
@@ -207,7 +209,7 @@ class Tracking:
       engine.box_arrays(prompt, frames.size)
     self._done = self._out = 0  # frames that were tracked, and put out
     count = None if frames.live else frames.count
-    self._tracks = PhraseTracks(engine, frames.size, config, frames=count, latency=latency)
+    self._tracks = PhraseTracks(engine, frames.size, config, frames=count, latency=latency, slots=SLOTS)
     if state is not None:
       self._resume(state)
     self._tracks.shown.update(k for k, prompt in enumerate(self._prompts) if prompt.text is None)
