@@ -20,7 +20,7 @@ import jax
 
 from sam3lt_jax import storage
 from sam3lt_jax.errors import shown
-from sam3lt_jax.jobs import files, ledger
+from sam3lt_jax.jobs import files, ledger, setup
 from sam3lt_jax.jobs.plan import Plan, Shard
 from sam3lt_jax.jobs.run import Progress
 from sam3lt_jax.jobs.sources import Item
@@ -164,9 +164,7 @@ def run_clips(
   progress, stop = progress or Progress(), stop or threading.Event()
   if files.is_remote(os.fspath(config.out)):
     raise ValueError(f"out={config.out!r}: clips are written to local folders, not to URLs")
-  index, count = (config.process_index, config.process_count) if config.process_count else (
-    jax.process_index(), jax.process_count()
-  )  # fmt: skip
+  index, count = setup.process_number(config)
   with storage.signals(stop.set) as caught:
     items = list_clips(config.source, config.recursive)
     progress.phase(f"loading {config.model}")

@@ -19,12 +19,13 @@ from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing.processor import Sam3Processor
 
 if TYPE_CHECKING:
+  from sam3lt_jax.jobs.clips import ClipConfig
   from sam3lt_jax.jobs.run import JobConfig
 
 _LISTED = 10_000  # phrases that stand in plan.json; more only by their digest
 
 
-def process_number(config: JobConfig) -> tuple[int, int]:
+def process_number(config: JobConfig | ClipConfig) -> tuple[int, int]:
   """(index, count) of this process."""
   if config.process_count is not None:
     return config.process_index, config.process_count

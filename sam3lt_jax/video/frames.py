@@ -17,13 +17,12 @@ import os
 import queue
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from sam3lt_jax.errors import ArgumentError, shown
+from sam3lt_jax.errors import ArgumentError, shown, warn
 from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.images import load_image
 from sam3lt_jax.storage import is_image
@@ -89,7 +88,7 @@ class Frames:
     with contextlib.closing(made):
       yield from made
     if self.problem is not None:
-      warnings.warn(self.problem, stacklevel=2)
+      warn(self.problem)
 
   def __iter__(self) -> Iterator[Frame]:
     return self.read()

@@ -33,7 +33,7 @@ from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.clicks import clicks_of
 from sam3lt_jax.tracker import ABSENT_LOGIT, MEMORY_SCALE
 from sam3lt_jax.video import bank as banks
-from sam3lt_jax.video.tracks import Tracks, grid_of, programs_of
+from sam3lt_jax.video.tracks import Tracks, bucket, grid_of, programs_of
 
 HISTORY = 512  # frames, of which an object takes 1 MB each at 1008 px
 MOST_POINTS = 16  # of an object on a frame; of more, the first and the last 8 count, as in the original
@@ -400,7 +400,8 @@ class InteractiveVideo:
   def _filled(self, state: InferenceState, ids: Sequence[int], t: int, reverse: bool = False) -> Tracks:
     """Tracks of these objects as if all that is remembered had come one by one, up to frame t."""
     most = max([len(state.objects[i].cond_frames()) for i in ids], default=1)
-    tracks = Tracks(self.engine, max(len(ids), 1), banks_for(most))
+    usual = self.engine.tracker.config.memory.max_cond_frames
+    tracks = Tracks(self.engine, max(len(ids), 1), max(usual, bucket(most)))
     if not ids:
       return tracks
     tracks.add(ids, 0)
@@ -490,11 +491,6 @@ class InteractiveVideo:
     if obj_id not in state.objects:
       raise ArgumentError("obj_id", f" must be one of {state.obj_ids}, got {obj_id!r}")
     return state.objects[obj_id]
-
-
-def banks_for(cond: int) -> int | None:
-  """Room for so many frames with prompts: the usual, or a power of two."""
-  return None if cond <= 4 else 1 << (cond - 1).bit_length()
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
