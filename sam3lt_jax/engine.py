@@ -144,7 +144,7 @@ class Engine:
     self.on_start: Callable[[float, jax.Array], None] = lambda start, output: None
 
     self._programs: list[Program] = []
-    program = self.program
+    program = functools.partial(self.program, dtype=model.dtype)
     self.tracker, self.tracker_variables = tracker or (None, None)
     if tracker is not None:
       self._check_tracker()
@@ -167,24 +167,20 @@ class Engine:
     function: Callable,
     out: NamedSharding,
     *models: Any,
-    donate: tuple[int, ...] = (),
     name: str | None = None,
+    **options: Any,
   ) -> Program:
     """A program of this engine's devices, which counts among its `programs`.
 
     Args:
       function: of (*models, constants, *arguments); the program takes what follows the models.
-      out: where results lie. donate: see `Program`.
+      out: where results lie.
       name: None: the function's.
+      options: see `Program`.
     """
     made = Program(
-      name or function.__name__,
-      functools.partial(function, *models),
-      self.mesh,
-      out,
-      self.model.dtype,
-      donate,
-    )
+      name or function.__name__, functools.partial(function, *models), self.mesh, out, **options
+    )  # fmt: skip
     self._programs.append(made)
     return made
 

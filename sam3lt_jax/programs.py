@@ -21,15 +21,17 @@ from sam3lt_jax.ops import attention, target
 
 
 def jit(function: Callable, platform: str | None = None, dtype: Any = None, **options: Any) -> Any:
-  """`jax.jit` for inference with the compiler options that suit the platform (None: the default backend) and
-  the dtype that layers compute in.
+  """`jax.jit` for inference with the compiler options that suit the platform (None: the default backend) and,
+  where the image model runs, the dtype that its layers compute in.
 
   On CPUs XLA orders operations so that many can run at once, which keeps their results in memory all at once:
   884 MB beside the weights for the full-size image encoder in float32, against 239 MB in the order of the
   program (from the compiled programs, jax 0.10.2). Every operation uses all cores by itself, so nothing is
   lost by that. With AMX, float32 products are faster outside of XLA's library of kernels, which bfloat16
   needs: of the image encoder's layers (1008 px, CPU time, minima of 6 in turn, an Intel Xeon under load,
-  2026-11-26) a windowed one takes 1751 -> 1487 ms, a global one 2991 -> 3111; there are 28 and 4.
+  2026-11-26) a windowed one takes 1751 -> 1487 ms, a global one 2991 -> 3111; there are 28 and 4. Not so the
+  tracker's memory attention, whose products in loops copy their keys each time there: 3.7 s with the library,
+  8.1 without (one object, seven maps).
   """
   if (platform or jax.default_backend()) == "cpu":
     wide = dtype is not None and np.dtype(dtype) == np.float32
@@ -69,7 +71,9 @@ class Program:
     dtype: Any = None,
     donate: tuple[int, ...] = (),
   ):
-    """donate: which arguments after the constants are given up, so that results may take their memory."""
+    """dtype: see `jit`.
+    donate: which arguments after the constants are given up, so that results may take their memory.
+    """
     self._platform = mesh.devices.flat[0].platform
     self._mesh, self.name = mesh, name
     function.__name__ = name  # what logs and profiles show
