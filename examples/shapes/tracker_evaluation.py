@@ -2,6 +2,7 @@
 
 python -m examples.shapes.tracker_evaluation
 python -m examples.shapes.tracker_evaluation --picture docs/images/clicks.png --seed 1000000006
+python -m examples.shapes.tracker_evaluation --clip-picture docs/images/track.png --seed 1000000003
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from scipy import ndimage
 
 from examples.shapes.data import HELD_OUT_SEED
 from examples.shapes.tracker_data import LEAST, encode
-from sam3lt_jax import Predictor, tracker_from_pretrained
+from sam3lt_jax import Predictor, VideoPredictor, tracker_from_pretrained
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.features import Clicks
 from sam3lt_jax.ops.resize import resized
@@ -157,9 +158,22 @@ def picture(predictor: Predictor, seed: int, side: int = 300) -> Image.Image:
   boxes = np.array([mask_box(m) for m in masks]).reshape(-1, 4)
   names, scores = tuple(map(str, range(len(masks)))), np.array([r["predicted_iou"] for r in records])
   panels.append(_panel(scene.image, Results(boxes, scores, masks, names, (side, side))))
-  sheet = Image.new("RGB", (3 * (side + 6) - 6, 2 * (side + 6) - 6), "white")
+  return _sheet(panels, 3)
+
+
+def clip_picture(video: VideoPredictor, seed: int, frames: int = 24, shown: int = 8) -> Image.Image:
+  """Frames of a clip, evenly spaced, with all shapes that were found and followed."""
+  side, last = 240, frames - 1
+  drawn = draw_clip(seed, frames, SceneConfig(side=side, min_objects=2, max_objects=5))
+  found = list(video.track([scene.image for scene in drawn], text="shape"))
+  return _sheet([found[round(i * last / (shown - 1))].render() for i in range(shown)], shown // 2)
+
+
+def _sheet(panels: list[Image.Image], columns: int, gap: int = 6) -> Image.Image:
+  side = panels[0].width + gap
+  sheet = Image.new("RGB", (columns * side - gap, -(-len(panels) // columns) * side - gap), "white")
   for i, panel in enumerate(panels):
-    sheet.paste(panel, (i % 3 * (side + 6), i // 3 * (side + 6)))
+    sheet.paste(panel, (i % columns * side, i // columns * side))
   return sheet.quantize(128)
 
 
@@ -180,11 +194,16 @@ def main() -> None:
   parser.add_argument("--scenes", type=int, default=100)
   parser.add_argument("--clips", type=int, default=20)
   parser.add_argument("--picture", help="draw answers to this file, and measure nothing")
-  parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the picture's scene")
+  parser.add_argument("--clip-picture", help="draw a clip that was followed to this file, likewise")
+  parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the picture's scene or clip")
   args = parser.parse_args()
   if args.picture:
     predictor = Predictor.from_pretrained("shapes", tracker=args.tracker, compile_ahead=False)
     picture(predictor, args.seed).save(args.picture, optimize=True)
+    return
+  if args.clip_picture:
+    video = VideoPredictor.from_pretrained("shapes", tracker=args.tracker, compile_ahead=False)
+    clip_picture(video, args.seed).save(args.clip_picture, optimize=True)
     return
   tracker, variables = tracker_from_pretrained(args.tracker, progress=False)
   print(json.dumps(clicks(tracker, variables, args.scenes)), flush=True)

@@ -20,9 +20,10 @@ examples:
     sam3lt demo
   another scene and your own phrases:
     sam3lt demo "striped shape" "shape" --seed 2000000005
-  drawn scenes with annotations, and phrases, to try eval, finetune, distill, batch and prompts on:
+  drawn scenes with annotations, a clip, and phrases, to try the other verbs on:
     sam3lt demo --data drawn
     sam3lt eval --model shapes --annotations drawn/val.json --images drawn/images
+    sam3lt track drawn/clip "shape" --model shapes --tracker same --out tracked
 
 The model knows shapes only. A phrase has a shape and up to three words before it, in this order:
   small, large - plain, striped, dotted, checked - red, orange, yellow, green, blue, purple, white, black -
@@ -33,6 +34,7 @@ PHRASES = 4
 SIDE = 480  # pixels of the picture; the model looks at it at a quarter of that
 SCENES = 32
 VALIDATION = 4  # every fourth scene of --data
+CLIP, FRAMES = 1_000_000_003, 24  # of --data: a scene that moves
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_device(parser)
   add_out(parser)
   add("--data", metavar="DIR",
-      help="draw a data set into DIR instead: images/, train.json and val.json (COCO), phrases.txt",
+      help="draw a data set into DIR instead: images/, train.json and val.json (COCO), phrases.txt, clip/",
   )  # fmt: skip
   add(
     "--scenes", type=count, metavar="N", help=f"of --data, a quarter of them for val.json (default: {SCENES})"
@@ -98,14 +100,15 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
   from PIL import Image
 
   from sam3lt_jax.shapes.phrases import all_phrases
-  from sam3lt_jax.shapes.scenes import KINDS, SceneConfig, draw_scene
+  from sam3lt_jax.shapes.scenes import KINDS, SceneConfig, draw_clip, draw_scene
 
   if scenes < VALIDATION:
     raise UserError(f"--scenes: must be at least {VALIDATION}, so that val.json has one, got {scenes}")
-  make_folder(os.path.join(folder, "images"), "data")
+  for name in ("images", "clip"):
+    make_folder(os.path.join(folder, name), "data")
   categories = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
   parts = {n: {"images": [], "categories": categories, "annotations": []} for n in ("train", "val")}
-  with busy("drawing", total=scenes) as progress:
+  with busy("drawing", total=scenes + FRAMES) as progress:
     for i in range(scenes):
       name = f"{i:03d}.png"
       scene = draw_scene(seed + i, SceneConfig(side=SIDE, min_objects=2))
@@ -115,6 +118,9 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
       first = len(part["annotations"]) + 1
       part["annotations"] += [_annotation(first + k, i + 1, o) for k, o in enumerate(scene.objects)]
       progress.advance()
+    for i, scene in enumerate(draw_clip(CLIP, FRAMES, SceneConfig(side=SIDE, min_objects=2, max_objects=5))):
+      Image.fromarray(scene.image).save(os.path.join(folder, "clip", f"{i:03d}.png"))
+      progress.advance()
   for name, part in parts.items():
     with open(os.path.join(folder, f"{name}.json"), "w", encoding="utf-8") as f:
       json.dump(part, f)
@@ -122,7 +128,8 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
     f.writelines(f"{phrase}\n" for phrase in all_phrases())
   train, val = (len(part["images"]) for part in parts.values())
   files = ", ".join(os.path.join(folder, n) for n in ("train.json", "val.json", "phrases.txt"))
-  print(f"wrote {files} ({train} and {val} scenes in {os.path.join(folder, 'images')})")
+  images, clip = (os.path.join(folder, name) for name in ("images", "clip"))
+  print(f"wrote {files} ({train} and {val} scenes in {images}), and a clip of {FRAMES} frames in {clip}")
   return 0
 
 
