@@ -255,7 +255,7 @@ class Engine:
     def shape(*axes: int, dtype: Any = self.tracker.dtype) -> jax.ShapeDtypeStruct:
       return jax.ShapeDtypeStruct((R, *axes), dtype, sharding=self._split)
 
-    fine = shape(4 * grid, 4 * grid, D // 8), shape(2 * grid, 2 * grid, D // 4)
+    fine = shape(grid, grid, 16, D // 8), shape(grid, grid, 4, D // 4)
     clicks = Clicks(
       shape(P, N, 2, dtype=np.float32), shape(P, N, dtype=np.int32), shape(P, N, dtype=bool)
     )  # fmt: skip

@@ -85,7 +85,7 @@ class TrackerFeatures:
 
   Attributes:
     image: [B, h, w, D], the coarsest map of the tracker's neck, one cell a token (72 x 72 at 1008 px).
-    fine: [B, 4h, 4w, D / 8] and [B, 2h, 2w, D / 4], the finer maps as the mask decoder adds them.
+    fine: [B, h, w, 16, D / 8] and [B, h, w, 4, D / 4], the finer maps as the mask decoder adds them.
   """
 
   image: jax.Array
@@ -94,7 +94,7 @@ class TrackerFeatures:
   @property
   def mask_side(self) -> int:
     """Of the square masks that the tracker gives and takes."""
-    return self.fine[0].shape[1]
+    return 4 * self.image.shape[1]
 
 
 @flax.struct.dataclass

@@ -139,8 +139,8 @@ class Sam3Tracker(nn.Module):
 
   def _decode(self, image: jax.Array, fine: tuple, clicks: Clicks, taps: Taps = None) -> Decoded:
     """image: [B or P, h, w, D], conditioned or not; fine: of B images."""
-    h, w = image.shape[1:3]
-    side = h * self.config.patch_size
+    grid = image.shape[1]
+    side = grid * self.config.patch_size
     tokens, token_mask = self.prompt_encoder.points(clicks.points + 0.5 / side, clicks.labels, clicks.valid)
     tap(taps, "prompt_tokens", tokens)
     tap(taps, "prompt_mask", token_mask)
@@ -150,7 +150,7 @@ class Sam3Tracker(nn.Module):
       dense = self.prompt_encoder.masks(clicks.masks, clicks.has_mask)
       tap(taps, "mask_prompt", dense)
       image = repeat_rows(image, len(tokens)) + dense
-    places = self.prompt_encoder.image_places(h, w)
+    places = self.prompt_encoder.image_places(grid)
     return self.mask_decoder(image, fine, places, tokens, token_mask, taps)
 
   def _checked(self, clicks: Clicks, images: int) -> Clicks:

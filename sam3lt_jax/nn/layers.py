@@ -110,17 +110,25 @@ class DoublingConv(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """x: [B, H, W, D_in] -> [B, 2H, 2W, features]; out[2i+a, 2j+b] = x[i, j] kernel[a, b]."""
-    B, H, W, D = x.shape
+  def __call__(self, x: jax.Array, apart: bool = False) -> jax.Array:
+    """x: [B, H, W, D_in] -> [B, 2H, 2W, features]; out[2i+a, 2j+b] = x[i, j] kernel[a, b].
+
+    apart: x is [..., D_in] and its cells stay where they are: [..., 4, features], out[2a+b] = x kernel[a, b].
+    """
+    D = x.shape[-1]
     kernel = self.param(
       "kernel", nn.initializers.xavier_uniform(), (2, 2, D, self.features), self.param_dtype
     )
     bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
     kernel = kernel.astype(self.dtype).transpose(2, 0, 1, 3).reshape(D, 4 * self.features)
     y = _dot(x.astype(self.dtype), kernel)
-    y = y.reshape(B, H, W, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
-    return y.reshape(B, 2 * H, 2 * W, self.features) + bias.astype(self.dtype)
+    if apart:
+      y = y.reshape(*x.shape[:-1], 4, self.features)
+    else:
+      B, H, W, _ = x.shape
+      y = y.reshape(B, H, W, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
+      y = y.reshape(B, 2 * H, 2 * W, self.features)
+    return y + bias.astype(self.dtype)
 
 
 class Conv(nn.Module):

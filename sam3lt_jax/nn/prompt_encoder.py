@@ -24,12 +24,18 @@ class FourierPositions(nn.Module):
   features: int
   param_dtype: Dtype = jnp.float32
 
-  @nn.compact
-  def __call__(self, xy: jax.Array) -> jax.Array:
-    """xy: float32 [..., 2] -> float32 [..., D]."""
+  def setup(self):
     shape = (2, self.features // 2)
     matrix = self.param("positional_embedding", nn.initializers.normal(1.0), shape, self.param_dtype)
-    return positions.fourier_code(xy, jax.lax.stop_gradient(matrix).astype(jnp.float32))
+    self.matrix = jax.lax.stop_gradient(matrix).astype(jnp.float32)
+
+  def __call__(self, xy: jax.Array) -> jax.Array:
+    """xy: float32 [..., 2] -> float32 [..., D]."""
+    return positions.fourier_code(xy, self.matrix)
+
+  def of_cells(self, side: int) -> jax.Array:
+    """Of the centres of side x side cells: float32 [side, side, D]."""
+    return positions.fourier_map(side, self.matrix)
 
 
 class MaskEmbedding(nn.Module):
@@ -100,7 +106,6 @@ class PromptEncoder(nn.Module):
     """[D], added everywhere in place of a mask."""
     return self.no_mask_embed.embedding[0].astype(self.dtype)
 
-  def image_places(self, height: int, width: int) -> jax.Array:
-    """The code of every cell's centre, float32 [height, width, D]."""
-    x, y = (jnp.arange(n, dtype=jnp.float32) / n + 0.5 / n for n in (width, height))
-    return self.shared_embedding(jnp.stack(jnp.meshgrid(x, y), axis=-1))
+  def image_places(self, side: int) -> jax.Array:
+    """The code of every cell's centre, float32 [side, side, D]."""
+    return self.shared_embedding.of_cells(side)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -132,8 +133,12 @@ class TrackerMaskDecoder(nn.Module):
     self.pred_obj_score_head = ReluMlp((D, D, 1), **head)
 
   def fine(self, x4: jax.Array, x2: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The neck's finer maps [B, 4h, 4w, D], [B, 2h, 2w, D] as they are added: D / 8 and D / 4 wide."""
-    return self.conv_s0(x4), self.conv_s1(x2)
+    """The neck's finer maps [B, 4h, 4w, D], [B, 2h, 2w, D] as they are added: [B, h, w, 16, D / 8] and
+    [B, h, w, 4, D / 4], the cells that the coarsest map's cell is doubled to.
+    """
+    s1 = einops.rearrange(self.conv_s1(x2), "b (h a) (w c) d -> b h w (a c) d", a=2, c=2)
+    pattern = "b (h a e) (w c f) d -> b h w (a c e f) d"
+    return einops.rearrange(self.conv_s0(x4), pattern, a=2, c=2, e=2, f=2), s1
 
   def __call__(
     self,
@@ -165,12 +170,16 @@ class TrackerMaskDecoder(nn.Module):
     tokens, seen = self.transformer(tokens, image.reshape(-1, h * w, D), places, mask)
     tap(taps, "twoway_tokens", tokens)
     tap(taps, "twoway_image", seen.reshape(P, h, w, D))
+    # No cell looks at another from here on: they are put in rows and columns when they are masks.
     s0, s1 = fine
-    x = self.upscale_conv1(seen.reshape(P, h, w, D))
+    x = self.upscale_conv1(seen.reshape(P, h, w, D), apart=True)
     x = gelu(self.upscale_layer_norm(_added(x, s1)))
-    x = gelu(_added(self.upscale_conv2(x), s0))
+    x = self.upscale_conv2(x, apart=True).reshape(P, h, w, 16, -1)
+    x = gelu(_added(x, s0))
     weights = jnp.stack([mlp(tokens[:, 2 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
-    masks = jnp.einsum("pmd,phwd->pmhw", weights, x, preferred_element_type=jnp.float32)
+    # The small result is turned, and not x, which XLA:CPU would do cell by cell together with the GELU.
+    masks = jnp.einsum("phwkd,pmd->phwkm", x, weights, preferred_element_type=jnp.float32)
+    masks = einops.rearrange(masks, "p h w (a c e f) m -> p m (h a e) (w c f)", a=2, c=2, e=2)
     ious = jax.nn.sigmoid(self.iou_prediction_head(tokens[:, 1]).astype(jnp.float32))
     score = self.pred_obj_score_head(tokens[:, 0]).astype(jnp.float32)
     return Decoded(masks, ious, score, tokens[:, 2 : 2 + M])

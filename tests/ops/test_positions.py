@@ -3,8 +3,9 @@
 import chex
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sam3lt_jax.ops import positions
+from sam3lt_jax.ops import positions, target
 
 
 def test_sine_and_cosine_alternate_and_slow_down():
@@ -49,3 +50,14 @@ def test_shapes_for_any_leading_axes():
   boxes = jnp.zeros((2, 3, 4))
   chex.assert_shape(positions.box_code(boxes, 128), (2, 3, 512))
   chex.assert_shape(positions.centre_code(boxes, 128), (2, 3, 258))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_map_of_frequencies_is_the_code_of_its_cells(platform):
+  """In both ways of computing it."""
+  matrix = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+  with target.traced_for((platform,)):
+    found = positions.fourier_map(5, matrix)
+  y, x = (np.mgrid[:5, :5] + 0.5) / 5
+  angles = 2 * np.pi * ((2 * x - 1)[..., None] * matrix[0] + (2 * y - 1)[..., None] * matrix[1])
+  np.testing.assert_allclose(found, np.concatenate([np.sin(angles), np.cos(angles)], -1), atol=5e-6)

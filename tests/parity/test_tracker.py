@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +86,9 @@ def test_neck():
 
 def test_finer_maps():
   f = fixture("tracker")
-  s0, s1 = (x.transpose(0, 3, 1, 2) for x in reference.features([0]).fine)
+  s0, s1 = reference.features([0]).fine
+  s0 = einops.rearrange(s0, "b h w (a c e f) d -> b d (h a e) (w c f)", a=2, c=2, e=2)
+  s1 = einops.rearrange(s1, "b h w (a c) d -> b d (h a) (w c)", a=2)
   close(s0[:, :, ::8], f["conv_s0_every8th_row"], INSIDE, "conv_s0")
   close(s1[:, :, ::4], f["conv_s1_every4th_row"], INSIDE, "conv_s1")
 
@@ -93,7 +96,7 @@ def test_finer_maps():
 def test_places():
   f, (tracker, variables) = fixture("tracker"), reference.load()
   grid, width = reference.sizes()["grid"], reference.sizes()["width"]
-  places = tracker.apply(variables, method=lambda m: m.prompt_encoder.image_places(grid, grid))
+  places = tracker.apply(variables, method=lambda m: m.prompt_encoder.image_places(grid))
   close(places.transpose(2, 0, 1)[None], f["dense_position_of_prompts"], 1e-5, "dense position")
   sine = positions.map_positions(grid, grid, width).transpose(2, 0, 1)[None]
   close(sine, f["memory_attention_position"], 1e-6, "memory attention position")
