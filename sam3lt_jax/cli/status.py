@@ -75,11 +75,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _repair(directory: str) -> None:
-  from sam3lt_jax.jobs import shard_files
+  from sam3lt_jax.jobs.ledger import SHARDS
   from sam3lt_jax.jobs.plan import Plan
 
   plan = Plan.load(directory)
   with busy("reading the shards"):
-    repaired = plan.set_damaged_aside()
+    repaired = plan.set_damaged_aside(strays=True)
   for what in repaired:
-    print(f"{what}; set aside as {shard_files.SHARDS}/*.damaged", file=sys.stderr)
+    print(f"{what}; set aside as {SHARDS}/*.damaged", file=sys.stderr)

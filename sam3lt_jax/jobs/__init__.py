@@ -3,8 +3,8 @@
     files      local paths and URLs of object stores behind the same few functions
     sources    SOURCE -> items: a folder, a glob, a list, COCO images, tar shards, or several of them
     questions  phrases and example boxes: the same for all images, or each image's own
-    plan       the frozen split of the items into shards, opened again by a restart; plan_files are its files
-    ledger     a shard in work: locked, appended to, recovered, committed; shard_files are the shards' files
+    plan       the frozen split of the items into shards, opened again by a restart
+    ledger     the shards' files; a shard in work: locked, appended to, recovered, committed
     run        a process's part of a job from its configuration to its summary; setup loads what it needs
     reading    decodes and resizes ahead of the devices
     forward    the model on all local devices: batches of images, buckets of questions

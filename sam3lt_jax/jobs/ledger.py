@@ -19,22 +19,179 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax import locks, storage
-from sam3lt_jax.jobs import files, shard_files
+from sam3lt_jax.jobs import files
 
 if TYPE_CHECKING:
   from sam3lt_jax.jobs.plan import Plan, Shard
 
-_EXAMPLES = 3  # failures a reason that a shard's digest file shows
+SHARDS = "shards"
+DATA, PART, DIGEST, LOCK = ".jsonl", ".jsonl.part", ".json", ".lock"
+_NAME = re.compile(r"shard-([0-9]{5}|[1-9][0-9]{5,})(\..+)")
+_MOST = 1 << 53  # a number of a digest file that is larger is none that was written
+_EXAMPLES = 3  # failures a reason that are shown
 _CLASHES = 5  # times that a put is repeated because another job put the same shard
+
+
+class Damaged(ValueError):
+  """A committed shard that is not what was written; the message names it."""
 
 
 class Busy(ValueError):
   """Another process works on this shard, or has just committed it: go on with the next one."""
+
+
+# ------------------------------------------------------------------ a shard's files
+
+
+def shard_name(index: int) -> str:
+  return f"shard-{index:05d}"
+
+
+def path(directory: str, index: int, ending: str = DATA) -> str:
+  return files.join(directory, SHARDS, shard_name(index) + ending)
+
+
+def indices(names: Iterable[str], ending: str = DATA) -> set[int]:
+  """Of the shards that have a file of this ending, from a listing of the folder."""
+  return {int(m[1]) for m in map(_NAME.fullmatch, names) if m and m[2] == ending}
+
+
+def committed(directory: str) -> set[int]:
+  return indices(files.names(files.join(directory, SHARDS)))
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+  """The record of a whole line: an object with an id, and results or an error. None if it is none."""
+  try:
+    record = json.loads(line) if line.endswith(b"\n") else None
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+    return None
+  return record if is_failure(record) or isinstance(record.get("results"), list) else None
+
+
+def is_failure(record: Any) -> bool:
+  """Whether this is the record of an image that failed."""
+  texts = ("id", "error", "message")
+  return isinstance(record, dict) and all(isinstance(record.get(key), str) for key in texts)
+
+
+def read_digests(directory: str, indices: Sequence[int]) -> dict[int, dict[str, Any] | Damaged]:
+  """Committed shards' digest files, see `ShardWriter.commit`, or what is wrong with them."""
+  contents = files.read_several([path(directory, i, DIGEST) for i in indices])
+  return {i: _digest_of(i, data) for i, data in zip(indices, contents)}
+
+
+def _digest_of(index: int, data: bytes | None) -> dict[str, Any] | Damaged:
+  wrong = f"{shard_name(index)} is damaged: "
+  if data is None:
+    return Damaged(f"{wrong}its digest file is missing")
+  try:
+    about = json.loads(data)
+    counts = [about[key] for key in ("records", "bytes")] + list(about.get("reasons", {}).values())
+    counts += [about[key] for key in ("failures", "shard", "recovered") if key in about]
+    times = [about[key] for key in ("started", "committed") if key in about]
+    sound = (
+      all(isinstance(about.get(key, ""), str) for key in ("host", "settings"))
+      and isinstance(about["sha256"], str)
+      and type(about.get("process", 0)) is int
+      and all(type(n) is int and 0 <= n < _MOST for n in counts)
+      and all(type(t) in (int, float) and 0 <= t < _MOST for t in times)
+      and all(map(is_failure, about.get("examples", ())))
+    )
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    sound = False
+  if not sound:
+    return Damaged(f"{wrong}its digest file is not what was written")
+  if about.get("shard", index) != index:
+    return Damaged(f"{wrong}it was written as {shard_name(about['shard'])}")
+  return about
+
+
+def read_shard(directory: str, index: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """(digest file, records) of a committed shard, whole and as it was written.
+
+  Raises:
+    Damaged: it is not.
+    OSError: the system does not say what is in it, and it may be whole.
+  """
+  [about] = read_digests(directory, [index]).values()
+  if isinstance(about, Damaged):
+    raise about
+  wrong = f"{shard_name(index)} is damaged: "
+  try:
+    data = files.read(path(directory, index))
+  except FileNotFoundError:
+    raise Damaged(f"{wrong}its data are missing") from None
+  if len(data) != about["bytes"]:
+    raise Damaged(f"{wrong}it has {len(data)} of {about['bytes']} bytes")
+  if hashlib.sha256(data).hexdigest() != about["sha256"]:
+    raise Damaged(f"{wrong}its content is not what was written")
+  records = [record_of(line) for line in data.splitlines(keepends=True)]
+  if None in records:
+    raise Damaged(f"{wrong}line {records.index(None) + 1} is no record")
+  failures = sum(map(is_failure, records))
+  for key, count in (("records", len(records)), ("failures", failures)):
+    if about.get(key, count) != count:
+      raise Damaged(f"{wrong}it has {count} {key}, its digest file says {about[key]}")
+  return about, records
+
+
+def set_aside(directory: str, index: int) -> None:
+  """Takes a damaged shard out of the job: its files become *.damaged, and it is missing again.
+
+  Raises CannotWrite; ValueError if another process works on it.
+  """
+  with files.exclusive(path(directory, index, LOCK), wait=10):
+    for name in (path(directory, index), path(directory, index, DIGEST)):
+      if files.exists(name):
+        files.move(name, f"{name}.damaged")
+
+
+def drop_started(directory: str) -> int:
+  """Removes all .part files; how many there were. Raises ValueError: a process is at work on one."""
+  if files.is_remote(directory):
+    return 0
+  parts = sorted(indices(files.names(files.join(directory, SHARDS)), PART))
+  for index in parts:
+    if locks.is_held(path(directory, index, LOCK)):
+      raise ValueError(f"another job works on {directory} ({shard_name(index)}); end it first")
+  for index in parts:
+    part = path(directory, index, PART)
+    with files.exclusive(path(directory, index, LOCK), wait=1), files.writing(part):
+      os.unlink(part)
+  return len(parts)
+
+
+class Tally:
+  """What records say: instances found, failures a reason, the first few of each."""
+
+  def __init__(self):
+    self.instances = 0
+    self.reasons: collections.Counter[str] = collections.Counter()
+    self.examples: list[dict[str, Any]] = []
+    self._shown: collections.Counter[str] = collections.Counter()
+
+  def add(self, record: dict[str, Any]) -> None:
+    self.instances += len(record.get("results", ()))
+    if "error" in record:
+      self.reasons[record["error"]] += 1
+      self.show(record)
+
+  def show(self, failure: dict[str, Any]) -> None:
+    if self._shown[failure["error"]] < _EXAMPLES:
+      self._shown[failure["error"]] += 1
+      self.examples.append({k: failure[k] for k in ("id", "uri", "error", "message") if k in failure})
+
+
+# ------------------------------------------------------------------ a shard in work
 
 
 class ShardWriter:
@@ -43,7 +200,7 @@ class ShardWriter:
       with ShardWriter(plan, shard) as writer:
         todo = [item for item in shard.items if item.id not in writer.done]
         writer.append([{"id": ..., "uri": ..., "results": [...]}, ...])
-        writer.commit({"seconds": 12.5})
+        writer.commit()
 
   Leaving it without `commit` keeps what was appended, for the next run (on an object store it is lost).
 
@@ -60,21 +217,20 @@ class ShardWriter:
     self.plan, self.shard, self.process = plan, shard, process
     self.done: set[str] = set()
     self._ids = frozenset(item.id for item in shard.items)
-    self._tally = _Tally()
+    self._tally = Tally()
     kind = _MemoryPart if files.is_remote(plan.directory) else _FilePart
-    self._part = kind(plan.directory, shard, self._ids)
+    self._part = kind(plan.directory, shard)
 
   def open(self) -> ShardWriter:
     """Takes the lock and reads what there is; as entering does, for who leaves it elsewhere by `close`."""
     self._part.open()
     try:
       self.plan.check_current()
-      for record in self._part.recover():
-        self._count(record)
+      self._count(self._part.recover(self._ids))
       self._recovered = len(self.done)
       self.begin()
     except BaseException:
-      self._part.close()
+      self.close()
       raise
     return self
 
@@ -94,9 +250,10 @@ class ShardWriter:
   def __exit__(self, *exc) -> None:
     self.close()
 
-  def _count(self, record: dict[str, Any]) -> None:
-    self.done.add(record["id"])
-    self._tally.add(record)
+  def _count(self, records: Iterable[dict[str, Any]]) -> None:
+    for record in records:
+      self.done.add(record["id"])
+      self._tally.add(record)
 
   def append(self, records: Sequence[dict[str, Any]]) -> None:
     """Writes records, one an item; when it returns they are on the disk.
@@ -113,97 +270,77 @@ class ShardWriter:
     for record in records:
       item_id = record.get("id")
       if item_id not in self._ids:
-        raise ValueError(f"records: {item_id!r} is no item of {shard_files.shard_name(self.shard.index)}")
+        raise ValueError(f"records: {item_id!r} is no item of {shard_name(self.shard.index)}")
       if item_id in self.done or item_id in lines:
         raise ValueError(f"records: {item_id!r} has a record already")
-      lines[item_id] = _encode(record)
+      try:
+        # ASCII: file names that are not UTF-8 survive, and no line break but ours is in a line.
+        text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+      except (TypeError, ValueError) as e:
+        raise ValueError(f"records: {item_id!r} cannot be written as JSON: {e}") from None
+      lines[item_id] = text.encode("ascii") + b"\n"
     if lines:
       self._part.append(lines)
-      for record in records:
-        self._count(record)
+      self._count(records)
 
-  def commit(self, summary: dict[str, Any] | None = None) -> None:
+  def commit(self, **about: Any) -> None:
     """Makes the shard final. Its digest file holds
 
-    "shard", "sha256" and "bytes" of the data; "records", "failures" (how many), "reasons" (how many a
-    reason), "examples" (some failures); "host", "process", "started", "committed" (seconds since the epoch),
-    "seconds" and "recovered" (records that earlier runs had written); "settings" (a digest of
-    the plan's fingerprint); and what `summary` adds or replaces.
+    "shard", "sha256" and "bytes" of the data; "records", "instances", "failures" (how many), "reasons" (how
+    many a reason), "examples" (some failures); "host", "process", "started", "committed" (seconds since the
+    epoch), "seconds" and "recovered" (records that earlier runs had written); "settings" (a digest of the
+    plan's fingerprint); and what `about` adds or replaces.
 
     Raises:
       ValueError: an item has no record yet.
       CannotWrite: the disk is full or became read-only; the records are kept.
     """
-    if self.done != self._ids:
-      missing = [item.id for item in self.shard.items if item.id not in self.done]
+    if missing := [item.id for item in self.shard.items if item.id not in self.done]:
       raise ValueError(
-        f"{shard_files.shard_name(self.shard.index)} cannot be committed: {len(missing)} items "
-        f"have no record (such as {missing[0]!r})"
+        f"{shard_name(self.shard.index)} cannot be committed: {len(missing)} items have no record (such as"
+        f" {missing[0]!r})"
       )
-    now = time.time()
-    about = {
-      "shard": self.shard.index,
-      "records": len(self.done),
-      "failures": sum(self._tally.reasons.values()),
-      "reasons": dict(self._tally.reasons),
-      "examples": self._tally.examples,
-      "host": locks.host_name(),
-      "process": self.process,
-      "started": self._started,
-      "committed": now,
-      "seconds": round(now - self._started, 3),
-      "recovered": self._recovered,
-      "settings": self.plan.settings,
-    }
-    self._part.commit(about | dict(summary or {}))
+    now, tally = time.time(), self._tally
+    self._part.commit(
+      {
+        "shard": self.shard.index,
+        "records": len(self.done),
+        "instances": tally.instances,
+        "failures": tally.reasons.total(),
+        "reasons": tally.reasons,
+        "examples": tally.examples,
+        "host": locks.host_name(),
+        "process": self.process,
+        "started": self._started,
+        "committed": now,
+        "seconds": round(now - self._started, 3),
+        "recovered": self._recovered,
+        "settings": self.plan.settings,
+      }
+      | about
+    )
 
 
-class _Tally:
-  """Failures of a shard: how many a reason, and the first few of each."""
-
-  def __init__(self):
-    self.reasons: collections.Counter[str] = collections.Counter()
-    self.examples: list[dict[str, Any]] = []
-
-  def add(self, record: dict[str, Any]) -> None:
-    reason = record.get("error")
-    if reason is None:
-      return
-    self.reasons[reason] += 1
-    if self.reasons[reason] <= _EXAMPLES:
-      self.examples.append({key: record[key] for key in ("id", "uri", "error", "message") if key in record})
-
-
-def _encode(record: dict[str, Any]) -> bytes:
-  try:
-    # ASCII: file names that are not UTF-8 survive, and no line break but ours is in a line.
-    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
-  except (TypeError, ValueError) as e:
-    raise ValueError(f"records: {record.get('id')!r} cannot be written as JSON: {e}") from None
-
-
-def _digest_file(about: dict[str, Any]) -> bytes:
-  return json.dumps(about, indent=1).encode() + b"\n"
+def _with_digest(about: dict[str, Any], sha256: str, size: int) -> bytes:
+  return json.dumps(about | {"sha256": sha256, "bytes": size}, indent=1).encode() + b"\n"
 
 
 class _FilePart:
   """A .part file under a lock, in a local folder."""
 
-  def __init__(self, directory: str, shard: Shard, ids: Collection[str]):
-    self._index, self._ids = shard.index, ids
-    self._final = shard_files.data_path(directory, shard.index)
-    self._path = shard_files.part_path(directory, shard.index)
-    self._digest_path = shard_files.digest_path(directory, shard.index)
-    self._lock = locks.FileLock(shard_files.lock_path(directory, shard.index))
+  def __init__(self, directory: str, shard: Shard):
+    endings = (DATA, PART, DIGEST, LOCK)
+    self._final, self._path, self._digest, lock = (path(directory, shard.index, one) for one in endings)
+    self._name, self._lock = shard_name(shard.index), locks.FileLock(lock)
     self._descriptor: int | None = None
     self._size, self._sha = 0, hashlib.sha256()
 
   def open(self) -> None:
     if not self._lock.acquire():
-      raise Busy(f"{shard_files.shard_name(self._index)}: another process works on it")
+      raise Busy(f"{self._name}: another process works on it")
     try:
       if os.path.exists(self._final):
-        raise Busy(f"{shard_files.shard_name(self._index)} was committed meanwhile")
+        raise Busy(f"{self._name} was committed meanwhile")
       with files.writing(self._path):
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         storage.sync_folder(os.path.dirname(self._path))
@@ -214,13 +351,13 @@ class _FilePart:
   def say(self, about: dict[str, Any]) -> None:
     self._lock.say(about)
 
-  def recover(self) -> Iterator[dict[str, Any]]:
+  def recover(self, ids: Collection[str]) -> Iterator[dict[str, Any]]:
     """The records of the longest sound beginning of the file; what follows it is cut off."""
     seen = set()
     with open(self._path, "rb") as f:
       for line in f:
-        record = shard_files.record_of(line)
-        if record is None or record["id"] not in self._ids or record["id"] in seen:
+        record = record_of(line)
+        if record is None or record["id"] not in ids or record["id"] in seen:
           break
         seen.add(record["id"])
         self._sha.update(line)
@@ -246,8 +383,7 @@ class _FilePart:
     self._sha.update(data)
 
   def commit(self, about: dict[str, Any]) -> None:
-    digest = {"sha256": self._sha.hexdigest(), "bytes": self._size}
-    files.write_atomic(self._digest_path, _digest_file(about | digest), alone=True)
+    files.write_atomic(self._digest, _with_digest(about, self._sha.hexdigest(), self._size), alone=True)
     files.move(self._path, self._final)
     with files.writing(self._final):
       storage.sync_folder(os.path.dirname(self._final))
@@ -265,20 +401,19 @@ class _FilePart:
 class _MemoryPart:
   """Lines in memory, to be put as one object."""
 
-  def __init__(self, directory: str, shard: Shard, ids: Collection[str]):
+  def __init__(self, directory: str, shard: Shard):
     self._shard = shard
-    self._final = shard_files.data_path(directory, shard.index)
-    self._digest_path = shard_files.digest_path(directory, shard.index)
+    self._final, self._digest = path(directory, shard.index), path(directory, shard.index, DIGEST)
     self._lines: dict[str, bytes] = {}
 
   def open(self) -> None:
     if files.exists(self._final):
-      raise Busy(f"{shard_files.shard_name(self._shard.index)} was committed meanwhile")
+      raise Busy(f"{shard_name(self._shard.index)} was committed meanwhile")
 
   def say(self, about: dict[str, Any]) -> None:
     pass
 
-  def recover(self) -> Iterator[dict[str, Any]]:
+  def recover(self, ids: Collection[str]) -> Iterator[dict[str, Any]]:
     return iter(())
 
   def append(self, lines: dict[str, bytes]) -> None:
@@ -286,14 +421,14 @@ class _MemoryPart:
 
   def commit(self, about: dict[str, Any]) -> None:
     data = b"".join(self._lines[item.id] for item in self._shard.items)
-    digest = _digest_file(about | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
+    digest = _with_digest(about, hashlib.sha256(data).hexdigest(), len(data))
     if files.exists(self._final):
       return  # another job's, whole
     for _ in range(_CLASHES):
-      files.write_atomic(self._digest_path, digest)
+      files.write_atomic(self._digest, digest)
       files.write_atomic(self._final, data)
       # Whoever puts the data last sees here whether the digest beside it is another's, and puts both again.
-      if files.read(self._digest_path) == digest:
+      if files.read(self._digest) == digest:
         return
     raise files.CannotWrite(f"{self._final} is not written: another job keeps writing it; end one of them")
 

@@ -25,6 +25,7 @@ import jax
 from sam3lt_jax.engine import Asked, Engine
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import results
+from sam3lt_jax.jobs.ledger import ShardWriter
 from sam3lt_jax.jobs.reading import Failure, Pixels, Reader, Stopped
 from sam3lt_jax.kept import Kept
 from sam3lt_jax.processing.prompts import Prompt
@@ -36,14 +37,6 @@ _CLOSE = object()
 
 class TooManyFailures(Exception):
   """The share of failures is above the one that was stated."""
-
-
-class ShardInWork:
-  """An open shard: its ledger writer, and what was found in it by this run."""
-
-  def __init__(self, writer: Any):
-    self.writer = writer
-    self.instances = 0
 
 
 class DeviceClock:
@@ -88,14 +81,14 @@ class Writer:
     self._on_record = on_record
     self._error: BaseException | None = None
     self._buffer: list[results.Record] = []
-    self._shard: ShardInWork | None = None
+    self._shard: ShardWriter | None = None
     self._flushed = time.perf_counter()
     self.waited_s = 0.0
     self.committed = 0
     self._thread = threading.Thread(target=self._work, name="sam3lt-write", daemon=True)
     self._thread.start()
 
-  def put(self, shard: ShardInWork, record: results.Record | futures.Future | None) -> None:
+  def put(self, shard: ShardWriter, record: results.Record | futures.Future | None) -> None:
     """A record of `shard`, or None: it is complete. Waits for room; raises what the writer ran into."""
     start = time.perf_counter()
     while True:
@@ -147,8 +140,8 @@ class Writer:
         self._shard = shard
       if record is None:
         self._flush()
-        shard.writer.commit({"instances": shard.instances})
-        shard.writer.close()
+        shard.commit()
+        shard.close()
         self.committed += 1
         return
       if time.perf_counter() - self._flushed > FLUSH_S:
@@ -159,9 +152,8 @@ class Writer:
 
   def _flush(self) -> None:
     if self._buffer:
-      self._shard.writer.append(self._buffer)
+      self._shard.append(self._buffer)
       for record in self._buffer:
-        self._shard.instances += len(record.get("results", ()))
         self._on_record(record)
       self._buffer = []
     self._flushed = time.perf_counter()
@@ -171,7 +163,7 @@ class Writer:
 class _Entry:
   """An image, a failure, or a shard's end (`item` None) on its way; `row` where the devices have it."""
 
-  shard: ShardInWork
+  shard: ShardWriter
   item: Any
   found: Pixels | Failure | None
   row: int | None = None
@@ -210,7 +202,7 @@ class Pipeline:
     self._in_hand = 0  # batches that the devices have
     self.images = self.failures = 0
 
-  def run(self, works: Iterable[tuple[ShardInWork, Any]]) -> bool:
+  def run(self, works: Iterable[tuple[ShardWriter, Any]]) -> bool:
     """Does all of `works`: (shard, item), and (shard, None) at a shard's end. False: it was told to stop.
 
     Ended early in either way, what the devices have is finished and handed to the writer; the rest of its
@@ -229,7 +221,7 @@ class Pipeline:
       raise self._ended
     return self._ended is None
 
-  def _batches(self, works: Iterable[tuple[ShardInWork, Any]]) -> Iterator[tuple[list[_Entry], list[Asked]]]:
+  def _batches(self, works: Iterable[tuple[ShardWriter, Any]]) -> Iterator[tuple[list[_Entry], list[Asked]]]:
     """Images in batches for the devices, each with all entries up to its last image."""
     entries: list[_Entry] = []
     asked: list[Asked] = []
@@ -249,7 +241,7 @@ class Pipeline:
       yield entries, asked
 
   def _entry(
-    self, shard: ShardInWork, item: Any, found: Pixels | Failure | None, asked: list[Asked]
+    self, shard: ShardWriter, item: Any, found: Pixels | Failure | None, asked: list[Asked]
   ) -> _Entry:
     """Adds an image of which something is asked to `asked`."""
     if item is None:

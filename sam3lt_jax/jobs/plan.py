@@ -1,8 +1,14 @@
 """The frozen plan of a job: its items split into shards, and what they are asked with.
 
 `Plan.open` makes it or, on a restart, opens it and compares: other items, another model or other phrases are
-refused in one sentence, because half of the results would answer another question. What was agreed on stands
-in OUT/plan.json, the items in OUT/items.jsonl, a line each; a shard is a run of these lines.
+refused in one sentence, because half of the results would answer another question. Two files hold it:
+
+    plan.json    {"format", "program", "created", "fingerprint", "shards": [how many items each has],
+                 "items_file", "items_sha256", "source_digest", "digest": of all of this}
+    items.jsonl  the items, a line each; a shard is a run of these lines
+
+Shards once planned keep their items: new ones follow in their own. Both files can be made again from the
+source and the shards that are done.
 
 The items file is written first and plan.json last, both whole or not at all, under a lock of the folder: a
 job killed in between has no plan, and of two started at once one makes it and the other opens it. An object
@@ -11,15 +17,27 @@ store has no lock: there plan.json is read back, so that the one who was overwri
 
 from __future__ import annotations
 
+import array
 import dataclasses
+import hashlib
 import itertools
+import json
 import os
 import random
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sam3lt_jax.jobs import files, plan_files, shard_files
+import sam3lt_jax
+from sam3lt_jax.jobs import files, ledger
 from sam3lt_jax.jobs.sources import Item
+
+PLAN = "plan.json"
+ITEMS = "items.jsonl"
+FORMAT = 2
+_SHOWN = 60  # characters of a value in a message
+_REMEDY = "give another output folder, or allow the change (--allow-change)"
+_AGAIN = f"move {PLAN} away and start the command again: it is made anew from the source and what is done"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +54,25 @@ class Plan:
   Attributes:
     directory: the job's folder, absolute, or its URL.
     fingerprint: what the job asks and with what, as `open` was given it: plain JSON values.
+    sizes: how many items each shard has; num_items: all of them.
     shards: the shards, each read from the items file when it is asked for.
-    num_items: how many items all shards have.
     settings: a digest of the fingerprint, by which committed shards tell what they were made with.
     notes: what `open` did that the user may want to know, a sentence each.
   """
 
   def __init__(self, directory: str, content: dict[str, Any], notes: Sequence[str] = ()):
-    self.directory, self._content, self.notes = directory, content, list(notes)
+    self.directory, self.notes = directory, list(notes)
     self.fingerprint: dict[str, Any] = content["fingerprint"]
-    self.settings = plan_files.settings_of(self.fingerprint)
+    self.settings = _settings(self.fingerprint)
+    self.sizes: list[int] = content["shards"]
     self.shards: Sequence[Shard] = _Shards(directory, content)
-    self.num_items = sum(content["shards"])
+    self.num_items = sum(self.sizes)
 
   @classmethod
   def open(
     cls,
     directory: str | os.PathLike,
-    items: Iterable[Item],
+    items: Sequence[Item],
     fingerprint: dict[str, Any],
     shard_size: int,
     *,
@@ -64,10 +83,10 @@ class Plan:
 
     Args:
       directory: the job's folder or URL; made if it is not there.
-      items: what to read, see `sources.list_items`.
+      items: what to read, each id once, see `sources.list_items`.
       fingerprint: whatever must be the same on a restart, plain JSON values: model, profile, dtype,
         threshold, phrases, ... `merge` takes the order of categories from its "phrases", a list.
-      shard_size: items a shard. A job begun earlier keeps its own.
+      shard_size: items a shard, at least 1. A job begun earlier keeps its own.
       allow_change: go on although something changed. New items become new shards; items that are gone are
         kept; items found at another place are read there; another fingerprint is for shards not committed
         yet, and started ones begin again. `notes` says what was done.
@@ -75,43 +94,39 @@ class Plan:
         tell is compared. Shards that are not what was written are set aside either way, and done again.
 
     Raises:
-      ValueError: something changed (named, with the remedy), a bad argument, a damaged plan, shards that
-        cannot be read, or that are done, whose plan is lost and which fit no plan of `items`.
+      ValueError: something changed (named, with the remedy), no item, a damaged plan, or shards that are
+        done, whose plan is lost and which fit no plan of `items`.
+      OSError: what is done cannot be read.
       CannotWrite: the folder cannot be written.
     """
     directory = files.absolute(directory)
-    if type(shard_size) is not int or shard_size < 1:
-      raise ValueError(f"shard_size must be a whole number of at least 1, got {shard_size!r}")
-    items = list(items) if isinstance(items, Iterator) else items
-    fingerprint = plan_files.plain(fingerprint)
-    files.make_folder(files.join(directory, shard_files.SHARDS))
+    fingerprint = json.loads(json.dumps(fingerprint, allow_nan=False))  # as it will be read back
+    files.make_folder(files.join(directory, ledger.SHARDS))
     with files.exclusive(files.join(directory, ".plan.lock"), wait=60):
-      content, notes = plan_files.read(directory), []
-      own = None
+      content, notes, own = _read(directory), [], None
       if content is None:
-        own, notes = plan_files.create(directory, items, fingerprint, shard_size, allow_change)
-        content = plan_files.read(directory)  # an object store may hold what another job put since
+        own = _create(directory, items, fingerprint, shard_size, allow_change, notes)
+        content = _read(directory)  # an object store may hold what another job put since
       if content != own:
-        content, notes = plan_files.agree(directory, content, items, fingerprint, shard_size, allow_change)
-      shard_files.tidy(directory)
+        content = _agree(directory, content, items, fingerprint, shard_size, allow_change, notes)
     plan = cls(directory, content, notes)
-    plan.notes += [f"{what}: it is done again" for what in plan.set_damaged_aside(whole=verify, strays=False)]
-    plan.notes += [f"{what}, and is left alone" for what in plan.strays()]
+    plan.notes += [f"{what}: it is done again" for what in plan.set_damaged_aside(whole=verify)]
+    plan.notes += [f"{what}, and is left alone" for what in plan.strays(ledger.committed(directory)).values()]
     return plan
 
   @classmethod
   def load(cls, directory: str | os.PathLike) -> Plan:
     """The plan of an existing job, to look at. Raises ValueError if there is none or it is damaged."""
     directory = files.absolute(directory)
-    content = plan_files.read(directory)
+    content = _read(directory)
     if content is None:
-      if done := len(shard_files.committed(directory)):
+      if done := len(ledger.committed(directory)):
         raise ValueError(
-          f"{directory} holds no {plan_files.PLAN}, but {done} shards: start the job's command again, which"
-          " makes the plan anew from its source and these"
+          f"{directory} holds no {PLAN}, but {done} shards: start the job's command again, which makes the"
+          " plan anew from its source and these"
         )
       there = "holds no job" if files.is_folder(directory) else "is no folder"
-      raise ValueError(f"{directory} {there}; accepted: the output folder of a job, with a {plan_files.PLAN}")
+      raise ValueError(f"{directory} {there}; accepted: the output folder of a job, with a {PLAN}")
     return cls(directory, content)
 
   @classmethod
@@ -125,20 +140,16 @@ class Plan:
 
   def committed(self) -> set[int]:
     """Indices of the shards that are done, as the folder has them now."""
-    return {i for i in shard_files.committed(self.directory) if i < len(self.shards)}
+    return {i for i in ledger.committed(self.directory) if i < len(self.sizes)}
 
-  def strays(self, there: Iterable[int] | None = None) -> list[str]:
-    """A sentence for each shard in the folder that is none of this plan's; `there`: of its listing before."""
-    there = shard_files.committed(self.directory) if there is None else there
-    count = len(self.shards)
-    return [
-      f"{shard_files.shard_name(i)} is no shard of this job, which has {count}"
+  def strays(self, there: Iterable[int]) -> dict[int, str]:
+    """A sentence for each of the committed shards `there` that is none of this plan's."""
+    count = len(self.sizes)
+    return {
+      i: f"{ledger.shard_name(i)} is no shard of this job, which has {count}"
       for i in sorted(there)
       if i >= count
-    ]
-
-  def is_committed(self, index: int) -> bool:
-    return shard_files.is_committed(self.directory, index)
+    }
 
   def missing(self, process_index: int = 0, process_count: int = 1) -> Iterator[Shard]:
     """Shards to do: first those with index % process_count == process_index, then, from the other end,
@@ -147,58 +158,59 @@ class Plan:
     One that is committed meanwhile is skipped; one that another process works on is not known here:
     `ledger.ShardWriter` raises Busy for it.
     """
-    if not 0 <= process_index < process_count:
-      raise ValueError(f"process_index must be within 0..{process_count - 1}, got {process_index}")
     done = self.committed()
-    left = [i for i in range(len(self.shards)) if i not in done]
+    left = [i for i in range(len(self.sizes)) if i not in done]
     own = [i for i in left if i % process_count == process_index]
     others = [i for i in reversed(left) if i % process_count != process_index]
     if files.is_remote(self.directory):
       # No locks there: helpers that all begin at the end would do the same shards.
       random.Random(process_index).shuffle(others)
     for index in itertools.chain(own, others):
-      if not self.is_committed(index):
+      if not files.exists(ledger.path(self.directory, index)):
         yield self.shards[index]
 
   def read(self, index: int) -> tuple[dict[str, Any], list[tuple[Item, dict[str, Any]]]]:
     """A committed shard's digest file, and its records in the order of the plan, each item's exactly once.
 
     Raises:
-      Damaged: it is not what was written, or that of other items.
+      Damaged: it is not what was written, or that of other items. OSError: it cannot be read.
     """
-    about, found = shard_files.read_shard(self.directory, index)
+    about, found = ledger.read_shard(self.directory, index)
     records, items = {record["id"]: record for record in found}, self.shards[index].items
     if len(found) != len(items) or any(item.id not in records for item in items):
-      name = shard_files.shard_name(index)
-      raise shard_files.Damaged(f"{name} is damaged: it does not hold each of its {len(items)} images once")
+      name = ledger.shard_name(index)
+      raise ledger.Damaged(f"{name} is damaged: it does not hold each of its {len(items)} images once")
     return about, [(item, records[item.id]) for item in items]
 
   def damaged(
-    self, done: Iterable[int], sizes: dict[str, tuple], digests: dict[int, dict[str, Any]], whole: bool
-  ) -> dict[int, shard_files.Damaged]:
-    """What is wrong with which of the committed shards `done`.
+    self, sizes: dict[str, tuple], digests: dict[int, dict[str, Any]], whole: bool
+  ) -> dict[int, ledger.Damaged]:
+    """What is wrong with which of the committed shards.
 
     Args:
       sizes: of the files in the folder of shards, see `files.sizes`.
       digests: digest files that are known; what is read of others is added.
       whole: read every shard; otherwise only those whose size or digest file look wrong.
-    """
-    found = {}
-    digests |= shard_files.read_digests(self.directory, sorted(set(done) - digests.keys()))
-    for index in sorted(done):
-      name, images = shard_files.shard_name(index), self.shards.size(index)
-      about, size = digests.get(index), sizes.get(f"{name}.jsonl", (-1,))[0]
-      if about and (about["bytes"], about["records"]) == (size, images) and not whole:
-        continue
-      try:
-        digests[index], records = self.read(index) if whole else shard_files.read_shard(self.directory, index)
-        if len(records) != images:
-          raise shard_files.Damaged(f"{name} is damaged: it holds {len(records)} of {images} images")
-      except shard_files.Damaged as e:
-        found[index] = e
-    return found
 
-  def set_damaged_aside(self, whole: bool = True, strays: bool = True) -> list[str]:
+    Raises:
+      OSError: one cannot be read: it may be whole.
+    """
+    done = sorted(i for i in ledger.indices(sizes) if i < len(self.sizes))
+    digests |= ledger.read_digests(self.directory, [i for i in done if i not in digests])
+    for index in done:
+      name, images, about = ledger.shard_name(index), self.sizes[index], digests[index]
+      if isinstance(about, ledger.Damaged):
+        continue
+      if whole or (about["bytes"], about["records"]) != (sizes[name + ledger.DATA][0], images):
+        try:
+          records = self.read(index)[1] if whole else ledger.read_shard(self.directory, index)[1]
+          if len(records) != images:
+            raise ledger.Damaged(f"{name} is damaged: it holds {len(records)} of {images} images")
+        except ledger.Damaged as e:
+          digests[index] = e
+    return {i: digests.pop(i) for i in done if isinstance(digests[i], ledger.Damaged)}
+
+  def set_damaged_aside(self, whole: bool = True, strays: bool = False) -> list[str]:
     """Committed shards that are not what was written become missing again, and `strays` go.
 
     Args:
@@ -208,25 +220,18 @@ class Plan:
       What was wrong, a sentence a shard.
 
     Raises:
-      Unreadable: (ValueError) without `whole`, a shard that may be sound.
+      OSError: one cannot be read.
       CannotWrite: (ValueError) a file cannot be renamed.
     """
-    sizes = files.sizes(files.join(self.directory, shard_files.SHARDS))
-    said = []
-    for index, error in self.damaged(self.committed(), sizes, {}, whole).items():
-      if isinstance(error, shard_files.Unreadable) and not whole:
-        raise error
-      shard_files.set_aside(self.directory, index)
-      said.append(str(error))
-    for index in sorted(shard_files.committed(self.directory)) if strays else ():
-      if index >= len(self.shards):
-        said += self.strays([index])
-        shard_files.set_aside(self.directory, index)
-    return said
+    sizes = files.sizes(files.join(self.directory, ledger.SHARDS))
+    wrong = self.damaged(sizes, {}, whole) | (self.strays(ledger.indices(sizes)) if strays else {})
+    for index in wrong:
+      ledger.set_aside(self.directory, index)
+    return list(map(str, wrong.values()))
 
   def check_current(self) -> None:
     """Raises ValueError if another job changed the plan since this one opened it."""
-    content = plan_files.read(self.directory)
+    content = _read(self.directory)
     if content is None or content["fingerprint"] != self.fingerprint:
       raise ValueError(f"the plan of {self.directory} was changed by another job; start this one again")
 
@@ -236,25 +241,276 @@ class _Shards(Sequence):
 
   def __init__(self, directory: str, content: dict[str, Any]):
     self._directory, self._content = directory, content
-    self._sizes: list[int] = content["shards"]
     self._offsets: Sequence[int] | None = None
 
   def __len__(self) -> int:
-    return len(self._sizes)
+    return len(self._content["shards"])
 
-  def size(self, index: int) -> int:
-    """How many items shard `index` has; the items file is not read."""
-    return self._sizes[index]
-
-  def __getitem__(self, key):
-    if isinstance(key, slice):
-      return [self[i] for i in range(*key.indices(len(self)))]
-    index = key + len(self) if key < 0 else key
+  def __getitem__(self, index: int) -> Shard:
     if not 0 <= index < len(self):
-      raise IndexError(f"shard {key} of {len(self)}")
+      raise IndexError(f"shard {index} of {len(self)}")
     if self._offsets is None:
-      self._offsets = plan_files.scan_items(self._directory, self._content)
+      self._offsets = _scan_items(self._directory, self._content)
     start, end = self._offsets[index : index + 2]
     path = files.join(self._directory, self._content["items_file"])
-    lines = files.read(path, start, end - start).splitlines()
-    return Shard(index, tuple(map(plan_files.item_of, lines)))
+    return Shard(index, tuple(map(_item_of, files.read(path, start, end - start).splitlines())))
+
+
+# ------------------------------------------------------------------ plan.json
+
+
+def _settings(fingerprint: dict[str, Any]) -> str:
+  return _sha256(fingerprint)[:16]
+
+
+def _sha256(content: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(content: dict[str, Any]) -> str:
+  return _sha256({key: value for key, value in content.items() if key != "digest"})
+
+
+def _read(directory: str) -> dict[str, Any] | None:
+  """plan.json, or None where there is none.
+
+  Raises:
+    ValueError: it is damaged, was edited, cannot be read, or is of another version.
+  """
+  path = files.join(directory, PLAN)
+  try:
+    content = json.loads(files.read(path))
+    version, digest = content["format"], content.get("digest")
+    sound = digest == _digest(content)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except OSError as e:
+    raise ValueError(f"{path} cannot be read: {e.strerror or e}") from e
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    raise ValueError(f"{path} is damaged: it is no plan of a job; {_AGAIN}") from None
+  if version != FORMAT:
+    raise ValueError(f"{path} is of another version of this program: give another output folder")
+  if digest is None:
+    raise ValueError(f"{path} is damaged, or of an earlier version of this program: {_AGAIN}")
+  if not sound:
+    raise ValueError(f"{path} is damaged: it was edited; undo that, or {_AGAIN}")
+  return content
+
+
+def _write(directory: str, content: dict[str, Any]) -> dict[str, Any]:
+  """Writes a plan and returns it, with its digest."""
+  content = content | {"digest": _digest(content)}
+  data = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
+  files.write_atomic(files.join(directory, PLAN), data + b"\n", alone=True)
+  return content
+
+
+def _create(
+  directory: str,
+  items: Sequence[Item],
+  fingerprint: dict[str, Any],
+  shard_size: int,
+  allow_change: bool,
+  notes: list[str],
+) -> dict[str, Any]:
+  """Writes a new plan, of items that fit the shards that are done, and returns it.
+
+  Raises:
+    ValueError: no items, or shards that fit no plan of these items and settings.
+  """
+  if not items:
+    raise ValueError("items must hold at least one image, got none")
+  shard_size = _fitting_size(directory, items, _settings(fingerprint), shard_size, allow_change, notes)
+  if dropped := ledger.drop_started(directory):
+    notes.append(f"{PLAN} was missing; started shards that begin again: {dropped}")
+  content = {
+    "format": FORMAT,
+    "program": f"sam3lt_jax {sam3lt_jax.__version__}",
+    "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    "fingerprint": fingerprint,
+    "shards": _sizes(len(items), shard_size),
+    "items_file": ITEMS,
+    "items_sha256": _write_items(files.join(directory, ITEMS), items),
+    "source_digest": _source_digest(items),
+  }
+  return _write(directory, content)
+
+
+def _fitting_size(
+  directory: str, items: Sequence[Item], settings: str, shard_size: int, allow_change: bool, notes: list[str]
+) -> int:
+  """`shard_size`, or that of the shards that are done, whose plan is lost; damaged ones are set aside."""
+  found: dict[int, set[str]] = {}
+  for index in sorted(ledger.committed(directory)):
+    try:
+      about, records = ledger.read_shard(directory, index)
+    except ledger.Damaged as e:
+      ledger.set_aside(directory, index)
+      notes.append(f"{e}: it is done again")
+      continue
+    if about.get("settings", settings) != settings and not allow_change:
+      raise ValueError(
+        f"{directory} holds shards ({ledger.shard_name(index)}) but no {PLAN}, and they were made with"
+        f" another model, other phrases or options. To go on, {_REMEDY}"
+      )
+    found[index] = {record["id"] for record in records}
+  for size in dict.fromkeys([*map(len, found.values()), shard_size]):
+    if all({item.id for item in items[i * size : (i + 1) * size]} == ids for i, ids in found.items()):
+      if found:
+        notes.append(
+          f"{PLAN} was missing: made anew from the source, which the {len(found)} shards that are done fit"
+        )
+      return size
+  raise ValueError(
+    f"{directory} holds {len(found)} shards that are done but no {PLAN}, and they do not fit the images that"
+    " are listed now: start the job with the source of before, or give another output folder"
+  )
+
+
+def _sizes(items: int, shard_size: int) -> list[int]:
+  return [min(shard_size, items - start) for start in range(0, items, shard_size)]
+
+
+def _agree(
+  directory: str,
+  content: dict[str, Any],
+  items: Sequence[Item],
+  fingerprint: dict[str, Any],
+  shard_size: int,
+  allow_change: bool,
+  notes: list[str],
+) -> dict[str, Any]:
+  """The plan to work by: as it is, or with what was changed in it, a sentence each in `notes`.
+
+  Raises:
+    ValueError: something differs and `allow_change` is not set, or another job is at work in the folder.
+  """
+  old, source = content["fingerprint"], _source_digest(items)
+  other = [
+    f"{key} was {_show(old.get(key))} and is now {_show(fingerprint.get(key))}"
+    for key in dict.fromkeys([*old, *fingerprint])
+    if old.get(key) != fingerprint.get(key)
+  ]
+  listed = None if source == content["source_digest"] else _Listing(directory, content, items)
+  if not other and listed is None:
+    return content
+  if not allow_change:
+    said = other + ([str(listed)] if listed else [])
+    raise ValueError(f"{directory} holds another job: {'; '.join(said)}. To go on, {_REMEDY}")
+  if other:
+    dropped = ledger.drop_started(directory)
+    begun = f"; started ones that begin again: {dropped}" if dropped else ""
+    kept = len(ledger.committed(directory))
+    notes.append(f"changed: {'; '.join(other)}; committed shards kept as they are: {kept}{begun}")
+    content = content | {"fingerprint": fingerprint}
+  if listed:
+    number = int(content["items_file"].removesuffix(".jsonl").partition("-")[2] or 0) + 1
+    added, name = _sizes(len(listed.new), shard_size), f"items-{number}.jsonl"
+    content = content | {
+      "items_file": name,
+      "items_sha256": _write_items(files.join(directory, name), listed.all()),
+      "shards": content["shards"] + added,
+      "source_digest": source,
+    }
+    done = [f"shards added for the new ones: {len(added)}"] if added else []
+    done += ["those gone are kept"] if listed.gone else []
+    done += ["the new places are used from now on"] if listed.moved else []
+    notes.append(f"changed: {listed}; {', '.join(done)}")
+  return _write(directory, content)
+
+
+def _show(value: Any) -> str:
+  text = json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+# ------------------------------------------------------------------ the items file
+
+
+def _line_of(item: Item) -> bytes:
+  entry: dict[str, Any] = {"id": item.id, "uri": item.uri}
+  if item.coco_id is not None:
+    entry["coco_id"] = item.coco_id
+  if item.meta:
+    entry["meta"] = item.meta
+  return json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _item_of(line: bytes) -> Item:
+  entry = json.loads(line)
+  return Item(entry["id"], entry["uri"], entry.get("coco_id"), entry.get("meta", {}))
+
+
+def _write_items(path: str, items: Iterable[Item]) -> str:
+  """Writes the items file; the SHA-256 of its bytes."""
+  sha = hashlib.sha256()
+  with files.atomic(path, alone=True) as f:
+    for line in map(_line_of, items):
+      sha.update(line)
+      f.write(line)
+  return sha.hexdigest()
+
+
+def _source_digest(items: Iterable[Item]) -> str:
+  """Of a listing, whatever its order: after a change the plan's order is not the listing's."""
+  digests = (hashlib.sha256(_line_of(item)).digest() for item in items)
+  return f"{sum(int.from_bytes(digest, 'big') for digest in digests) % (1 << 256):064x}"
+
+
+def _scan_items(directory: str, content: dict[str, Any]) -> array.array:
+  """The offset in bytes of each shard's first line in the items file, and the file's end.
+
+  Raises:
+    ValueError: the file is missing, or not what was planned.
+  """
+  path = files.join(directory, content["items_file"])
+  offsets, sha = array.array("Q", [0]), hashlib.sha256()
+  try:
+    with files.open_read(path) as f:
+      for size in content["shards"]:
+        offsets.append(offsets[-1])
+        for line in itertools.islice(f, size):
+          sha.update(line)
+          offsets[-1] += len(line)
+      sha.update(f.read())  # nothing, or lines that were not planned
+  except FileNotFoundError:
+    raise ValueError(f"{path} is missing: the plan cannot be opened without it; {_AGAIN}") from None
+  except OSError as e:
+    raise ValueError(f"{path} cannot be read: {e.strerror or e}") from e
+  if sha.hexdigest() != content["items_sha256"]:
+    raise ValueError(f"{path} is not what was planned: it was changed or damaged; undo that, or {_AGAIN}")
+  return offsets
+
+
+class _Listing:
+  """What differs between the plan's items and a listing."""
+
+  def __init__(self, directory: str, content: dict[str, Any], items: Sequence[Item]):
+    _scan_items(directory, content)  # raises where it is not what was planned
+    self._old, self._items = files.join(directory, content["items_file"]), items
+    gone = {_item_of(line).id: hash(line) for line in self._old_lines()}
+    self.new: list[str] = []
+    self.moved: dict[str, Item] = {}
+    for item in items:
+      known = gone.pop(item.id, None)
+      if known is None:
+        self.new.append(item.id)
+      elif known != hash(_line_of(item)):
+        self.moved[item.id] = item
+    self.gone = list(gone)
+
+  def _old_lines(self) -> Iterator[bytes]:
+    with files.open_read(self._old) as f:
+      yield from f
+
+  def __str__(self) -> str:
+    kinds = ((self.new, "new"), (self.gone, "gone"), (list(self.moved), "at another place"))
+    said = [f"{len(ids)} {what} (such as {ids[0]!r})" for ids, what in kinds if ids]
+    return f"the source has other images, {', '.join(said)}"
+
+  def all(self) -> Iterator[Item]:
+    """Old items in their old order, where they are now, then the new ones."""
+    for item in map(_item_of, self._old_lines()):
+      yield self.moved.get(item.id, item)
+    new = set(self.new)
+    yield from (item for item in self._items if item.id in new)

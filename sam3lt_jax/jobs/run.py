@@ -23,7 +23,7 @@ from sam3lt_jax.checkpoints.sources import check_phrases
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.jobs import files, ledger, reading, setup
 from sam3lt_jax.jobs.overlays import Overlays
-from sam3lt_jax.jobs.pipeline import DeviceClock, Pipeline, ShardInWork, TooManyFailures, Writer
+from sam3lt_jax.jobs.pipeline import DeviceClock, Pipeline, TooManyFailures, Writer
 from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.sources import list_items
 from sam3lt_jax.jobs.summary import Summary
@@ -184,7 +184,7 @@ def run_job(
       progress.note(note)
     committed = plan.committed()
     summary = Summary(process=f"{index} of {count}", out=plan.directory, shards=len(plan.shards))
-    summary.images_before = sum(plan.shards.size(i) for i in committed)
+    summary.images_before = sum(plan.sizes[i] for i in committed)
     if len(committed) == len(plan.shards):
       return summary.finish(started, plan)
     progress.total(plan.num_items - summary.images_before)
@@ -212,7 +212,7 @@ class _Job:
   def __init__(self, config, engine, plan, questions, summary, progress, stop, overlays):
     self._config, self._plan, self._summary, self._progress = config, plan, summary, progress
     self._stop, self._left_some = stop, False
-    self._open: list[ShardInWork] = []
+    self._open: list[ledger.ShardWriter] = []
     self._waited_before: float | None = None  # for compilation, when the first program was started
     self.engine, self.clock = engine, DeviceClock()
     engine.on_start = self._on_start
@@ -257,12 +257,12 @@ class _Job:
     finally:
       writer.abandon()
       for shard in self._open:
-        shard.writer.close()
+        shard.close()
       self.clock.close()
       waited_since = engine.waited_s - (self._waited_before or 0.0)
       summary.take_counters(self.clock, self.reader, writer, engine.waited_s, waited_since)
 
-  def _works(self, shards: Iterator[Any], process: int) -> Iterator[tuple[ShardInWork, Any]]:
+  def _works(self, shards: Iterator[Any], process: int) -> Iterator[tuple[ledger.ShardWriter, Any]]:
     """(shard, item) of what is to do, (shard, None) at each shard's end; opens shards as they are needed."""
     for shard in shards:
       if self._stop.is_set():
@@ -273,20 +273,19 @@ class _Job:
       except ledger.Busy:
         self._summary.shards_busy += 1
         continue
-      work = ShardInWork(writer)
-      self._open.append(work)
+      self._open.append(writer)
       done = frozenset(writer.done)
       self._summary.images_before += len(done)
       for item in shard.items:
         if item.id not in done:
-          yield work, item
-      yield work, None
+          yield writer, item
+      yield writer, None
 
   def _on_start(self, at: float, output: Any) -> None:
     if self._waited_before is None:
       self._waited_before = self.engine.waited_s
       for shard in self._open:  # so that `status` leaves compiling out of the rate, as the summary does
-        shard.writer.begin()
+        shard.begin()
     self.clock.started(at, output)
 
   def _on_record(self, record: dict[str, Any]) -> None:

@@ -9,16 +9,15 @@ import collections
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sam3lt_jax import locks
 from sam3lt_jax.errors import shown
-from sam3lt_jax.jobs import files, shard_files
+from sam3lt_jax.jobs import files, ledger
 from sam3lt_jax.jobs.plan import Plan
 
 WINDOW = 600.0  # seconds over which the rate is taken
-_EXAMPLES = 3  # failures shown a reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Status:
     last: seconds since something was written; None where nothing is, or it is not known.
     hosts: {"host", "process", "shards", "images", "rate", "running": [shards], "last": seconds ago}, each.
     damaged: a sentence for every shard that is not what was written, or is none of this job's.
+    finished: whether all is done.
   """
 
   directory: str
@@ -51,13 +51,10 @@ class Status:
   last: float | None
   hosts: list[dict[str, Any]]
   damaged: list[str]
-
-  @property
-  def finished(self) -> bool:
-    return self.shards["done"] == self.shards["total"]
+  finished: bool
 
   def to_json(self) -> dict[str, Any]:
-    return dataclasses.asdict(self) | {"finished": self.finished}
+    return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass
@@ -96,42 +93,51 @@ class Watcher:
 
     Raises:
       ValueError: no job there, or a damaged plan.
+      OSError: a shard that cannot be read.
     """
     now = time.time() if now is None else now
     # Listed before the plan is read, which may grow meanwhile.
-    sizes = files.sizes(files.join(self.directory, shard_files.SHARDS))
-    there = shard_files.committed(self.directory)
+    sizes = files.sizes(files.join(self.directory, ledger.SHARDS))
     plan = Plan.load(self.directory)
-    indices = range(len(plan.shards))
-    done = there.intersection(indices)
-    wrong = plan.damaged(done, sizes, self._digests, verify)
-    tally = _Tally()
-    activities = [tally.committed(i, self._digests[i]) for i in sorted(done - wrong.keys())]
-    begun = [i for i in indices if i not in done and _part_name(i) in sizes]
-    in_work = [tally.in_work(plan, i, sizes[_part_name(i)][1] or now) for i in begun]
-    in_work = [activity for activity in in_work if activity is not None]
+    total, there = len(plan.sizes), ledger.indices(sizes)
+    wrong = plan.damaged(sizes, self._digests, verify)
+    done = {i for i in there if i < total} - wrong.keys()
+    tally, images, activities, in_work = ledger.Tally(), 0, [], []
+    for about in (self._digests[i] for i in sorted(done)):
+      images += about["records"]
+      tally.reasons.update(about.get("reasons", {}))
+      for failure in about.get("examples", ()):
+        tally.show(failure)
+      activities.append(_activity(about, about["records"], about.get("committed", 0.0)))
+    for i in sorted(ledger.indices(sizes, ledger.PART) - there):
+      if i < total and (
+        found := _in_work(plan, i, sizes[ledger.shard_name(i) + ledger.PART][1] or now, tally)
+      ):
+        images += found[0]
+        in_work.append(found[1])
     running = sum(activity.running is not None for activity in in_work)
-    stopped = len(in_work) - running
     written = [activity.end for activity in activities + in_work if activity.end]
     activities += [activity for activity in in_work if activity.host is not None]
-    healthy = len(done) - len(wrong)
-    shards = {"total": len(indices), "done": healthy, "running": running, "stopped": stopped}
-    shards |= {"missing": len(indices) - len(done) - running - stopped, "damaged": len(wrong)}
-    left = plan.num_items - tally.images
+    missing = total - len(done) - len(wrong) - len(in_work)
+    left = plan.num_items - images
     rate = _rate(activities, now, finished=left == 0)
     return Status(
       directory=self.directory,
       settings=plan.fingerprint,
-      shards=shards,
-      images={"total": plan.num_items, "done": tally.images, "failed": sum(tally.reasons.values())},
+      shards={
+        "total": total, "done": len(done), "running": running, "stopped": len(in_work) - running,
+        "missing": missing, "damaged": len(wrong),
+      },
+      images={"total": plan.num_items, "done": images, "failed": tally.reasons.total()},
       failures=dict(tally.reasons.most_common()),
       examples=tally.examples,
       rate=rate,
       seconds_left=0.0 if left == 0 else left / rate if rate else None,
       last=round(max(0.0, now - max(written)), 1) if written else None,
       hosts=_hosts(activities, now),
-      damaged=[*map(str, wrong.values()), *plan.strays(there)],
-    )
+      damaged=[*map(str, wrong.values()), *plan.strays(there).values()],
+      finished=len(done) == total,
+    )  # fmt: skip
 
 
 def job_status(directory: str | os.PathLike, *, verify: bool = False, now: float | None = None) -> Status:
@@ -139,54 +145,27 @@ def job_status(directory: str | os.PathLike, *, verify: bool = False, now: float
   return Watcher(directory).look(verify=verify, now=now)
 
 
-def _part_name(index: int) -> str:
-  return f"{shard_files.shard_name(index)}.jsonl.part"
+def _activity(about: dict[str, Any], images: int, end: float, running: str | None = None) -> _Activity:
+  """`about`: what a digest file or a lock says."""
+  images, start = max(0, images - about.get("recovered", 0)), min(about.get("started", end), end)
+  return _Activity(about.get("host"), about.get("process", 0), start, end, images, running)
 
 
-class _Tally:
-  """Images and failures of all shards."""
-
-  def __init__(self):
-    self.images = 0
-    self.reasons: collections.Counter[str] = collections.Counter()
-    self.examples: list[dict[str, Any]] = []
-    self._shown: collections.Counter[str] = collections.Counter()
-
-  def committed(self, index: int, about: dict[str, Any]) -> _Activity:
-    self.images += about["records"]
-    self.reasons.update(about.get("reasons", {}))
-    self._show(about.get("examples", []))
-    end = about.get("committed", 0.0)
-    start = min(about.get("started", end), end)
-    images = about["records"] - about.get("recovered", 0)
-    return _Activity(about.get("host", "?"), about.get("process", 0), start, end, images)
-
-  def in_work(self, plan: Plan, index: int, written: float) -> _Activity | None:
-    """None for one that was committed since the folder was listed: the next look counts it."""
-    try:
-      lines = files.read(shard_files.part_path(plan.directory, index)).splitlines(keepends=True)
-    except FileNotFoundError:
-      return None
-    except OSError:  # whoever works on it says so
-      lines = []
-    lines = [line for line in lines if line.endswith(b"\n")][: plan.shards.size(index)]
-    lock = shard_files.lock_path(plan.directory, index)
-    held, about = locks.is_held(lock), _holder(lock)
-    self.images += len(lines)
-    failures = [record for line in lines if b'"error":' in line and (record := shard_files.record_of(line))]
-    failures = list(filter(shard_files.is_failure, failures))
-    self.reasons.update(record["error"] for record in failures)
-    self._show(failures)
-    images = max(0, len(lines) - about.get("recovered", 0))
-    start = min(about.get("started", written), written)
-    running = shard_files.shard_name(index) if held else None
-    return _Activity(about.get("host"), about.get("process", 0), start, written, images, running)
-
-  def _show(self, failures: Iterable[dict[str, Any]]) -> None:
-    for record in failures:
-      if self._shown[record["error"]] < _EXAMPLES:
-        self._shown[record["error"]] += 1
-        self.examples.append({k: record[k] for k in ("id", "uri", "error", "message") if k in record})
+def _in_work(plan: Plan, index: int, written: float, tally: ledger.Tally) -> tuple[int, _Activity] | None:
+  """Images in a .part file, failures to `tally`; None: it was committed since the folder was listed."""
+  try:
+    lines = files.read(ledger.path(plan.directory, index, ledger.PART)).splitlines(keepends=True)
+  except FileNotFoundError:
+    return None
+  except OSError:  # whoever works on it says so
+    lines = []
+  lines = [line for line in lines if line.endswith(b"\n")][: plan.sizes[index]]
+  for line in lines:
+    if b'"error":' in line and ledger.is_failure(record := ledger.record_of(line)):
+      tally.add(record)
+  lock = ledger.path(plan.directory, index, ledger.LOCK)
+  running = ledger.shard_name(index) if locks.is_held(lock) else None
+  return len(lines), _activity(_holder(lock), len(lines), written, running)
 
 
 def _holder(lock: str) -> dict[str, Any]:
@@ -215,7 +194,7 @@ def _rate(activities: Sequence[_Activity], now: float, finished: bool) -> float 
 def _hosts(activities: Sequence[_Activity], now: float) -> list[dict[str, Any]]:
   by_process: dict[tuple[str, int], list[_Activity]] = collections.defaultdict(list)
   for activity in activities:
-    by_process[activity.host, activity.process].append(activity)
+    by_process[activity.host or "?", activity.process].append(activity)
   return [
     {
       "host": host,
@@ -238,54 +217,47 @@ def table(status: Status) -> str:
   share = 100 * images["done"] / images["total"]
   model = status.settings.get("model")
   kind = "clips" if status.settings.get("video") else "images"
-  lines = [
-    shown(status.directory) + (f"  model {model}" if model else ""),
-    f"  shards   {', '.join(parts)} of {shards['total']:,}",
-    f"  {kind:<7}  {images['done']:,} of {images['total']:,} ({share:.1f}%), {images['failed']:,} failed",
-    f"  rate     {_speed(status)}",
+  each = (
+    f"{3600 * (status.rate or 0):.1f} clips an hour"
+    if kind == "clips"
+    else f"{status.rate or 0:.1f} images a second"
+  )
+  rows = [
+    ("shards", f"{', '.join(parts)} of {shards['total']:,}"),
+    (kind, f"{images['done']:,} of {images['total']:,} ({share:.1f}%), {images['failed']:,} failed"),
+    ("rate", _speed(status, each)),
   ]
-  for i, host in enumerate(status.hosts):
+  for host in status.hosts:
     at = f"on {', '.join(host['running'])}" if host["running"] else f"last seen {duration(host['last'])} ago"
     rate = f", {host['rate']:.1f} a second" if host["rate"] and kind == "images" else ""
-    label = "hosts" if i == 0 else ""
-    name = f"{host['host']} process {host['process']}"
-    lines.append(f"  {label:<7}  {name}: {host['images']:,} {kind}{rate}, {at}")
-  lines += _failure_lines(status)
-  lines += [f"  {'damaged' if i == 0 else '':<7}  {what}" for i, what in enumerate(status.damaged)]
+    rows.append(("hosts", f"{host['host']} process {host['process']}: {host['images']:,} {kind}{rate}, {at}"))
+  for reason, count in status.failures.items():
+    rows.append(("failed", f"{count:,} {reason}"))
+    rows += [
+      ("failed", f"  {shown(failure['id'])}: {shown(failure['message'])}")
+      for failure in status.examples
+      if failure["error"] == reason
+    ]
+  rows += [("damaged", what) for what in status.damaged]
   if status.damaged:
-    lines.append(
-      f"           sam3lt status {shown(status.directory)} --repair sets them aside, to be done again"
-    )
+    repair = f"sam3lt status {shown(status.directory)} --repair sets them aside, to be done again"
+    rows.append(("damaged", repair))
+  lines, before = [shown(status.directory) + (f"  model {model}" if model else "")], ""
+  for label, text in rows:  # a label once, before the first of its rows
+    lines.append(f"  {'' if label == before else label:<7}  {text}")
+    before = label
   return "\n".join(lines)
 
 
-def _speed(status: Status) -> str:
+def _speed(status: Status, each: str) -> str:
   if status.finished:
-    return f"{_each(status)} over all; finished" if status.rate else "finished"
+    return f"{each} over all; finished" if status.rate else "finished"
   idle = not status.shards["running"] and not files.is_remote(status.directory)
   if idle or status.rate is None:
     last = "nothing is written yet" if status.last is None else f"last written {duration(status.last)} ago"
     return "; ".join(filter(None, ["no process works on it now" if idle else "", last]))
   left = "" if status.seconds_left is None else f", {duration(status.seconds_left)} to go"
-  return f"{_each(status)} lately{left}"
-
-
-def _each(status: Status) -> str:
-  if status.settings.get("video"):
-    return f"{3600 * status.rate:.1f} clips an hour"
-  return f"{status.rate:.1f} images a second"
-
-
-def _failure_lines(status: Status) -> list[str]:
-  lines = []
-  for reason, count in status.failures.items():
-    label = "" if lines else "failed"
-    lines.append(f"  {label:<7}  {count:,} {reason}")
-    examples = [record for record in status.examples if record["error"] == reason]
-    lines += [
-      f"             {shown(record['id'])}: {shown(record.get('message', ''))}" for record in examples
-    ]
-  return lines
+  return f"{each} lately{left}"
 
 
 def duration(seconds: float) -> str:

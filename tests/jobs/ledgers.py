@@ -1,9 +1,10 @@
 """What the tests of the ledger share: processes to kill, paths, records."""
 
 import multiprocessing
+import os
 import pathlib
 
-from sam3lt_jax.jobs import shard_files
+from sam3lt_jax.jobs import ledger
 from tests.jobs import work
 
 # A server that has imported everything forks the processes, so that a life takes hundredths of a second.
@@ -18,15 +19,29 @@ def start(target, *arguments):
 
 
 def part_of(directory, index=0):
-  return pathlib.Path(shard_files.part_path(str(directory), index))
+  return pathlib.Path(ledger.path(str(directory), index, ledger.PART))
 
 
 def data_of(directory, index=0):
-  return pathlib.Path(shard_files.data_path(str(directory), index))
+  return pathlib.Path(ledger.path(str(directory), index))
 
 
 def records(shard, *indices):
   return [work.record(shard.items[i]) for i in indices]
+
+
+def damage(directory, index):
+  """What is wrong with a committed shard, all of which is read for it; None if nothing is."""
+  try:
+    ledger.read_shard(str(directory), index)
+  except ledger.Damaged as e:
+    return str(e)
+  return None
+
+
+def started(directory):
+  """Shards in work, or left by a kill."""
+  return ledger.indices(os.listdir(f"{directory}/{ledger.SHARDS}"), ledger.PART)
 
 
 TAILS = {

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from sam3lt_jax import locks
-from sam3lt_jax.jobs import ledger, shard_files
+from sam3lt_jax.jobs import ledger
 from sam3lt_jax.jobs.ledger import Busy, ShardWriter
 from sam3lt_jax.jobs.plan import Plan
-from tests.jobs import work
+from tests.jobs import ledgers, work
 from tests.jobs.ledgers import TAILS, data_of, part_of, processes, records, start
 
 
@@ -22,13 +22,13 @@ def test_a_shard_from_begin_to_commit(plan):
     assert writer.done == set()
     writer.append(records(shard, 1))
     writer.append([])
-    assert writer.done == {"0009.jpg"} and not plan.is_committed(2)
+    assert writer.done == {"0009.jpg"} and not plan.committed()
     assert part_of(plan.directory, 2).read_bytes().count(b"\n") == 1
     writer.append(records(shard, 0))
-    writer.commit({"seconds": 1.5, "device": "cpu"})
-  assert plan.committed() == {2} and plan.is_committed(2)
-  about, lines = shard_files.read_shard(plan.directory, 2)
-  assert len(lines) == 2 and list(shard_files.read_records(plan.directory, 2)) == records(shard, 1, 0)
+    writer.commit(seconds=1.5, device="cpu")
+  assert plan.committed() == {2}
+  about, lines = ledger.read_shard(plan.directory, 2)
+  assert len(lines) == 2 and ledger.read_shard(plan.directory, 2)[1] == records(shard, 1, 0)
   wanted = {
     "shard": 2,
     "records": 2,
@@ -49,7 +49,7 @@ def test_failures_are_counted_and_some_are_shown(tmp_path):
   with ShardWriter(plan, plan.shards[0]) as writer:  # those of an earlier run count
     writer.append(records(plan.shards[0], *range(50, 100)))
     writer.commit()
-  about = shard_files.read_digest(plan.directory, 0)
+  about = ledger.read_shard(plan.directory, 0)[0]
   assert about["failures"] == 10 and about["reasons"] == {"truncated": 10} and about["recovered"] == 50
   assert [e["id"] for e in about["examples"]] == ["0007.jpg", "0017.jpg", "0027.jpg"]
   assert set(about["examples"][0]) == {"id", "uri", "error", "message"}
@@ -116,17 +116,17 @@ def test_a_shard_in_other_hands_is_busy(plan):
       ShardWriter(plan, plan.shards[0]),
     ):
       pass
-    assert shard_files.started(plan.directory) == {0}
+    assert ledgers.started(plan.directory) == {0}
     writer.append(records(plan.shards[0], 0, 1, 2, 3))
     writer.commit()
   with pytest.raises(Busy, match="was committed meanwhile"), ShardWriter(plan, plan.shards[0]):
     pass
-  assert plan.committed() == {0} and shard_files.started(plan.directory) == set()
+  assert plan.committed() == {0} and ledgers.started(plan.directory) == set()
 
 
 def test_looking_whether_it_is_held_does_not_take_a_shard_away(plan):
   """`sam3lt status` holds the lock for a moment; a job that comes just then must not skip the shard."""
-  path = shard_files.lock_path(plan.directory, 0)
+  path = ledger.path(plan.directory, 0, ledger.LOCK)
   assert not locks.is_held(path)
   with ShardWriter(plan, plan.shards[0]):
     assert locks.is_held(path) and locks.holder(path)["pid"] == os.getpid()
@@ -216,7 +216,3 @@ def test_a_file_system_without_locks(plan, monkeypatch):
   with pytest.warns(UserWarning, match="no file locks .*one job at a time"):
     work.finish(plan)
   work.check_whole(plan.directory, 10)
-
-
-def test_the_ledger_offers_what_the_engine_imports():
-  assert issubclass(ledger.Busy, ValueError)

@@ -5,9 +5,9 @@ import random
 import signal
 import time
 
-from sam3lt_jax.jobs import shard_files
+from sam3lt_jax.jobs import ledger
 from sam3lt_jax.jobs.plan import Plan
-from tests.jobs import work
+from tests.jobs import ledgers, work
 from tests.jobs.ledgers import TAILS, start
 
 
@@ -40,8 +40,8 @@ def test_killed_at_random_moments(tmp_path):
         torn += 1
         with open(part, "ab") as f:
           f.write(rng.choice(list(TAILS.values())))
-    for index in shard_files.committed(str(directory)):
-      assert shard_files.damage(str(directory), index) is None
+    for index in ledger.committed(str(directory)):
+      assert ledgers.damage(str(directory), index) is None
   assert at_work >= 5, "most lives were killed before they did anything"
   work.life(directory, number, size, log=log)
   work.check_whole(directory, number)
@@ -63,8 +63,8 @@ def test_killed_at_every_step(tmp_path):
       break
     assert process.exitcode == -signal.SIGKILL
     kills += 1
-    for index in shard_files.committed(str(directory)):
-      assert shard_files.damage(str(directory), index) is None
+    for index in ledger.committed(str(directory)):
+      assert ledgers.damage(str(directory), index) is None
     work.life(directory, 6, 3)
     work.check_whole(directory, 6)
     step += 1

@@ -7,9 +7,9 @@ import random
 import fsspec
 import pytest
 
-from sam3lt_jax.jobs import files, shard_files
+from sam3lt_jax.jobs import files, ledger
 from sam3lt_jax.jobs.ledger import Busy, ShardWriter
-from tests.jobs import work
+from tests.jobs import ledgers, work
 from tests.jobs.ledgers import data_of, part_of, records
 
 
@@ -78,14 +78,14 @@ def test_damage_is_found_and_done_again(plan):
   data[30] ^= 1
   data_of(directory, 1).write_bytes(data)
   os.truncate(data_of(directory, 2), 100)
-  os.unlink(shard_files.digest_path(directory, 0))
-  assert [shard_files.damage(directory, i) for i in range(3)] == [
+  os.unlink(ledger.path(directory, 0, ledger.DIGEST))
+  assert [ledgers.damage(directory, i) for i in range(3)] == [
     "shard-00000 is damaged: its digest file is missing",
     "shard-00001 is damaged: its content is not what was written",
-    f"shard-00002 is damaged: it has 100 of {shard_files.read_digest(directory, 2)['bytes']} bytes",
+    f"shard-00002 is damaged: it has 100 of {ledger.read_digests(directory, [2])[2]['bytes']} bytes",
   ]
-  with pytest.raises(shard_files.Damaged, match="shard-00001 is damaged"):
-    shard_files.read_shard(directory, 1)
+  with pytest.raises(ledger.Damaged, match="shard-00001 is damaged"):
+    ledger.read_shard(directory, 1)
   quick = work.open_plan(directory, 10, 4)  # finds what sizes and digest files tell
   assert [note.partition(":")[0] for note in quick.notes] == [
     "shard-00000 is damaged",
@@ -120,11 +120,11 @@ def test_object_store(bucket):
     writer.append(records(shard, 1, 0))
     writer.commit()
   assert bucket.committed() == {0}
-  assert list(shard_files.read_records(bucket.directory, 0)) == records(shard, 0, 1, 2, 3)
+  assert ledger.read_shard(bucket.directory, 0)[1] == records(shard, 0, 1, 2, 3)
   with pytest.raises(Busy, match="committed meanwhile"), ShardWriter(bucket, shard):
     pass
   work.finish(bucket)
-  assert [shard_files.damage(bucket.directory, i) for i in range(3)] == [None] * 3
+  assert [ledgers.damage(bucket.directory, i) for i in range(3)] == [None] * 3
   fs = fsspec.filesystem("memory")
   fs.pipe_file("/bucket/job/shards/shard-00001.jsonl", b"{}\n")
   assert len(work.open_plan("memory://bucket/job", 10, 4, verify=True).notes) == 1
@@ -161,4 +161,4 @@ def test_two_jobs_put_one_shard_of_an_object_store(bucket, monkeypatch, seed):
     except files.CannotWrite as e:
       assert "another job keeps writing it" in str(e)
   monkeypatch.undo()
-  assert shard_files.damage(bucket.directory, 0) is None
+  assert ledgers.damage(bucket.directory, 0) is None

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sam3lt_jax.engine import Engine
-from sam3lt_jax.jobs import files, ledger, pipeline, reading, run, setup, shard_files, status
+from sam3lt_jax.jobs import files, ledger, pipeline, reading, run, setup, status
 from sam3lt_jax.jobs import results as job_results
 from sam3lt_jax.jobs.overlays import Overlays
 from sam3lt_jax.jobs.run import JobConfig, Progress, run_job
@@ -341,7 +341,7 @@ def test_compiling_is_no_part_of_the_rate(job, compiled, monkeypatch, tmp_path):
   monkeypatch.setattr(status, "WINDOW", 1e9)
   summary = job(shard_size=100)
   out = str(tmp_path / "out")
-  assert summary.shards == 1 and summary.seconds > 1.5 > shard_files.read_digest(out, 0)["seconds"]
+  assert summary.shards == 1 and summary.seconds > 1.5 > ledger.read_shard(out, 0)[0]["seconds"]
   assert job_status(out).rate > summary.images / 1.5
 
 

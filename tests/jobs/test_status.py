@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from sam3lt_jax import cli
-from sam3lt_jax.jobs import shard_files, status
+from sam3lt_jax.jobs import ledger, status
 from sam3lt_jax.jobs.ledger import ShardWriter
 from sam3lt_jax.jobs.status import Watcher, duration, job_status, table
 from tests.jobs import work
@@ -21,7 +21,7 @@ def commit(plan, index, start=NOW, end=NOW, host="h", process=0):
   shard = plan.shards[index]
   with ShardWriter(plan, shard, process) as writer:
     writer.append([work.record(item) for item in shard.items if item.id not in writer.done])
-    writer.commit({"started": start, "committed": end, "host": host})
+    writer.commit(started=start, committed=end, host=host)
 
 
 @pytest.fixture
@@ -97,12 +97,12 @@ def test_what_earlier_runs_did_is_not_this_ones_rate(plan):
 def test_a_shard_in_work_counts_to_the_rate(plan):
   with ShardWriter(plan, plan.shards[0]) as writer:
     writer.append([work.record(item) for item in plan.shards[0].items[:6]])
-    lock = shard_files.lock_path(plan.directory, 0)
+    lock = ledger.path(plan.directory, 0, ledger.LOCK)
     about = json.loads(open(lock).read())
     assert about["recovered"] == 0 and about["pid"] == os.getpid()
     with open(lock, "w") as f:
       json.dump(about | {"started": NOW - 12}, f)
-    os.utime(shard_files.part_path(plan.directory, 0), (NOW, NOW))
+    os.utime(ledger.path(plan.directory, 0, ledger.PART), (NOW, NOW))
     now = job_status(plan.directory, now=NOW)
   assert now.rate == pytest.approx(0.5) and now.seconds_left == pytest.approx(88)
 
@@ -110,9 +110,9 @@ def test_a_shard_in_work_counts_to_the_rate(plan):
 def test_damage(plan, capsys):
   for i in range(5):
     commit(plan, i)
-  os.truncate(shard_files.data_path(plan.directory, 1), 10)
-  os.unlink(shard_files.digest_path(plan.directory, 3))
-  with open(shard_files.data_path(plan.directory, 4), "r+b") as f:
+  os.truncate(ledger.path(plan.directory, 1), 10)
+  os.unlink(ledger.path(plan.directory, 3, ledger.DIGEST))
+  with open(ledger.path(plan.directory, 4), "r+b") as f:
     f.write(b"?")
   quick = job_status(plan.directory)  # sizes are compared; what has the right size is read on demand
   assert quick.shards["damaged"] == 2 and quick.shards["done"] == 3 and not quick.finished
@@ -136,7 +136,7 @@ def test_right_after_a_stop_it_tells_when_it_was_written(plan):
   """The shard that was left in order names no host any more; when it was written the file itself tells."""
   with ShardWriter(plan, plan.shards[0]) as writer:
     writer.append([work.record(item) for item in plan.shards[0].items[:6]])
-  os.utime(shard_files.part_path(plan.directory, 0), (NOW, NOW))
+  os.utime(ledger.path(plan.directory, 0, ledger.PART), (NOW, NOW))
   now = job_status(plan.directory, now=NOW + 12)
   assert now.last == 12 and now.hosts == [] and now.shards["stopped"] == 1
   assert "  rate     no process works on it now; last written 12 s ago" in table(now)
@@ -146,7 +146,7 @@ def test_right_after_a_stop_it_tells_when_it_was_written(plan):
 def test_edited_files_in_a_jobs_folder(plan, capsys):
   """Each is a damaged shard in a sentence, or nothing to care about; never a traceback."""
   commit(plan, 0)
-  digest = shard_files.digest_path(plan.directory, 0)
+  digest = ledger.path(plan.directory, 0, ledger.DIGEST)
   about = json.loads(open(digest).read())
   odd = {
     "records": (9, -1, "10", 1e3), "failures": (0, None), "reasons": ([], {"x": "y"}), "host": ([], 3),
@@ -162,17 +162,17 @@ def test_edited_files_in_a_jobs_folder(plan, capsys):
     json.dump(about, f)
   with ShardWriter(plan, plan.shards[1]) as writer:
     writer.append([work.record(item) for item in plan.shards[1].items[:8]])
-    with open(shard_files.part_path(plan.directory, 1), "a") as f:
+    with open(ledger.path(plan.directory, 1, ledger.PART), "a") as f:
       f.write('{"error": "x"}\n{"error": 3, "id": 1}\n[]\nx\n"error":\n' * 3)
     for said in (b"", b"[]", b'{"host": [], "process": "x", "started": "x", "recovered": NaN}'):
-      with open(shard_files.lock_path(plan.directory, 1), "wb") as f:
+      with open(ledger.path(plan.directory, 1, ledger.LOCK), "wb") as f:
         f.write(said)
       now = job_status(plan.directory)
       assert now.shards["running"] == 1 and now.failures == {"truncated": 2} and table(now)
       assert now.images["done"] == 20  # at most what the shard has
   assert cli.main(["status", plan.directory, "--verify"]) == 0
-  os.link(digest, shard_files.digest_path(plan.directory, 9))
-  os.link(shard_files.data_path(plan.directory, 0), shard_files.data_path(plan.directory, 9))
+  os.link(digest, ledger.path(plan.directory, 9, ledger.DIGEST))
+  os.link(ledger.path(plan.directory, 0), ledger.path(plan.directory, 9))
   capsys.readouterr()
   assert cli.main(["status", plan.directory]) == 1
   assert "damaged  shard-00009 is no shard of this job, which has 5" in capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_watching(plan, capsys, monkeypatch):
   watcher = Watcher(plan.directory)
   watcher.look()
   for i in range(5):
-    os.unlink(shard_files.digest_path(plan.directory, i))
+    os.unlink(ledger.path(plan.directory, i, ledger.DIGEST))
   assert watcher.look().images["done"] == 50
 
 
