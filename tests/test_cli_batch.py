@@ -7,7 +7,7 @@ import pytest
 
 from sam3lt_jax import cli
 from sam3lt_jax.cli import batch
-from sam3lt_jax.jobs import run, setup
+from sam3lt_jax.jobs import run
 from sam3lt_jax.jobs.summary import Summary
 from tests.jobs import pictures
 
@@ -38,7 +38,7 @@ def asked(monkeypatch):
 
 def test_a_job_from_the_command_line(tmp_path, monkeypatch, capsys):
   photos = pictures.folder(tmp_path / "photos", 3)
-  monkeypatch.setattr(setup, "load", lambda *_, ahead: (pictures.predictor().engine, "weights"))
+  monkeypatch.setattr(run, "load", lambda *_: (pictures.predictor().engine, "weights"))
   arguments = [
     "batch", str(photos), "--prompts", "a dog", "--out", str(tmp_path / "out"), "--threshold", "0",
     "--overlays", "1",

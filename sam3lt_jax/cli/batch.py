@@ -129,29 +129,20 @@ def _video_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   start(args)
-  if args.video:
-    return _run_clips(args)
-  with _Shown("starting") as shown:
-    from sam3lt_jax.jobs.run import JobConfig, run_job
-
-    config = JobConfig(**filled(JobConfig, args))
-    if args.model.startswith(RANDOM):
-      shown.note(RANDOM_WARNING.replace("the masks and scores below", "the results"))
-    summary = run_job(config, progress=shown)
-  print(json.dumps(summary.to_json()) if args.json else summary)
-  return summary.exit_code
-
-
-def _run_clips(args: argparse.Namespace) -> int:
-  if args.prompts_file is not None:
+  if args.video and args.prompts_file is not None:
     raise UserError("--video takes --prompts, the same for every clip, and no --prompts-file")
   with _Shown("starting") as shown:
-    from sam3lt_jax.jobs.clips import ClipConfig, run_clips
-
-    config = ClipConfig(**filled(ClipConfig, args) | {"tracker": tracker_of(args)})
     if args.model.startswith(RANDOM):
       shown.note(RANDOM_WARNING.replace("the masks and scores below", "the results"))
-    summary = run_clips(config, progress=shown)
+    if args.video:
+      from sam3lt_jax.jobs.clips import ClipConfig, run_clips
+
+      config = ClipConfig(**filled(ClipConfig, args) | {"tracker": tracker_of(args)})
+      summary = run_clips(config, progress=shown)
+    else:
+      from sam3lt_jax.jobs.run import JobConfig, run_job
+
+      summary = run_job(JobConfig(**filled(JobConfig, args)), progress=shown)
   print(json.dumps(summary.to_json()) if args.json else summary)
   return summary.exit_code
 

@@ -1,4 +1,4 @@
-"""What a job writes: one JSON line an image, with its instances as COCO RLE, or with the reason it has none.
+"""What a job writes of an image: a line of JSON, with its instances as COCO RLE or the reason it has none.
 
 A record is
 
@@ -13,18 +13,24 @@ decimals, so nothing is lost, and the same image gives the same line again.
 
 from __future__ import annotations
 
-import json
+import hashlib
+import io
+import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sam3lt_jax.data import rle as rle_ops
+from sam3lt_jax.errors import shown
+from sam3lt_jax.jobs import files, reading
 from sam3lt_jax.jobs.reading import Failure
 from sam3lt_jax.processing.prompts import Prompt
 from sam3lt_jax.processing.results import Results, hold_masks
 
 Record = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def image_record(item: Any, size: tuple[int, int], instances: Sequence[Record]) -> Record:
@@ -65,11 +71,6 @@ def _short(value: Any) -> float:
   return float(str(np.float32(value)))
 
 
-def to_line(record: Record) -> str:
-  """A record as its line of JSON, without the line's end."""
-  return json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
 def to_results(record: Record) -> Results:
   """The record of an image as `Results`, masks decoded.
 
@@ -92,3 +93,39 @@ def to_results(record: Record) -> Results:
     )
   except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
     raise ValueError(f"record: that of image {record.get('id')!r} is not as it was written ({e!r})") from e
+
+
+class Overlays:
+  """Draws `count` images, spread evenly over `items`: the same ones in every run and on every host."""
+
+  def __init__(self, directory: str, items: Sequence[Any], count: int):
+    count = min(count, len(items))
+    self._ids = frozenset(items[i * len(items) // count].id for i in range(count))
+    self._folder = files.join(directory, "overlays")
+    if count:
+      files.make_folder(self._folder)
+
+  def draw(self, item: Any, record: dict[str, Any]) -> None:
+    """Writes the overlay of an image's record, if it is one of the sample. Raises CannotWrite.
+
+    One that cannot be drawn (its file is gone meanwhile, say) is left out and logged.
+    """
+    if item.id not in self._ids:
+      return
+    out = io.BytesIO()
+    try:
+      image = reading.load_item(item)
+      drawn = to_results(record).sort().render(image, scale="auto")
+      drawn.save(out, "JPEG", quality=92, subsampling=0)
+    except (OSError, ValueError, EOFError, MemoryError) as e:
+      _log.warning("no overlay of %s: %s", shown(item.uri), shown(e))
+      return
+    files.write_atomic(files.join(self._folder, _file_name(item.id)), out.getvalue())
+
+
+def _file_name(item_id: str) -> str:
+  """A file's name for an id: different ids have different names."""
+  plain = re.sub(r"[^\w.-]+", "_", item_id)[-100:]
+  if plain != item_id:
+    plain += f"-{hashlib.sha256(item_id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+  return f"{plain}.overlay.jpg"

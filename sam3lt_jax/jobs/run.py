@@ -6,58 +6,54 @@
 Started again with the same arguments it does what is missing and only that. On several hosts, or in several
 processes, every one runs the same call: each takes shards by its number, then those that others have left,
 and none waits for another.
+
+`run_part` is what jobs of images (here) and of clips (`clips`) share: list, load, plan, work, summary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sam3lt_jax import devices, storage
+import jax
+import numpy as np
+
+from sam3lt_jax import devices, parallel, storage
+from sam3lt_jax.checkpoints import open_checkpoint
 from sam3lt_jax.checkpoints.sources import check_phrases
-from sam3lt_jax.engine import Engine
-from sam3lt_jax.jobs import files, ledger, reading, setup
-from sam3lt_jax.jobs.overlays import Overlays
+from sam3lt_jax.checkpoints.summary import digest
+from sam3lt_jax.engine import IMAGE_BUCKETS, PROMPT_BUCKETS, Engine
+from sam3lt_jax.errors import renamed
+from sam3lt_jax.jobs import files, ledger, reading
 from sam3lt_jax.jobs.pipeline import DeviceClock, Pipeline, TooManyFailures, Writer
-from sam3lt_jax.jobs.plan import Plan
-from sam3lt_jax.jobs.sources import list_items
+from sam3lt_jax.jobs.plan import Plan, Shard
+from sam3lt_jax.jobs.questions import Questions
+from sam3lt_jax.jobs.results import Overlays
+from sam3lt_jax.jobs.sources import Item, list_items
 from sam3lt_jax.jobs.summary import Summary
-from sam3lt_jax.jobs.summary import write as write_summary
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing import images, postprocess
 
-MAX_FAILURES = 0.5
 SHARD_SIZES = (16, 500)
+_LISTED = 10_000  # phrases that stand in plan.json; more only by their digest
 
 
 @dataclasses.dataclass(frozen=True)
-class JobConfig:
-  """What a job is.
+class Config:
+  """What jobs of images and of clips are both told.
 
   Attributes:
-    source: what to read, see `sources.list_items`; `images`, `recursive` as there.
+    source: what to read, see `sources.list_items`; `recursive` as there.
     out: the job's folder, or a URL.
-    phrases: asked of every image; or
-    prompts_file: phrases, or questions an image, see `questions`.
+    phrases: asked of every image or clip.
     model, profile, dtype, image_size: see `Predictor.from_pretrained`.
     threshold: detections with a score above it are kept. None: the profile's.
-    mask_threshold: probability above which a pixel belongs to its object.
-    batch: images a device that run together. None: 8 on accelerators, or as many as the compiled programs
-      leave room for; 1 on a CPU.
-    buckets: questions of an image that run together, ascending. None: see `setup.engine_options`.
-    model_parallel: devices that share one copy of the weights.
-    workers: images decoded at once. None: as many as there are cores, 2 to 16. worker_processes: in processes
-      instead of threads, see `reading`.
-    shard_size: images that are committed together. None: an eighth of what a process does, 16 to 500. What
-      is in a shard that is not yet complete survives a restart all the same (not on object stores).
-    max_pixels: larger images are recorded as failures.
-    max_failures: share of failed images above which the job stops, from 20 images on.
-    overlays: so many images, spread evenly over the source, are also drawn, into OUT/overlays.
     allow_change, verify: see `Plan.open`.
     process_index, process_count: which part of the job this process does. None: as `jax.distributed` has it,
       where it was started, else 0 of 1.
@@ -67,12 +63,59 @@ class JobConfig:
   source: str | Sequence[str]
   out: str
   phrases: Sequence[str] = ()
-  prompts_file: str | None = None
   model: str = "s0"
   profile: Any = None
   dtype: str = "float32"
   image_size: int | None = None
   threshold: float | None = None
+  recursive: bool = True
+  allow_change: bool = False
+  verify: bool = False
+  process_index: int | None = None
+  process_count: int | None = None
+  compilation_cache: str | None = None
+
+  def __post_init__(self):
+    if (self.process_index is None) != (self.process_count is None):
+      raise ValueError("process_index and process_count go together; one was given")
+    if self.process_count is not None and not 0 <= self.process_index < self.process_count:
+      raise ValueError(
+        f"process_index={self.process_index} of process_count={self.process_count}; accepted: 0 to one less"
+      )
+    if self.threshold is not None:
+      postprocess.check_threshold("threshold", self.threshold)
+
+  def process(self) -> tuple[int, int]:
+    """(index, count) of this process."""
+    if self.process_count is not None:
+      return self.process_index, self.process_count
+    devices.check()
+    return jax.process_index(), jax.process_count()
+
+
+@dataclasses.dataclass(frozen=True)
+class JobConfig(Config):
+  """What a job of images is.
+
+  Attributes:
+    prompts_file: in place of `phrases`: phrases, or questions an image, see `questions`.
+    images: see `sources.list_items`.
+    mask_threshold: probability above which a pixel belongs to its object.
+    batch: images a device that run together. None: 8 on accelerators, or as many as the compiled programs
+      leave room for; 1 on a CPU.
+    buckets: questions of an image that run together, ascending. None: see `engine_options`.
+    model_parallel: devices that share one copy of the weights.
+    workers: images decoded at once. None: as many as there are cores, 2 to 16. worker_processes: in processes
+      instead of threads, see `reading`.
+    shard_size: images that are committed together. None: an eighth of what a process does, 16 to 500. What
+      is in a shard that is not yet complete survives a restart all the same (not on object stores).
+    max_pixels: larger images are recorded as failures.
+    max_failures: share of failed images above which the job stops, from 20 images on.
+    overlays: so many images, spread evenly over the source, are also drawn, into OUT/overlays.
+  """
+
+  prompts_file: str | None = None
+  images: str | None = None
   mask_threshold: float = 0.5
   batch: int | None = None
   buckets: Sequence[int] | None = None
@@ -81,15 +124,8 @@ class JobConfig:
   worker_processes: bool = False
   shard_size: int | None = None
   max_pixels: int = reading.MAX_PIXELS
-  max_failures: float = MAX_FAILURES
+  max_failures: float = 0.5
   overlays: int = 0
-  allow_change: bool = False
-  verify: bool = False
-  images: str | None = None
-  recursive: bool = True
-  process_index: int | None = None
-  process_count: int | None = None
-  compilation_cache: str | None = None
 
   def __post_init__(self):
     if bool(self.phrases) == (self.prompts_file is not None):
@@ -101,19 +137,12 @@ class JobConfig:
       value = getattr(self, name)
       if value is not None and value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
-    if (self.process_index is None) != (self.process_count is None):
-      raise ValueError("process_index and process_count go together; one was given")
-    if self.process_count is not None and not 0 <= self.process_index < self.process_count:
-      raise ValueError(
-        f"process_index={self.process_index} of process_count={self.process_count}; accepted: 0 to one less"
-      )
-    if self.threshold is not None:
-      postprocess.check_threshold("threshold", self.threshold)
+    super().__post_init__()
     postprocess.check_threshold("mask_threshold", self.mask_threshold)
 
 
 class Progress:
-  """What `run_job` tells while it runs; this one says nothing."""
+  """What a job tells while it runs; this one says nothing."""
 
   def phase(self, text: str) -> None:
     """What is being done now."""
@@ -128,21 +157,17 @@ class Progress:
     """Something the user may want to know."""
 
 
-def run_job(
-  config: JobConfig,
-  *,
-  predictor: Predictor | None = None,
-  progress: Progress | None = None,
-  stop: threading.Event | None = None,
-) -> Summary:
+def run_part(job: Any, progress: Progress, stop: threading.Event) -> Summary:
   """Runs this process's part of a job.
 
   SIGINT and SIGTERM (where this is the main thread) end it early, as `stop` does: what the devices have is
   finished and written, started shards stay in the folder for the next run. A second signal ends it at once.
 
   Args:
-    predictor: a loaded model in place of the configuration's `model`, `dtype` and so on.
+    job: `_Images` or `clips._Clips`. Asked in this order: `items()`; `load(items)`, which loads the model and
+      returns the fingerprint; `shard_size(items, processes)`; `work(plan, items, shards, summary)`.
     progress: hears what is going on.
+    stop: ends it early.
 
   Returns:
     A `Summary`; its `stopped` says why the job ended early, if it did.
@@ -151,105 +176,134 @@ def run_job(
     ValueError: something in the configuration, the source or the prompts, in one sentence.
     CannotWrite: (ValueError) the output folder cannot be written or is full.
   """
-  started = time.perf_counter()
-  progress, stop = progress or Progress(), stop or threading.Event()
-  index, count = setup.process_number(config)
+  started, config = time.perf_counter(), job.config
+  index, count = config.process()
   with storage.signals(stop.set) as caught:
     files.make_folder(files.absolute(config.out))
-    progress.phase("listing the images")
-    items = list_items(config.source, recursive=config.recursive, images=config.images)
-    if not len(items):
-      raise ValueError(f"source holds no image: {config.source}")
-    questions = setup.load_questions(config)
-    if skipped := questions.check_items(item.id for item in items) if questions.per_image else 0:
-      progress.note(f"nothing is asked of {skipped} of {len(items)} images")
-    if predictor is None:
-      check_phrases(config.model, questions.phrases)
+    progress.phase("listing the source")
+    items = job.items()
     devices.keep_compiled(config.compilation_cache)
-    first = itertools.islice(items, SHARD_SIZES[1])
-    asked = max([1, *(len(questions.for_item(item.id)) for item in first)])
     progress.phase(f"loading {config.model}")
-    if predictor is None:
-      engine, weights = setup.load(config, asked, ahead=not Plan.is_done(config.out))
-    else:
-      engine, weights = None, setup.digest(predictor.variables)
-    loaded = predictor or engine
-    fingerprint = setup.fingerprint(config, loaded.model, loaded.processor, questions, weights)
-    shard_size = config.shard_size or min(max(-(-len(items) // (8 * count)), SHARD_SIZES[0]), SHARD_SIZES[1])
+    fingerprint = job.load(items)
     plan = Plan.open(
-      config.out, items, fingerprint, shard_size,
+      config.out, items, fingerprint, job.shard_size(len(items), count),
       allow_change=config.allow_change, verify=config.verify,
     )  # fmt: skip
     for note in plan.notes:
       progress.note(note)
     committed = plan.committed()
-    summary = Summary(process=f"{index} of {count}", out=plan.directory, shards=len(plan.shards))
+    summary = Summary(f"{index} of {count}", plan.directory, len(plan.sizes), started=started)
+    summary.video = bool(fingerprint.get("video"))
     summary.images_before = sum(plan.sizes[i] for i in committed)
-    if len(committed) == len(plan.shards):
-      return summary.finish(started, plan)
+    if len(committed) == len(plan.sizes):
+      return summary.finish(plan)
     progress.total(plan.num_items - summary.images_before)
-    progress.phase("preparing the devices")
-    overlays = Overlays(plan.directory, items, config.overlays)
-    if engine is None:
-      options = setup.engine_options(config, asked)
-      engine = Engine(predictor.model, predictor.variables, predictor.processor, **options)
-    progress.note(f"running on {devices.running(engine.devices, engine.model.dtype)}")
-    engine.compile_ahead(engine.rows, asked)
-    if config.batch is None:
-      engine.fit_memory(asked)
-    job = _Job(config, engine, plan, questions, summary, progress, stop, overlays)
-    job.run(plan.missing(index, count), index, started)
+    job.work(plan, items, plan.missing(index, count), summary)
     if caught and summary.stopped is not None:
       summary.signal, summary.stopped = caught[0], f"{summary.stopped} by {signal.Signals(caught[0]).name}"
-    summary.finish(started, plan)
-    write_summary(plan.directory, index, summary)
+    summary.finish(plan).write(index)
     return summary
 
 
-class _Job:
-  """The stages of one run, put together, and what is counted of them."""
+def run_job(
+  config: JobConfig,
+  *,
+  predictor: Predictor | None = None,
+  progress: Progress | None = None,
+  stop: threading.Event | None = None,
+) -> Summary:
+  """Runs this process's part of a job of images, see `run_part`.
 
-  def __init__(self, config, engine, plan, questions, summary, progress, stop, overlays):
-    self._config, self._plan, self._summary, self._progress = config, plan, summary, progress
-    self._stop, self._left_some = stop, False
+  Args:
+    predictor: a loaded model in place of the configuration's `model`, `dtype` and so on.
+  """
+  progress, stop = progress or Progress(), stop or threading.Event()
+  return run_part(_Images(config, predictor, progress, stop), progress, stop)
+
+
+class _Images:
+  """A job of images: its model, and the stages of its run, put together."""
+
+  def __init__(
+    self, config: JobConfig, predictor: Predictor | None, progress: Progress, stop: threading.Event
+  ):
+    self.config, self._predictor, self._progress, self._stop = config, predictor, progress, stop
+    self._engine: Engine | None = None
     self._open: list[ledger.ShardWriter] = []
     self._waited_before: float | None = None  # for compilation, when the first program was started
-    self.engine, self.clock = engine, DeviceClock()
-    engine.on_start = self._on_start
+    self._clock: DeviceClock | None = None
+
+  def items(self) -> Sequence[Item]:
+    config = self.config
+    items = list_items(config.source, recursive=config.recursive, images=config.images)
+    file = config.prompts_file
+    questions = Questions.of_phrases(config.phrases) if file is None else Questions.from_file(file)
+    self._questions = questions
+    if skipped := questions.check_items(item.id for item in items) if questions.per_image else 0:
+      self._progress.note(f"nothing is asked of {skipped} of {len(items)} images")
+    first = itertools.islice(items, SHARD_SIZES[1])
+    self._asked = max([1, *(len(questions.for_item(item.id)) for item in first)])
+    if self._predictor is None:
+      check_phrases(config.model, questions.phrases)
+    return items
+
+  def load(self, items: Sequence[Item]) -> dict[str, Any]:
+    if self._predictor is None:
+      ahead = not Plan.is_done(self.config.out)
+      self._engine, weights = load(self.config, self._asked, ahead)
+    else:
+      weights = digest(self._predictor.variables)
+    return fingerprint(self.config, self._engine or self._predictor, self._questions, weights)
+
+  def shard_size(self, items: int, processes: int) -> int:
+    return self.config.shard_size or min(max(-(-items // (8 * processes)), SHARD_SIZES[0]), SHARD_SIZES[1])
+
+  def work(self, plan: Plan, items: Sequence[Item], shards: Iterator[Shard], summary: Summary) -> None:
+    config, progress = self.config, self._progress
+    progress.phase("preparing the devices")
+    if (engine := self._engine) is None:
+      loaded, options = self._predictor, engine_options(config, self._asked)
+      engine = self._engine = Engine(loaded.model, loaded.variables, loaded.processor, **options)
+    progress.note(f"running on {devices.running(engine.devices, engine.model.dtype)}")
+    engine.compile_ahead(engine.rows, self._asked)
+    if config.batch is None:
+      engine.fit_memory(self._asked)
+    self._clock, engine.on_start = DeviceClock(), self._on_start
     workers = config.workers or images.default_workers()
-    # A batch is being gathered while another is decoded.
-    self.reader = reading.Reader(
+    reader = reading.Reader(
       engine.processor.image_size,
       workers=workers,
       processes=config.worker_processes,
-      ahead=2 * workers + engine.rows,
+      ahead=2 * workers + engine.rows,  # a batch is being gathered while another is decoded
       max_pixels=config.max_pixels,
-      stop=stop.is_set,
+      stop=self._stop.is_set,
     )
-    default = engine.processor.profile.score_threshold
-    self.pipeline_options = {
-      "questions": questions.for_item,
-      "threshold": default if config.threshold is None else config.threshold,
-      "mask_threshold": config.mask_threshold,
-      "post_workers": workers,
-      "max_failures": config.max_failures,
-      "stop": stop.is_set,
-      "on_image": overlays.draw,
-    }
 
-  def run(self, shards: Iterator[Any], process: int, started: float) -> None:
-    """Works through `shards` until all are done, the job is stopped, or too much failed."""
-    engine, summary = self.engine, self._summary
+    def on_record(record: dict[str, Any]) -> None:
+      summary.count(record)
+      progress.image("error" in record)
+
     summary.devices, summary.batch = len(engine.devices), engine.image_buckets[-1]
-    writer = Writer(2 * engine.rows + 8, self._on_record)
-    summary.startup_s = time.perf_counter() - started
-    self._progress.phase("")
+    writer = Writer(2 * engine.rows + 8, on_record)
+    summary.startup_s = time.perf_counter() - summary.started
+    progress.phase("")
+    default = engine.processor.profile.score_threshold
     try:
-      with self.reader:
-        pipeline = Pipeline(engine, self.reader, writer, **self.pipeline_options)
+      with reader:
+        pipeline = Pipeline(
+          engine,
+          reader,
+          writer,
+          self._questions.for_item,
+          threshold=default if config.threshold is None else config.threshold,
+          mask_threshold=config.mask_threshold,
+          post_workers=workers,
+          max_failures=config.max_failures,
+          stop=self._stop.is_set,
+          on_image=Overlays(plan.directory, items, config.overlays).draw,
+        )
         try:
-          whole = pipeline.run(self._works(shards, process))
-          if not whole or self._left_some:
+          if not pipeline.run(self._works(plan, shards, summary)):
             summary.stopped = "stopped"
         except TooManyFailures as e:
           summary.stopped, summary.too_many_failures = str(e), True
@@ -258,24 +312,27 @@ class _Job:
       writer.abandon()
       for shard in self._open:
         shard.close()
-      self.clock.close()
+      self._clock.close()
       waited_since = engine.waited_s - (self._waited_before or 0.0)
-      summary.take_counters(self.clock, self.reader, writer, engine.waited_s, waited_since)
+      summary.take_counters(self._clock, reader, writer, engine.waited_s, waited_since)
 
-  def _works(self, shards: Iterator[Any], process: int) -> Iterator[tuple[ledger.ShardWriter, Any]]:
+  def _works(
+    self, plan: Plan, shards: Iterator[Shard], summary: Summary
+  ) -> Iterator[tuple[ledger.ShardWriter, Item | None]]:
     """(shard, item) of what is to do, (shard, None) at each shard's end; opens shards as they are needed."""
+    process = self.config.process()[0]
     for shard in shards:
       if self._stop.is_set():
-        self._left_some = True
+        summary.stopped = "stopped"
         return
       try:
-        writer = ledger.ShardWriter(self._plan, shard, process).open()
+        writer = ledger.ShardWriter(plan, shard, process).open()
       except ledger.Busy:
-        self._summary.shards_busy += 1
+        summary.shards_busy += 1
         continue
       self._open.append(writer)
       done = frozenset(writer.done)
-      self._summary.images_before += len(done)
+      summary.images_before += len(done)
       for item in shard.items:
         if item.id not in done:
           yield writer, item
@@ -283,11 +340,60 @@ class _Job:
 
   def _on_start(self, at: float, output: Any) -> None:
     if self._waited_before is None:
-      self._waited_before = self.engine.waited_s
+      self._waited_before = self._engine.waited_s
       for shard in self._open:  # so that `status` leaves compiling out of the rate, as the summary does
         shard.begin()
-    self.clock.started(at, output)
+    self._clock.started(at, output)
 
-  def _on_record(self, record: dict[str, Any]) -> None:
-    self._summary.count(record)
-    self._progress.image("error" in record)
+
+def load(config: JobConfig, questions: int, ahead: bool) -> tuple[Engine, str]:
+  """The configuration's model on this process's devices, and the digest of its weights.
+
+  Args:
+    questions: of each image, as far as is known. ahead: compile for them while the weights are read.
+  """
+  opened = open_checkpoint(config.model, None, config.profile, config.dtype, config.dtype)
+  with renamed("prompt_buckets", "buckets"):
+    predictor = Predictor.without_weights(opened, config.image_size, **engine_options(config, questions))
+  if ahead:
+    predictor.engine.compile_ahead(predictor.engine.rows, questions)
+  # On the host where one device is too small for the weights.
+  variables = opened.load(parallel.host_device() if config.model_parallel > 1 else None)
+  weights = digest(variables)  # before folding, whose rounding may depend on the platform
+  predictor.use_variables(variables)
+  return predictor.engine, weights
+
+
+def engine_options(config: JobConfig, questions: int) -> dict[str, Any]:
+  """All local devices; what runs together is as the configuration says, or as suits the questions."""
+  local = jax.local_devices()
+  options: dict[str, Any] = {"devices": local, "model_parallel": config.model_parallel}
+  on_cpu = local[0].platform == "cpu"
+  if config.batch is not None or not on_cpu:
+    options["image_buckets"] = (config.batch or IMAGE_BUCKETS[-1],)
+  if config.buckets is not None:
+    options["prompt_buckets"] = config.buckets
+  elif not on_cpu:
+    options["prompt_buckets"] = sorted({*PROMPT_BUCKETS, questions})
+  return options
+
+
+def fingerprint(
+  config: JobConfig, loaded: Engine | Predictor, questions: Questions, weights: str
+) -> dict[str, Any]:
+  """What must be the same on a restart, and what `merge` and a reader need to know, once."""
+  processor, name = loaded.processor, config.model.rstrip("/")
+  return {
+    # By name where that says something; a folder may be another one on another host.
+    "model": os.path.basename(name) if os.path.exists(name) else name,
+    "weights": weights,
+    "profile": processor.profile.name,
+    "dtype": np.dtype(loaded.model.dtype).name,
+    "image_size": processor.image_size,
+    "threshold": processor.profile.score_threshold if config.threshold is None else config.threshold,
+    "mask_threshold": config.mask_threshold,
+    "max_pixels": config.max_pixels,
+    "questions": questions.digest,
+    "per_image": questions.per_image,
+    "phrases": list(questions.phrases if len(questions.phrases) <= _LISTED else ()),
+  }

@@ -36,9 +36,31 @@ from typing import Any, BinaryIO
 
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files
-from sam3lt_jax.storage import IMAGE_SUFFIXES, is_image
+from sam3lt_jax.storage import IMAGE_SUFFIXES
 
-_ACCEPTED = "a folder, a glob, a list (.txt), COCO images (.json), tar shards (.tar) or an image file"
+VIDEO_SUFFIXES = frozenset(
+  ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .wmv .flv .ogv .3gp .gif".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What is looked for: its name, the suffixes of its files, what a source may be."""
+
+  name: str
+  suffixes: frozenset[str]
+  accepted: str
+
+  def has(self, name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in self.suffixes
+
+
+IMAGES = Kind(
+  "images",
+  IMAGE_SUFFIXES,
+  "a folder, a glob, a list (.txt), COCO images (.json), tar shards (.tar) or an image file",
+)
+VIDEOS = Kind("video files", VIDEO_SUFFIXES, "a folder, a glob, a list (.txt) or a video file")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,6 +125,7 @@ def list_items(
   *,
   recursive: bool = True,
   images: str | os.PathLike | None = None,
+  kind: Kind = IMAGES,
 ) -> Sequence[Item]:
   """The images of a source, in an order that does not depend on the host.
 
@@ -110,6 +133,7 @@ def list_items(
     source: see the module's table; a list of sources is their mixture, one after the other.
     recursive: folders with all their subfolders.
     images: the folder that COCO's file names are in. Default: beside the JSON file, or its folder "images".
+    kind: VIDEOS: the video files of a local folder, glob or list; one that is named alone has its name as id.
 
   Returns:
     A sequence of `Item` that makes them when asked: `len`, indices, slices and iteration work as on a list.
@@ -122,9 +146,9 @@ def list_items(
   """
   given = [source] if isinstance(source, (str, os.PathLike)) else list(source)
   if not given:
-    raise ValueError(f"source must name at least one of {_ACCEPTED}, got none")
+    raise ValueError(f"source must name at least one of {kind.accepted}, got none")
   images = None if images is None else files.absolute(images)
-  parts = [_list_one(os.fspath(one), recursive, images) for one in given]
+  parts = [_list_one(os.fspath(one), recursive, images, kind) for one in given]
   items = Items(parts)
   if not (len(parts) == 1 and parts[0].unique):
     _check_unique(items)
@@ -133,108 +157,47 @@ def list_items(
 
 def images_in(folder: str, recursive: bool = True) -> list[str]:
   """The images of a folder by their suffix, sorted; see `files.walk`."""
-  return sorted(filter(is_image, files.walk(folder, recursive)))
+  return sorted(filter(IMAGES.has, files.walk(folder, recursive)))
 
 
 def open_item(item: Item) -> BinaryIO:
-  """The encoded image, to be read as far as it is needed.
+  """The encoded image: a file, to be read as far as it is needed; an object or a tar's member in memory.
 
   Raises:
     ImageError: what is there is no regular file.
-    OSError: no such file, no permission, ...; while it is read, whatever a store's package raises, too.
-    EOFError: while it is read, of a tar cut short.
+    OSError: no such file, no permission, ..., whatever a store's package raises.
   """
   if "offset" in item.meta:
-    return _Window(split_member(item)[0], item.meta["offset"], item.meta["size"]).buffered()
+    return _fetch(split_member(item)[0], item.meta["offset"], item.meta["size"])
   if files.is_remote(item.uri):
-    return _Window(item.uri).buffered()
+    return _fetch(item.uri)
   from sam3lt_jax.processing import images  # here, as it brings numpy and Pillow
 
   return images.open_file(item.uri)
 
 
-def read_bytes(item: Item) -> bytes:
-  """The encoded image, all of it. Raises as `open_item`."""
-  with open_item(item) as f:
-    return f.read()
-
-
-class _Window(io.RawIOBase):
-  """A file that is a part of another one, or all of it, local or not."""
-
-  _BLOCK = 1 << 22  # bytes that are asked for at once: most images in one request
-
-  def __init__(self, path: str, start: int = 0, size: int | None = None):
-    self._path, self._start, self._size, self._at = path, start, size, 0
-    self._promised = size is not None
-
-  def buffered(self) -> io.BufferedReader:
-    return io.BufferedReader(self, self._BLOCK)
-
-  def readable(self) -> bool:
-    return True
-
-  def seekable(self) -> bool:
-    return True
-
-  def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-    base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at}.get(whence)
-    base = self._length() if base is None else base
-    if base + offset < 0:
-      raise ValueError(f"a seek to before the beginning, {base + offset}")
-    self._at = base + offset
-    return self._at
-
-  def readinto(self, buffer: Any) -> int:
-    data = self._read(len(buffer))
-    buffer[: len(data)] = data
-    return len(data)
-
-  def readall(self) -> bytes:
-    blocks = []
-    while block := self._read(self._BLOCK):
-      blocks.append(block)
-    return b"".join(blocks)
-
-  def _length(self) -> int:
-    if self._size is None:
-      self._size = files.size(self._path)
-    return self._size
-
-  def _is_at_end(self) -> bool:
-    try:
-      return self._length() <= self._at
-    except Exception:
-      return False
-
-  def _read(self, count: int) -> bytes:
-    if self._size is not None:
-      count = min(count, self._size - self._at)
-    if count <= 0:
-      return b""
-    try:
-      data = files.read(self._path, self._start + self._at, count)
-    except Exception as e:  # the packages of stores have errors of their own
-      if not self._promised and self._is_at_end():
-        return b""  # nothing begins there, and some call that an error
-      number = getattr(e, "errno", None) or next((_ERRNO[k] for k in _ERRNO if isinstance(e, k)), errno.EIO)
-      said = getattr(e, "strerror", None) or (f"{type(e).__name__}: {e}" if str(e) else os.strerror(number))
-      raise OSError(number, said) from e
-    self._at += len(data)
-    if len(data) < count and self._promised:
-      raise EOFError(f"the tar file ends after {self._at} of {self._size} bytes")
-    if len(data) < count:
-      self._size = self._at
-    return data
-
-
 _ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
 
 
-def _list_one(source: str, recursive: bool, images: str | None) -> _Part:
+def _fetch(path: str, start: int = 0, size: int | None = None) -> BinaryIO:
+  """A part of a file, or all of it, in memory; the packages of stores have errors of their own."""
+  try:
+    data = files.read(path, start, size)
+  except Exception as e:
+    number = getattr(e, "errno", None) or next((_ERRNO[k] for k in _ERRNO if isinstance(e, k)), errno.EIO)
+    said = getattr(e, "strerror", None) or (f"{type(e).__name__}: {e}" if str(e) else os.strerror(number))
+    raise OSError(number, said) from e
+  return io.BytesIO(data)
+
+
+def _list_one(source: str, recursive: bool, images: str | None, kind: Kind) -> _Part:
   if not source.strip():
-    raise ValueError(f"source must be {_ACCEPTED}, got an empty string")
+    raise ValueError(f"source must be {kind.accepted}, got an empty string")
   suffix = os.path.splitext(source)[1].lower()
+  if kind is VIDEOS and files.is_remote(source):
+    raise ValueError(
+      f"source {shown(source)}: video files are read from a local disk; accepted: {kind.accepted}"
+    )
   if source.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
     raise ValueError(
       f"{shown(source)}: a compressed tar cannot be read at any place; unpack it to a .tar first"
@@ -242,21 +205,23 @@ def _list_one(source: str, recursive: bool, images: str | None) -> _Part:
   if suffix == ".tar" and "{" in source and not files.exists(source):
     return _tar_part(source, expand_braces(source))
   if files.is_pattern(source) and not files.exists(source):
-    return _glob(source)
+    return _glob(source, kind)
   path = files.absolute(source)
   if files.is_folder(path):
-    return _folder(source, path, recursive)
+    return _folder(source, path, recursive, kind)
   if not files.exists(path):
-    raise ValueError(f"source {shown(source)} does not exist; accepted: {_ACCEPTED}")
-  if suffix == ".tar":
+    raise ValueError(f"source {shown(source)} does not exist; accepted: {kind.accepted}")
+  if suffix == ".tar" and kind is IMAGES:
     return _tar_part(source, [path])
   if suffix == ".txt":
     return _list_file(source, path)
-  if suffix == ".json":
+  if suffix == ".json" and kind is IMAGES:
     return _coco(source, path, images)
-  if suffix in IMAGE_SUFFIXES:
+  if kind is VIDEOS:
+    return _Part(source, [os.path.basename(path)], functools.partial(_plain, os.path.dirname(path)))
+  if kind.has(source):
     return _Part(source, [source], functools.partial(_listed, ""), unique=True)
-  raise ValueError(f"source {shown(source)} is none of those accepted: {_ACCEPTED}")
+  raise ValueError(f"source {shown(source)} is none of those accepted: {kind.accepted}")
 
 
 def _plain(root: str, name: str) -> Item:
@@ -271,12 +236,12 @@ def _is_tar(name: str) -> bool:
   return name.lower().endswith(".tar")
 
 
-def _folder(source: str, path: str, recursive: bool) -> _Part:
+def _folder(source: str, path: str, recursive: bool, kind: Kind) -> _Part:
   images, archives = [], []
   for name in files.walk(path, recursive):
-    if is_image(name):
+    if kind.has(name):
       images.append(name)
-    elif _is_tar(name):
+    elif kind is IMAGES and _is_tar(name):
       archives.append(name)
   if images and archives:
     raise ValueError(
@@ -288,21 +253,22 @@ def _folder(source: str, path: str, recursive: bool) -> _Part:
     return _tar_part(source, [files.join(path, name) for name in sorted(archives)])
   if not images:
     below = " or its subfolders" if recursive else ""
-    raise ValueError(f"no images in the folder {shown(source)}{below} ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    suffixes = " ".join(sorted(kind.suffixes))
+    raise ValueError(f"no {kind.name} in the folder {shown(source)}{below} ({suffixes})")
   return _Part(source, sorted(images), functools.partial(_plain, path), unique=True)
 
 
-def _glob(source: str) -> _Part:
+def _glob(source: str, kind: Kind) -> _Part:
   found = files.glob(files.absolute(source))
-  if _is_tar(source):
+  if kind is IMAGES and _is_tar(source):
     if not found:
       raise ValueError(f"no tar shards match {shown(source)}")
     return _tar_part(source, found)
   suffix = os.path.splitext(source)[1]
   if not suffix or files.is_pattern(suffix):
-    found = [path for path in found if is_image(path)]
+    found = list(filter(kind.has, found))
   if not found:
-    raise ValueError(f"no images match {shown(source)}")
+    raise ValueError(f"no {kind.name} match {shown(source)}")
   root = files.absolute(source)
   while files.is_pattern(root):
     root = files.folder_of(root)
@@ -324,7 +290,7 @@ def _list_file(source: str, path: str) -> _Part:
     if entry:
       rows.append(entry)
   if not rows:
-    raise ValueError(f"the list {shown(source)} names no image; it holds a path or URL a line")
+    raise ValueError(f"the list {shown(source)} names nothing; it holds a path or URL a line")
   return _Part(source, rows, functools.partial(_listed, files.folder_of(path)))
 
 
@@ -414,10 +380,10 @@ def expand_braces(pattern: str) -> list[str]:
   before, inside, after = pattern[: match.start()], match[1], pattern[match.end() :]
   if numbers := _RANGE.fullmatch(inside):
     low, high = map(int, numbers.groups())
-    if low > high:
-      raise ValueError(f"{shown(pattern)}: the range {{{shown(inside)}}} runs backwards")
-    if high - low >= _MOST_SHARDS:
-      raise ValueError(f"{shown(pattern)}: the range {{{inside}}} has more than {_MOST_SHARDS:,} shards")
+    if not 0 <= high - low < _MOST_SHARDS:
+      raise ValueError(
+        f"{shown(pattern)}: the range {{{inside}}} runs backwards or has more than {_MOST_SHARDS:,} shards"
+      )
     width = len(numbers[1]) if numbers[1].startswith("0") else 0
     values = [f"{value:0{width}d}" for value in range(low, high + 1)]
   elif "," in inside:
@@ -499,7 +465,7 @@ def _list_members(tar: tarfile.TarFile, start: int, found: list, links: list) ->
     start = tar.offset
     name = member.name.removeprefix("./")
     base = name.rpartition("/")[2]
-    if member.isdir() or not is_image(base) or base.startswith("._"):
+    if member.isdir() or not IMAGES.has(base) or base.startswith("._"):
       continue
     if member.issparse():
       raise tarfile.ReadError(f"{name} is stored as a sparse file: write the tar without --sparse")

@@ -20,7 +20,7 @@ class Summary:
     shards, shards_done, shards_left: of the whole job: all, committed by this run, not committed by anyone.
     shards_busy: left to another process that worked on them.
     images: records written by this run, failures included; images_before: those of earlier runs (as far as
-      this run looked); instances: found in them.
+      this run looked); instances: found in them. Of a job of clips (`video`) clips, and objects; `frames`.
     failures: reason -> how many, of this run.
     seconds: all of it; startup_s: listing, loading and compiling ahead, part of it.
     run_s: from the first program's start on the devices to the end of their last, without compilation;
@@ -51,6 +51,9 @@ class Summary:
   stopped: str | None = None
   too_many_failures: bool = False
   signal: int | None = None
+  video: bool = False
+  frames: int = 0
+  started: float = dataclasses.field(default_factory=time.perf_counter)
 
   @property
   def exit_code(self) -> int:
@@ -61,7 +64,7 @@ class Summary:
 
   def count(self, record: dict[str, Any]) -> None:
     self.images += 1
-    self.instances += len(record.get("results", ()))
+    self.instances += record.get("objects", len(record.get("results", ())))
     if "error" in record:
       self.failures[record["error"]] += 1
 
@@ -76,29 +79,30 @@ class Summary:
       self.run_s = max(clock.last - clock.first - compiled_since, clock.busy_s)
       self.device_busy = clock.busy_s / self.run_s if self.run_s else None
 
-  def finish(self, started: float, plan: Any) -> Summary:
-    self.seconds = time.perf_counter() - started
+  def finish(self, plan: Any) -> Summary:
+    self.seconds = time.perf_counter() - self.started
     self.shards_left = self.shards - len(plan.committed())
     return self
 
   def to_json(self) -> dict[str, Any]:
     values = dataclasses.asdict(self) | {"failures": dict(self.failures)}
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items() if k != "started"}
 
   def __str__(self) -> str:
-    failed = sum(self.failures.values())
+    kind, found = ("clips", "objects") if self.video else ("images", "instances")
     lines = []
     if not self.images and not self.shards_left and self.stopped is None:
-      lines.append(f"nothing to do: all {self.images_before} images were done before")
+      lines.append(f"nothing to do: all {self.images_before} {kind} were done before")
     else:
       before = f" ({self.images_before} were done before)" if self.images_before else ""
       rate = f", {self.images / self.run_s:.2f} images/s" if self.run_s else ""
+      frames = f", {self.frames} frames" if self.video else ""
       lines.append(
-        f"{self.images} images in {self.seconds:.1f} s{rate}{before}: {self.instances} instances found"
+        f"{self.images} {kind}{frames} in {self.seconds:.1f} s{rate}{before}: {self.instances} {found} found"
       )
-    if failed:
+    if failed := sum(self.failures.values()):
       reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.failures.items()))
-      lines.append(f"{failed} images failed: {reasons}")
+      lines.append(f"{failed} {kind} failed: {reasons}")
     if self.device_busy is not None:
       lines.append(
         f"devices ({self.devices}, {self.batch} images each) busy {100 * self.device_busy:.0f}% of"
@@ -112,10 +116,9 @@ class Summary:
       lines.append(f"{self.shards_left} of {self.shards} shards are not done yet{busy}")
     return "\n".join(lines)
 
-
-def write(directory: str, process: int, summary: Summary) -> None:
-  """Keeps a run's summary in OUT/runs, for whoever asks later how it went."""
-  folder = files.join(directory, "runs")
-  files.make_folder(folder)
-  name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{process:05d}.json"
-  files.write_atomic(files.join(folder, name), json.dumps(summary.to_json(), indent=1).encode() + b"\n")
+  def write(self, process: int) -> None:
+    """Keeps it in OUT/runs, for whoever asks later how it went."""
+    folder = files.join(self.out, "runs")
+    files.make_folder(folder)
+    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{process:05d}.json"
+    files.write_atomic(files.join(folder, name), json.dumps(self.to_json(), indent=1).encode() + b"\n")

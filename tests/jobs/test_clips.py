@@ -7,10 +7,11 @@ import pytest
 
 from sam3lt_jax import cli
 from sam3lt_jax.errors import ArgumentError
-from sam3lt_jax.jobs.clips import ClipConfig, list_clips, run_clips
+from sam3lt_jax.jobs.clips import ClipConfig, run_clips
 from sam3lt_jax.jobs.merge import merge
 from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.run import Progress
+from sam3lt_jax.jobs.sources import VIDEOS, list_items
 from tests.video import clips, fake
 from tests.video.test_writing import contents, small_pieces, track
 
@@ -59,7 +60,7 @@ def run(folder, out, predictors, **options):
 def test_every_clip_has_its_files(folder, tmp_path):
   predictors = [Predictor(), Predictor()]
   summary, notes = run(folder, tmp_path / "out", predictors)
-  assert (summary.clips, summary.frames, summary.left, summary.exit_code) == (4, 33, 0, 0)
+  assert (summary.images, summary.frames, summary.shards_left, summary.exit_code) == (4, 33, 0, 0)
   assert summary.failures == {"not_a_video": 1} and "broken.mp4" in notes.lines[-1] and notes.done == 4
   names = "a.mp4", "b.mkv", "more/a.mp4"
   assert sorted(path for p in predictors for path in p.clips) == [str(folder / name) for name in names]
@@ -68,7 +69,7 @@ def test_every_clip_has_its_files(folder, tmp_path):
           predictor=Predictor())  # fmt: skip
     assert contents(tmp_path / "out" / "clips" / name) == contents(tmp_path / "alone" / name)
   again, _ = run(folder, tmp_path / "out", [Predictor()])
-  assert (again.clips, again.left) == (0, 0)
+  assert (again.images, again.shards_left) == (0, 0)
   plan = Plan.load(tmp_path / "out")
   found = [plan.read(i)[1][0][1] for i in range(4)]
   assert [(r["id"], r.get("frames"), r.get("objects")) for r in found] == [
@@ -96,11 +97,11 @@ def test_a_clip_that_was_stopped_goes_on(folder, tmp_path):
       return tracking
 
   first, _ = run(folder, tmp_path / "out", [Stopping()], stop=stop)
-  assert (first.clips, first.left) == (1, 3)
+  assert (first.images, first.shards_left, first.stopped) == (1, 3, "stopped")
   half = tmp_path / "out" / "clips" / "b.mkv"
   assert 0 < len((half / "masks.jsonl").read_text().splitlines()) < 11 and not (half / "overlay.mp4").exists()
   second, _ = run(folder, tmp_path / "out", [Predictor()])
-  assert (second.clips, second.left) == (3, 0) and second.frames < 11 + 12
+  assert (second.images, second.shards_left) == (3, 0) and second.frames < 11 + 12
   track(folder / "b.mkv", tmp_path / "alone", **dict.fromkeys(("threshold", "latency", "max_objects")),
         predictor=Predictor())  # fmt: skip
   assert contents(half) == contents(tmp_path / "alone")
@@ -118,32 +119,43 @@ def test_an_error_of_ours_ends_all_devices(folder, tmp_path):
 
 def test_what_is_listed(folder, tmp_path):
   names = ["a.mp4", "b.mkv", "broken.mp4", "more/a.mp4"]
-  assert [item.id for item in list_clips(str(folder))] == names
-  assert [item.id for item in list_clips(str(folder), recursive=False)] == names[:3]
-  assert [item.id for item in list_clips(str(folder / "*.mp4"))] == ["a.mp4", "broken.mp4"]
-  assert [item.id for item in list_clips([str(folder / "b.mkv"), str(folder / "a.mp4")])] == [
+  assert [item.id for item in list_items(str(folder), kind=VIDEOS)] == names
+  assert [item.id for item in list_items(str(folder), kind=VIDEOS, recursive=False)] == names[:3]
+  assert [item.id for item in list_items(str(folder / "*.mp4"), kind=VIDEOS)] == ["a.mp4", "broken.mp4"]
+  assert [item.id for item in list_items([str(folder / "b.mkv"), str(folder / "a.mp4")], kind=VIDEOS)] == [
     "b.mkv",
     "a.mp4",
   ]
   (tmp_path / "list.txt").write_text(f"{folder}/a.mp4\n\n{folder}/b.mkv\n")
-  assert [item.uri for item in list_clips(str(tmp_path / "list.txt"))] == [
+  assert [item.uri for item in list_items(str(tmp_path / "list.txt"), kind=VIDEOS)] == [
     str(folder / "a.mp4"), str(folder / "b.mkv")
   ]  # fmt: skip
+
+
+def test_one_shell_for_both_kinds_of_jobs(folder, tmp_path):
+  with pytest.raises(ValueError, match="process_index and process_count go together"):
+    run(folder, tmp_path / "out", [Predictor()], process_index=1)
+  run(folder, tmp_path / "out", [Predictor()])
+  [kept] = (tmp_path / "out" / "runs").glob("*.json")
+  assert json.loads(kept.read_text())["frames"] == 33
+  (tmp_path / "list.txt").write_text("x/../a.mp4\nx/a.mp4\n")  # one folder for what is found
+  with pytest.raises(ValueError, match=r"two clips are called x/a\.mp4"):
+    run(tmp_path / "list.txt", tmp_path / "new", [Predictor()])
 
 
 @pytest.mark.parametrize(
   ("message", "source"),
   [
     ("does not exist; accepted: a folder, a glob", "nowhere"),
-    ("no video files in", "*.jpg"),
-    ("two clips are called a.mp4", ["a.mp4", "more/a.mp4"]),
-    ("clips are read from local files", "gs://bucket/clips"),
+    ("no video files match", "*.jpg"),
+    ("the id 'a.mp4' occurs twice", ["a.mp4", "more/a.mp4"]),
+    ("video files are read from a local disk", "gs://bucket/clips"),
   ],
 )
 def test_bad_sources(folder, monkeypatch, message, source):
   monkeypatch.chdir(folder)
   with pytest.raises(ValueError, match=message):
-    list_clips(source)
+    list_items(source, kind=VIDEOS)
 
 
 def test_the_command(folder, tmp_path, monkeypatch, capsys):

@@ -16,10 +16,11 @@ from PIL import Image, features
 
 from sam3lt_jax.jobs.questions import Questions
 from sam3lt_jax.jobs.reading import Failure, Pixels, read_image
-from sam3lt_jax.jobs.sources import Item, list_items, read_bytes
+from sam3lt_jax.jobs.sources import Item, list_items
 from sam3lt_jax.processing.images import load_image
 from tests import fuzz
 from tests.fuzz import check, json_file, mutate_bytes
+from tests.jobs.work import read_bytes
 
 SECONDS = fuzz.seconds(0.6)
 KEPT = {"image": (), "tar": (), "list": (), "coco": (), "questions": (1909,)}

@@ -7,8 +7,9 @@ import sys
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs.ledger import ShardWriter
 from sam3lt_jax.jobs.plan import Plan
-from sam3lt_jax.jobs.sources import list_items, read_bytes
+from sam3lt_jax.jobs.sources import list_items
 from tests.jobs import work
+from tests.jobs.work import read_bytes
 
 NAMES = ["a\nb.jpg", "\x1b]0;title\x07.jpg", os.fsdecode(b"\xff\xe9.jpg"), "\u202egpj.x.jpg"]
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from sam3lt_jax.engine import Engine
-from sam3lt_jax.jobs import files, ledger, pipeline, reading, run, setup, status
+from sam3lt_jax.jobs import files, ledger, pipeline, reading, run, status
 from sam3lt_jax.jobs import results as job_results
-from sam3lt_jax.jobs.overlays import Overlays
+from sam3lt_jax.jobs.questions import Questions
 from sam3lt_jax.jobs.run import JobConfig, Progress, run_job
 from sam3lt_jax.jobs.sources import list_items
 from sam3lt_jax.jobs.status import job_status
@@ -284,7 +284,7 @@ def test_an_overlay_that_cannot_be_drawn_is_left_out(tmp_path, caplog, monkeypat
   """Its file is gone meanwhile, or cut: the job has its results already."""
   monkeypatch.setattr(reading, "PAUSE_S", 0)
   [item, cut] = list_items(pictures.folder(tmp_path / "few", 2, bad=False))
-  overlays = Overlays(str(tmp_path / "out"), [item, cut], 2)
+  overlays = job_results.Overlays(str(tmp_path / "out"), [item, cut], 2)
   os.remove(item.uri)
   os.truncate(cut.uri, 100)
   for one in (item, cut):
@@ -347,21 +347,20 @@ def test_compiling_is_no_part_of_the_rate(job, compiled, monkeypatch, tmp_path):
 
 def test_another_model_has_another_digest():
   predictor = pictures.predictor()
-  digest = setup.digest(predictor.variables)
-  assert digest == setup.digest(predictor.variables)
+  digest = run.digest(predictor.variables)
+  assert digest == run.digest(predictor.variables)
   leaves, structure = jax.tree.flatten(predictor.variables)
   leaves[3] = leaves[3] + 1e-3
-  assert setup.digest(jax.tree.unflatten(structure, leaves)) != digest
+  assert run.digest(jax.tree.unflatten(structure, leaves)) != digest
 
 
 def test_a_model_is_loaded_by_its_name(photos):
   config = JobConfig(str(photos), "out", phrases=["a"], model="random:tiny", dtype="bfloat16", image_size=84)
-  engine, weights = setup.load(config, 1, ahead=False)
+  engine, weights = run.load(config, 1, ahead=False)
   assert engine.processor.image_size == 84 and engine.model.config.text.fused
   assert engine.devices == jax.local_devices() and not engine.programs()["encode"]
-  assert setup.load(config, 1, ahead=False)[1] == weights
-  questions = setup.load_questions(config)
-  fingerprint = setup.fingerprint(config, engine.model, engine.processor, questions, weights)
+  assert run.load(config, 1, ahead=False)[1] == weights
+  fingerprint = run.fingerprint(config, engine, Questions.of_phrases(config.phrases), weights)
   assert (fingerprint["model"], fingerprint["dtype"], fingerprint["weights"]) == (
     "random:tiny", "bfloat16", weights,
   )  # fmt: skip

@@ -13,7 +13,8 @@ import fsspec
 import pytest
 
 from sam3lt_jax.jobs import files
-from sam3lt_jax.jobs.sources import Item, expand_braces, list_items, read_bytes
+from sam3lt_jax.jobs.sources import Item, expand_braces, list_items
+from tests.jobs.work import read_bytes
 
 
 def fill(root, *names):
@@ -119,7 +120,7 @@ def test_list_file(tmp_path):
   with pytest.raises(ValueError, match=r"list\.txt, line 2: not UTF-8"):
     list_items(path)
   path.write_bytes(b"\n \n")
-  with pytest.raises(ValueError, match=r"list\.txt names no image"):
+  with pytest.raises(ValueError, match=r"list\.txt names nothing"):
     list_items(path)
 
 
@@ -223,10 +224,6 @@ def test_bad_tars(tmp_path):
     list_items(tmp_path / "pipe.tar")
   with pytest.raises(ValueError, match=r"x\.tar\.gz: a compressed tar"):
     list_items("x.tar.gz")
-  items = list_items(tmp_path / "a.tar")
-  os.truncate(tmp_path / "a.tar", 1000)
-  with pytest.raises(EOFError, match="ends after 488 of 3000 bytes"):
-    read_bytes(items[0])
 
 
 def test_every_image_of_a_tar_is_an_item(tmp_path):
@@ -312,7 +309,7 @@ def test_braces():
   assert expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
   assert expand_braces("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
   for bad in ("a{0..1.tar", "{3..1}.tar", "{a}.tar", "{0..999999999999}.tar"):
-    with pytest.raises(ValueError, match=r"brace|backwards|neither|more than 1,000,000 shards"):
+    with pytest.raises(ValueError, match=r"brace|backwards or has more than 1,000,000 shards|neither"):
       expand_braces(bad)
 
 

@@ -10,7 +10,7 @@ import time
 from sam3lt_jax import locks
 from sam3lt_jax.jobs.ledger import Busy, ShardWriter
 from sam3lt_jax.jobs.plan import Plan
-from sam3lt_jax.jobs.sources import Item
+from sam3lt_jax.jobs.sources import Item, open_item
 
 FINGERPRINT = {"model": "m", "phrases": ["a", "b"]}
 
@@ -25,6 +25,11 @@ def record(item, size=200):
   if item.id.endswith("7.jpg"):
     return {"id": item.id, "uri": item.uri, "error": "truncated", "message": noise[:20]}
   return {"id": item.id, "uri": item.uri, "width": 4, "height": 3, "results": [], "noise": noise}
+
+
+def read_bytes(item):
+  with open_item(item) as f:
+    return f.read()
 
 
 def open_plan(directory, number=20, shard_size=4, **options):
