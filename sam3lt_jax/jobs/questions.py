@@ -23,9 +23,8 @@ from typing import Any
 
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files
-from sam3lt_jax.processing.prompts import Prompt
+from sam3lt_jax.processing.prompts import Prompt, prompts_of
 
-_FARTHEST = 1e9  # pixels; no image's side is as long
 _KEYS = ("id", "image", "text", "boxes", "box_labels")
 
 
@@ -167,44 +166,11 @@ def _parse(line: str, place: str) -> tuple[str, tuple[Prompt, ...]]:
     item_id = str(item_id)  # COCO's ids are numbers
   if not isinstance(item_id, str) or not item_id:
     raise ValueError(f'{place}: "id" (or "image") must name an image, got {item_id!r}')
-  texts = entry.get("text")
-  texts = [texts] if texts is None or isinstance(texts, str) else texts
-  boxes = _boxes(entry.get("boxes"), place)
-  labels = _labels(entry.get("box_labels"), len(boxes), place)
-  if not isinstance(texts, list):
-    raise ValueError(f'{place}: "text" must be a phrase or a list of phrases, got {texts!r}')
-  if not texts or (texts == [None] and not boxes):
-    raise ValueError(f'{place} asks nothing: give "text", "boxes" or both')
-  if texts == [None]:
-    return item_id, (Prompt(None, boxes, labels),)
-  phrases = dict.fromkeys(_check_phrase(text, place) for text in texts)
+  try:
+    prompts = prompts_of(entry.get("text"), entry.get("boxes"), entry.get("box_labels"))
+  except ValueError as e:
+    raise ValueError(f"{place}: {e}") from None
+  phrases = {None if p.text is None else _check_phrase(p.text, place): None for p in prompts}
+  boxes = prompts[0].boxes
+  labels = (1,) * len(boxes) if prompts[0].labels is None else prompts[0].labels
   return item_id, tuple(Prompt(phrase, boxes, labels) for phrase in phrases)
-
-
-def _boxes(value: Any, place: str) -> tuple[tuple[float, float, float, float], ...]:
-  if value is None:
-    return ()
-  if not isinstance(value, list):
-    raise ValueError(f'{place}: "boxes" must be [[x1, y1, x2, y2], ...] in pixels, got {value!r}')
-  return tuple(_box(box, k, place) for k, box in enumerate(value))
-
-
-def _box(box: Any, k: int, place: str) -> tuple[float, float, float, float]:
-  numbers = isinstance(box, list) and all(type(v) in (int, float) and abs(v) < _FARTHEST for v in box)
-  if not numbers or len(box) != 4:
-    raise ValueError(f"{place}: box {k} must be four numbers [x1, y1, x2, y2], got {box!r}")
-  if box[0] >= box[2] or box[1] >= box[3]:
-    raise ValueError(f"{place}: box {k} must have x1 < x2 and y1 < y2, got {box!r}")
-  return tuple(float(v) for v in box)
-
-
-def _labels(value: Any, boxes: int, place: str) -> tuple[int, ...]:
-  if value is None:
-    return (1,) * boxes
-  if not isinstance(value, list) or any(type(v) is not int or v not in (0, 1) for v in value):
-    raise ValueError(
-      f'{place}: "box_labels" must be a list of 1 (like this) or 0 (not like this), got {value!r}'
-    )
-  if len(value) != boxes:
-    raise ValueError(f"{place}: {len(value)} box_labels for {boxes} boxes")
-  return tuple(value)
