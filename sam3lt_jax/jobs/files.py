@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fnmatch
 import glob as local_glob
 import heapq
 import os
@@ -82,19 +81,15 @@ def filesystem(url: str) -> tuple[Any, str]:
     ValueError: a scheme that fsspec does not know.
   """
   scheme = url.partition("://")[0]
+  wanted = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(scheme)
   try:
     import fsspec
-  except ImportError as e:
-    raise ImportError(f"{scheme}:// needs the package fsspec: pip install 'sam3lt_jax[jobs]' ({e})") from e
-  try:
+
     # Without the cache of listings: another host's shards must show.
     return fsspec.core.url_to_fs(url, use_listings_cache=False)
   except ImportError as e:
-    wanted = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(scheme)
     more = f" {wanted}" if wanted else ""
-    raise ImportError(
-      f"{scheme}:// needs one more package: pip install 'sam3lt_jax[jobs]'{more} ({e})"
-    ) from e
+    raise ImportError(f"{scheme}:// needs a package: pip install 'sam3lt_jax[jobs]'{more} ({e})") from e
   except ValueError as e:
     raise ValueError(f"{url}: the scheme {scheme}:// is not known ({e})") from e
 
@@ -117,14 +112,6 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
     return f.read(-1 if size is None else size)
 
 
-def size(path: str) -> int:
-  """Bytes of `path`. Raises OSError."""
-  if not is_remote(path):
-    return os.path.getsize(path)
-  fs, inner = filesystem(path)
-  return fs.size(inner)
-
-
 def read_several(paths: Sequence[str]) -> list[bytes | None]:
   """The contents of files of one file system, those of URLs read at once; None for one that is not there."""
   if paths and is_remote(paths[0]):
@@ -132,13 +119,7 @@ def read_several(paths: Sequence[str]) -> list[bytes | None]:
     inner = [filesystem(path)[1] for path in paths]
     found = fs.cat(inner, on_error="return")  # a dict for a list of several, whatever their number
     return [data if isinstance(data := found.get(path), bytes) else None for path in inner]
-  contents: list[bytes | None] = []
-  for path in paths:
-    try:
-      contents.append(read(path))
-    except FileNotFoundError:
-      contents.append(None)
-  return contents
+  return [read(path) if os.path.exists(path) else None for path in paths]
 
 
 def exists(path: str) -> bool:
@@ -244,11 +225,15 @@ def glob(pattern: str) -> list[str]:
   """
   if not is_remote(pattern):
     before, *parts = re.split(r"/(?=[^/]*[*?[])", pattern, maxsplit=1)
-    if not parts or "**" not in (parts := parts[0].split("/")):
+    if not parts or "**" not in parts[0].split("/"):
       return sorted(path for path in local_glob.iglob(pattern) if not os.path.isdir(path))
+    from fsspec.utils import glob_translate
+
     root = before if before or not pattern.startswith("/") else "/"
-    found = walk(root) if os.path.isdir(root) else ()
-    return sorted(os.path.join(root, name) for name in found if _matches(name.split("/"), parts))
+    matches = re.compile(glob_translate(parts[0])).match
+    return (
+      sorted(os.path.join(root, name) for name in walk(root) if matches(name)) if os.path.isdir(root) else []
+    )
   fs, inner = filesystem(pattern)
   found = fs.glob(inner, detail=True)
   scheme = pattern.partition("://")[0]
@@ -256,17 +241,6 @@ def glob(pattern: str) -> list[str]:
     return sorted(path for path, about in found.items() if about["type"] == "file")
   root = pattern[: len(pattern) - len(inner.lstrip("/"))]
   return sorted(root + path.lstrip("/") for path, about in found.items() if about["type"] == "file")
-
-
-def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-  """Whether a path's names are what a pattern's parts say; ** stands for any number of folders."""
-  if not parts:
-    return not names
-  if parts[0] == "**":
-    if len(parts) == 1:
-      return bool(names)
-    return any(_matches(names[i:], parts[1:]) for i in range(len(names)))
-  return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
 
 
 def make_folder(path: str) -> None:

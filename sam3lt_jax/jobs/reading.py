@@ -64,23 +64,21 @@ class Failure:
   message: str
 
 
-def read_image(item: Any, size: int, max_pixels: int = MAX_PIXELS) -> Pixels | Failure:
+def read_image(item: Any, size: int) -> Pixels | Failure:
   """Reads, decodes and resizes one image; never raises for what is wrong with the image.
 
   Args:
-    item: a `sources.Item`.
+    item: a `sources.Item`; above `pixel_limit` it is refused before it is decoded.
     size: side of the model's input in pixels.
-    max_pixels: images of more are refused before they are decoded.
   """
   try:
-    with pixel_limit(max_pixels):
-      image = load_item(item)
+    image = load_item(item)
     return Pixels(images.resize_image(image, size), *image.shape[:2])
   except images.ImageError as e:
     if isinstance(e.__cause__, Image.DecompressionBombError):
       many = re.search(r"\d+ pixels", str(e.__cause__))  # Pillow's words are all that tells how many
       many = many[0] if many else "too many pixels"
-      return Failure("too_large", f"{many}; the limit is {max_pixels} (--max-pixels)")
+      return Failure("too_large", f"{many}; the limit is {int(2 * Image.MAX_IMAGE_PIXELS)} (--max-pixels)")
     return Failure(e.reason, _line(e.said.removeprefix(" is ").strip()))
   except (FileNotFoundError, NotADirectoryError) as e:
     return Failure("missing", _line(e))
@@ -117,12 +115,6 @@ def _line(e: BaseException | str) -> str:
   return shown(" ".join((str(e) or type(e).__name__).split())[:300])
 
 
-class _Limits:
-  """Those of all that read now, the lowest of which is Pillow's own, and what Pillow's was before."""
-
-  lock, now, before = threading.Lock(), [], None
-
-
 @contextlib.contextmanager
 def pixel_limit(pixels: int) -> Iterator[None]:
   """Pillow's limit, which is the process's, is `pixels` meanwhile.
@@ -130,23 +122,20 @@ def pixel_limit(pixels: int) -> Iterator[None]:
   Pillow asks it wherever it learns a size, also that of an image within an icon, which it decodes before it
   tells anyone.
   """
-  limit = fractions.Fraction(pixels, 2)  # Pillow refuses above twice its own, and warns above it
-  with _Limits.lock:
-    if not _Limits.now:
-      _Limits.before = Image.MAX_IMAGE_PIXELS
-    _Limits.now.append(limit)
-    Image.MAX_IMAGE_PIXELS = min(_Limits.now)
+  # Pillow refuses above twice its own, and warns above it.
+  before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, fractions.Fraction(pixels, 2)
   try:
-    yield
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+      yield
   finally:
-    with _Limits.lock:
-      _Limits.now.remove(limit)
-      Image.MAX_IMAGE_PIXELS = min(_Limits.now, default=_Limits.before)
+    Image.MAX_IMAGE_PIXELS = before
 
 
-def _start_worker(job: connection.Connection) -> None:
+def _start_worker(job: connection.Connection, max_pixels: int) -> None:
   """In a worker process. Ctrl-C is for the job, which ends its workers itself; so does its death."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  Image.MAX_IMAGE_PIXELS = fractions.Fraction(max_pixels, 2)
   warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
   def follow() -> None:
@@ -159,7 +148,7 @@ def _start_worker(job: connection.Connection) -> None:
 class _Threads(futures.Executor):
   """As `ThreadPoolExecutor`; but one that hangs in a read does not keep the process from ending."""
 
-  def __init__(self, workers: int):
+  def __init__(self, workers: int, max_pixels: int):
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
     self._threads = [
       threading.Thread(target=self._work, name=f"sam3lt-read-{i}", daemon=True) for i in range(workers)
@@ -197,11 +186,11 @@ class _Threads(futures.Executor):
 class _Processes(futures.ProcessPoolExecutor):
   """Worker processes that end with the job, however it ends, and at once where it does not wait for them."""
 
-  def __init__(self, workers: int):
+  def __init__(self, workers: int, max_pixels: int):
     context = multiprocessing.get_context("forkserver")
     # The workers have one end, this process alone the other, which the system closes when the process ends.
     theirs, self._ours = context.Pipe(duplex=False)
-    super().__init__(workers, context, _start_worker, (theirs,))
+    super().__init__(workers, context, _start_worker, (theirs, max_pixels))
 
   def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
     super().shutdown(wait=wait, cancel_futures=cancel_futures)
@@ -235,7 +224,7 @@ class Reader:
     processes: worker processes instead of threads.
     ahead: images that are read or wait to be used, at most; each takes 3 * size**2 bytes, and as many as
       there are workers take their full size as well. Default: 2 * workers.
-    max_pixels: see `read_image`.
+    max_pixels: see `pixel_limit`.
     stop: whether to give up.
 
     Raises:
@@ -245,28 +234,23 @@ class Reader:
     for name, value in (("workers", workers), ("ahead", ahead)):
       if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    self._arguments = (size, max_pixels)
-    self._workers, self._processes, self._ahead, self._stop = workers, processes, ahead, stop
+    self._size, self._max_pixels, self._open = size, max_pixels, contextlib.ExitStack()
+    self._kind = _Processes if processes else _Threads
+    self._workers, self._ahead, self._stop = workers, ahead, stop
     self._pool: futures.Executor | None = None
-    self._open = contextlib.ExitStack()
     self._queue: collections.deque[tuple[Any, Any, futures.Future | None]] = collections.deque()
     self._awaited: futures.Future | None = None
     self.waited_s = 0.0
 
   def __enter__(self) -> Reader:
-    self._open.enter_context(pixel_limit(self._arguments[1]))
-    self._open.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    self._pool = self._new_pool()
+    self._open.enter_context(pixel_limit(self._max_pixels))
+    self._pool = self._kind(self._workers, self._max_pixels)
     return self
 
   def __exit__(self, *exception) -> None:
     # Where images are left, one of them may be hanging in its read.
     self._pool.shutdown(wait=self._awaited is None and not self._queue)
     self._open.close()
-
-  def _new_pool(self) -> futures.Executor:
-    return (_Processes if self._processes else _Threads)(self._workers)
 
   def stream(self, works: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any, Pixels | Failure | None]]:
     """(tag, item or None) in; (tag, item, what was read) out, in order. Without an item nothing is read.
@@ -290,7 +274,7 @@ class Reader:
 
   def _submit(self, item: Any) -> futures.Future:
     try:
-      return self._pool.submit(read_image, item, *self._arguments)
+      return self._pool.submit(read_image, item, self._size)
     except futures.BrokenExecutor as e:
       broken: futures.Future = futures.Future()
       broken.set_exception(e)
@@ -316,13 +300,13 @@ class Reader:
   def _after_a_death(self, item: Any) -> Pixels | Failure:
     """A worker died of some image that was being read. This one is tried alone; all others start anew."""
     self._pool.shutdown(wait=False)
-    self._pool = self._new_pool()
+    self._pool = self._kind(self._workers, self._max_pixels)
     try:
       found = self._result(self._submit(item))
     except futures.BrokenExecutor:
       found = Failure("other", "the worker process that decoded it died")
       self._pool.shutdown(wait=False)
-      self._pool = self._new_pool()
+      self._pool = self._kind(self._workers, self._max_pixels)
     self._queue = collections.deque(
       (tag, later, None if later is None else self._submit(later)) for tag, later, _ in self._queue
     )
