@@ -417,18 +417,15 @@ def tar_members(path: str) -> list[tuple[str, int | None, int]]:
   """
   if not files.is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
     raise ValueError(f"{shown(path)} is no regular file; accepted: a tar")
+  found: list[tuple[str, int | None, int]] = []
+  links: list[tuple[int, str]] = []
   try:
-    with files.open_read(path) as f:
-      headers, start = _Headers(f), 0
-      found: list[tuple[str, int | None, int]] = []
-      links: list[tuple[int, str]] = []
-      while start is not None:
-        f.seek(start)
-        with tarfile.open(fileobj=headers, mode="r:") as tar:
-          _list_members(tar, start, found, links)
-        before, start = start, _next_tar(f, tar.offset)
-        if start == before:
-          raise tarfile.ReadError(f"no header at byte {start}")
+    # Zeros end a tar, and another may follow; only what is neither ends the listing, by an error.
+    with (
+      files.open_read(path) as f,
+      tarfile.open(fileobj=_Headers(f), mode="r:", tarinfo=_Header, ignore_zeros=True) as tar,
+    ):
+      _list_members(tar, found, links)
   except FileNotFoundError:
     raise ValueError(f"no such tar shard: {shown(path)}") from None
   except (OSError, MemoryError):
@@ -448,8 +445,7 @@ class _Headers:
   _LARGEST = 1 << 16  # bytes of a long name, or of attributes
 
   def __init__(self, file: BinaryIO):
-    self.seek, self.tell = file.seek, file.tell
-    self._file = file
+    self.seek, self.tell, self._file = file.seek, file.tell, file
 
   def read(self, size: int) -> bytes:
     if not 0 <= size <= self._LARGEST:
@@ -457,12 +453,23 @@ class _Headers:
     return self._file.read(size)
 
 
-def _list_members(tar: tarfile.TarFile, start: int, found: list, links: list) -> None:
+class _Header(tarfile.TarInfo):
+  """A header that is damaged or cut is an error, not the end of the tar or a block to skip."""
+
+  @classmethod
+  def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    try:
+      header = super().fromtarfile(tar)
+    except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as e:
+      raise tarfile.ReadError(f"{e} at byte {tar.offset}") from None
+    if header.size < 0:
+      raise tarfile.ReadError(f"a file of {header.size} bytes")
+    return header
+
+
+def _list_members(tar: tarfile.TarFile, found: list, links: list) -> None:
   while (member := tar.next()) is not None:
     tar.members.clear()  # it would keep every header
-    if tar.offset <= start or member.size < 0:
-      raise tarfile.ReadError(f"the header at byte {start} leads to {tar.offset}")
-    start = tar.offset
     name = member.name.removeprefix("./")
     base = name.rpartition("/")[2]
     if member.isdir() or not IMAGES.has(base) or base.startswith("._"):
@@ -474,13 +481,3 @@ def _list_members(tar: tarfile.TarFile, start: int, found: list, links: list) ->
     elif member.islnk():
       links.append((len(found), member.linkname.removeprefix("./")))
     found.append((name, member.offset_data if member.isreg() else None, member.size))
-
-
-def _next_tar(file: BinaryIO, end: int) -> int | None:
-  """Where, after the header that ended a tar, something else than zeros begins: another tar, or damage."""
-  file.seek(end)
-  while block := file.read(1 << 16):
-    if kept := block.lstrip(b"\0"):
-      return (end + len(block) - len(kept)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-    end += len(block)
-  return None
