@@ -138,14 +138,11 @@ def _annotation(number: int, image: int, thing) -> dict[str, Any]:
   from sam3lt_jax.data import rle
   from sam3lt_jax.shapes.scenes import KINDS
 
-  outline = rle.encode(thing.mask)
   x1, y1, x2, y2 = thing.box
   return {
     "id": number,
     "image_id": image,
     "category_id": KINDS.index(thing.kind) + 1,
-    "segmentation": {**outline, "counts": outline["counts"].decode("ascii")},
     "bbox": [x1, y1, x2 - x1, y2 - y1],
-    "area": rle.area(outline),
     "iscrowd": 0,
-  }
+  } | rle.described(thing.mask)

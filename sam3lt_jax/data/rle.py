@@ -48,6 +48,12 @@ def jsonable(rle: Rle) -> Rle:
   return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
+def described(mask: np.ndarray) -> dict[str, Any]:
+  """What an annotation says of a mask, bool [H, W]: `area` in pixels and `segmentation`, as JSON holds it."""
+  rle = encode(mask)
+  return {"area": area(rle), "segmentation": jsonable(rle)}
+
+
 def from_segmentation(segmentation: Any, size: tuple[int, int], allow_empty: bool = False) -> Rle:
   """As `read`, of what has to be a mask; ValueError where there is none or (not `allow_empty`) no pixel."""
   rle, _ = read(segmentation, size)

@@ -271,7 +271,8 @@ class Pipeline:
       if entry.item is None:
         self._writer.put(entry.shard, None)
       elif isinstance(entry.found, Failure):
-        self._writer.put(entry.shard, results.failure_record(entry.item, entry.found))
+        failed = results.record(entry.item, error=entry.found.code, message=entry.found.message)
+        self._writer.put(entry.shard, failed)
       else:
         found = None if entry.row is None else kept[entry.row]
         self._writer.put(entry.shard, self._pool.submit(self._record, entry, found))
@@ -282,6 +283,7 @@ class Pipeline:
     for k in range(0 if kept is None else len(kept)):
       number = int(kept.prompt[k])
       instances.append(results.instance(prompts[number], number, kept.scores[k], kept.boxes[k], kept.mask(k)))
-    record = results.image_record(entry.item, (entry.found.height, entry.found.width), instances)
+    height, width = entry.found.height, entry.found.width
+    record = results.record(entry.item, width=width, height=height, results=instances)
     self._on_image(entry.item, record)
     return record

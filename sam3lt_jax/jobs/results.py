@@ -25,7 +25,6 @@ import numpy as np
 from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files, reading
-from sam3lt_jax.jobs.reading import Failure
 from sam3lt_jax.processing.prompts import Prompt
 from sam3lt_jax.processing.results import Results, hold_masks
 
@@ -33,18 +32,10 @@ Record = dict[str, Any]
 _log = logging.getLogger(__name__)
 
 
-def image_record(item: Any, size: tuple[int, int], instances: Sequence[Record]) -> Record:
-  """An image of `size` (height, width) in pixels with its `instances`, of `instance`."""
-  return _head(item) | {"width": size[1], "height": size[0], "results": list(instances)}
-
-
-def failure_record(item: Any, failure: Failure) -> Record:
-  return _head(item) | {"error": failure.code, "message": failure.message}
-
-
-def _head(item: Any) -> Record:
-  head = {"id": item.id, "uri": item.uri}
-  return head if item.coco_id is None else head | {"coco_id": item.coco_id}
+def record(item: Any, **found: Any) -> Record:
+  """Of an image: `width`, `height` in pixels and `results`, of `instance`; or `error` and `message`."""
+  head = {"id": item.id, "uri": item.uri} | ({} if item.coco_id is None else {"coco_id": item.coco_id})
+  return head | found
 
 
 def instance(prompt: Prompt, number: int, score: float, box: np.ndarray, mask: np.ndarray) -> Record:
@@ -56,15 +47,12 @@ def instance(prompt: Prompt, number: int, score: float, box: np.ndarray, mask: n
     box: float32 [4], (x1, y1, x2, y2) in pixels.
     mask: bool [H, W].
   """
-  rle = rle_ops.encode(mask)
   return {
     "phrase": prompt.phrase,
     "question": int(number),
     "score": _short(score),
     "box": [_short(v) for v in box],
-    "area": rle_ops.area(rle),
-    "segmentation": rle_ops.jsonable(rle),
-  }
+  } | rle_ops.described(mask)
 
 
 def _short(value: Any) -> float:

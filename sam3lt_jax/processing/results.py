@@ -363,7 +363,6 @@ class Results:
     self._all_named("category_ids", category_ids)
     annotations = []
     for i, (box, score, mask, label) in enumerate(self):
-      rle = rle_ops.encode(mask)
       x1, y1, x2, y2 = (float(v) for v in box)
       annotations.append(
         {
@@ -371,11 +370,10 @@ class Results:
           "image_id": image_id,
           "category_id": int(category_ids[label]),
           "bbox": [x1, y1, x2 - x1, y2 - y1],
-          "segmentation": rle_ops.jsonable(rle),
-          "area": rle_ops.area(rle),
           "iscrowd": 0,
           "score": score,
         }
+        | rle_ops.described(mask)
       )
       if self.ids is not None:
         annotations[-1]["track_id"] = int(self.ids[i])

@@ -85,7 +85,6 @@ def to_record(frame: FrameResults, categories: Mapping[str, int]) -> dict[str, A
   """
   annotations = []
   for i, one in enumerate(frame.results):
-    mask = rle.encode(one.mask)
     x1, y1, x2, y2 = (float(v) for v in one.box)
     annotations.append(
       {
@@ -93,9 +92,8 @@ def to_record(frame: FrameResults, categories: Mapping[str, int]) -> dict[str, A
         "category_id": categories[one.label],
         "score": one.score,
         "bbox": [x1, y1, x2 - x1, y2 - y1],
-        "area": rle.area(mask),
-        "segmentation": rle.jsonable(mask),
       }
+      | rle.described(one.mask)
     )
   record = {"frame": frame.index, "time": frame.time, "annotations": annotations}
   return record | ({"removed": list(frame.removed)} if frame.removed else {})
