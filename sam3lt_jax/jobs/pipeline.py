@@ -73,9 +73,12 @@ class DeviceClock:
 
 
 class Writer:
-  """Takes records and futures of records in order, and writes them from a thread of its own."""
+  """Takes records and futures of records in order, and writes them from a thread of its own.
 
-  def __init__(self, room: int, on_record: Callable[[results.Record], None] = lambda record: None):
+  A context manager that ends when all that was put is written, and raises what the thread ran into.
+  """
+
+  def __init__(self, room: int, on_record: Callable[[results.Record], None]):
     """`room`: records that may wait; `on_record` is called with each that is written."""
     self._queue: queue.Queue = queue.Queue(room)
     self._on_record = on_record
@@ -86,69 +89,52 @@ class Writer:
     self.waited_s = 0.0
     self.committed = 0
     self._thread = threading.Thread(target=self._work, name="sam3lt-write", daemon=True)
+
+  def __enter__(self) -> Writer:
     self._thread.start()
+    return self
+
+  def __exit__(self, kind: Any, *exception) -> None:
+    self._queue.put(_CLOSE)
+    self._thread.join()
+    if self._error is not None and kind is None:
+      raise self._error
 
   def put(self, shard: ShardWriter, record: results.Record | futures.Future | None) -> None:
     """A record of `shard`, or None: it is complete. Waits for room; raises what the writer ran into."""
-    start = time.perf_counter()
-    while True:
-      if self._error is not None:
-        raise self._error
-      try:
-        self._queue.put((shard, record), timeout=0.2)
-        break
-      except queue.Full:
-        continue
-    self.waited_s += time.perf_counter() - start
-
-  def close(self) -> None:
-    """Writes what was put; raises what the writer ran into."""
-    self._queue.put(_CLOSE)
-    self._thread.join()
     if self._error is not None:
       raise self._error
-
-  def abandon(self) -> None:
-    """Ends the thread without an error, for one that is on its way already."""
-    if self._thread.is_alive():
-      self._queue.put(_CLOSE)
-      self._thread.join()
+    start = time.perf_counter()
+    self._queue.put((shard, record))
+    self.waited_s += time.perf_counter() - start
 
   def _work(self) -> None:
-    while True:
+    entry = None
+    while entry is not _CLOSE:
       try:
         entry = self._queue.get(timeout=FLUSH_S)
       except queue.Empty:
         entry = None
-      if entry is _CLOSE and self._error is not None:
-        return
-      if self._error is not None:
-        continue  # takes what is put, so that nobody waits for room
       try:
-        if entry is _CLOSE:
-          self._flush()
-          return
-        self._take(entry)
+        if self._error is None:  # else it only takes what is put, so that nobody waits for room
+          self._take(entry)
       except BaseException as e:
         self._error = e
 
   def _take(self, entry: Any) -> None:
-    if entry is not None:
-      shard, record = entry
-      if shard is not self._shard:
-        self._flush()
-        self._shard = shard
-      if record is None:
-        self._flush()
-        shard.commit()
-        shard.close()
-        self.committed += 1
-        return
-      if time.perf_counter() - self._flushed > FLUSH_S:
-        self._flush()  # before waiting for a record that may take long
-      self._buffer.append(record.result() if isinstance(record, futures.Future) else record)
-    if len(self._buffer) >= FLUSH_RECORDS or time.perf_counter() - self._flushed > FLUSH_S:
+    shard, record = (self._shard, None) if entry in (None, _CLOSE) else entry
+    # A record may be long in coming.
+    if record is None or shard is not self._shard or time.perf_counter() - self._flushed > FLUSH_S:
       self._flush()
+    self._shard = shard
+    if record is not None:
+      self._buffer.append(record.result() if isinstance(record, futures.Future) else record)
+      if len(self._buffer) >= FLUSH_RECORDS:
+        self._flush()
+    elif entry not in (None, _CLOSE):
+      shard.commit()
+      shard.close()
+      self.committed += 1
 
   def _flush(self) -> None:
     if self._buffer:

@@ -289,7 +289,7 @@ class _Images:
     progress.phase("")
     default = engine.processor.profile.score_threshold
     try:
-      with reader:
+      with reader, writer:
         pipeline = Pipeline(
           engine,
           reader,
@@ -307,9 +307,7 @@ class _Images:
             summary.stopped = "stopped"
         except TooManyFailures as e:
           summary.stopped, summary.too_many_failures = str(e), True
-        writer.close()
     finally:
-      writer.abandon()
       for shard in self._open:
         shard.close()
       self._clock.close()
