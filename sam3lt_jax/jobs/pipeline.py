@@ -1,4 +1,4 @@
-"""From images to lines of a shard, with every stage at work at the same time.
+"""From shards to do to shards that are done, with every stage at work at the same time.
 
     reader threads           decode, resize, in order                        bounded by images ahead
     the caller's thread      batches -> `Engine.run`: starts the next call, then takes the last one's scores
@@ -25,10 +25,14 @@ import jax
 from sam3lt_jax.engine import Asked, Engine
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import results
-from sam3lt_jax.jobs.ledger import ShardWriter
+from sam3lt_jax.jobs.ledger import Busy, ShardWriter
+from sam3lt_jax.jobs.plan import Plan, Shard
+from sam3lt_jax.jobs.questions import Questions
 from sam3lt_jax.jobs.reading import Failure, Pixels, Reader, Stopped
+from sam3lt_jax.jobs.sources import Item
+from sam3lt_jax.jobs.summary import Summary
 from sam3lt_jax.kept import Kept
-from sam3lt_jax.processing.prompts import Prompt
+from sam3lt_jax.processing import images
 
 FLUSH_RECORDS, FLUSH_S = 32, 2.0  # written together; what a kill may cost beyond what is in work
 FEWEST = 20  # images, before a share of failures stops a job
@@ -150,64 +154,104 @@ class _Entry:
   """An image, a failure, or a shard's end (`item` None) on its way; `row` where the devices have it."""
 
   shard: ShardWriter
-  item: Any
+  item: Item | None
   found: Pixels | Failure | None
   row: int | None = None
 
 
 class Pipeline:
-  """Drives images through reader, devices, post-processing and writer."""
+  """Drives a run's images through reader, devices, post-processing and writer, and counts what they do.
+
+  `config` is a `run.JobConfig`; `on_image` is called from a post-processing thread with each image's record.
+  """
 
   def __init__(
     self,
     engine: Engine,
-    reader: Reader,
-    writer: Writer,
-    questions: Callable[[str], Sequence[Prompt]],
-    *,
-    threshold: float,
-    mask_threshold: float,
-    post_workers: int = 2,
-    max_failures: float = 1.0,
-    stop: Callable[[], bool] = lambda: False,
-    on_image: Callable[[Any, results.Record], None] = lambda item, record: None,
+    questions: Questions,
+    config: Any,
+    summary: Summary,
+    progress: Any,
+    stop: Callable[[], bool],
+    on_image: Callable[[Item, results.Record], None],
   ):
-    """Args:
-    questions: item id -> what is asked of it.
-    threshold: scores above it are kept. mask_threshold: see `postprocess.binary_masks`.
-    post_workers: post-processing threads.
-    max_failures: share of failures above which to give up, once 20 images were read.
-    stop: whether to end early.
-    on_image: called from a post-processing thread with each image's record.
-    """
-    self._engine, self._reader, self._writer, self._questions = engine, reader, writer, questions
-    self._thresholds = threshold, mask_threshold
-    self._max_failures, self._stop, self._on_image = max_failures, stop, on_image
-    self._pool = futures.ThreadPoolExecutor(post_workers, thread_name_prefix="sam3lt-post")
-    self._ended: Stopped | TooManyFailures | None = None
+    self._engine, self._questions, self._config = engine, questions, config
+    self._summary, self._progress, self._stop, self._on_image = summary, progress, stop, on_image
+    default = engine.processor.profile.score_threshold
+    threshold = default if config.threshold is None else config.threshold
+    self._thresholds = threshold, config.mask_threshold
+    workers = config.workers or images.default_workers()
+    self._reader = Reader(
+      engine.processor.image_size,
+      workers=workers,
+      processes=config.worker_processes,
+      ahead=2 * workers + engine.rows,  # a batch is being gathered while another is decoded
+      max_pixels=config.max_pixels,
+      stop=stop,
+    )
+    self._pool = futures.ThreadPoolExecutor(workers, thread_name_prefix="sam3lt-post")
+    self._clock = DeviceClock()
+    self._writer = Writer(2 * engine.rows + 8, self._on_record)
+    self._open: list[ShardWriter] = []
+    self._waited_before: float | None = None  # for compilation, when the first program was started
     self._in_hand = 0  # batches that the devices have
-    self.images = self.failures = 0
+    self._images = self._failures = 0
+    engine.on_start = self._on_start
+    summary.devices, summary.batch = len(engine.devices), engine.image_buckets[-1]
 
-  def run(self, works: Iterable[tuple[ShardWriter, Any]]) -> bool:
-    """Does all of `works`: (shard, item), and (shard, None) at a shard's end. False: it was told to stop.
+  def run(self, plan: Plan, shards: Iterable[Shard], process: int) -> None:
+    """Works through `shards` until all are done, the job is stopped or too much failed: `summary` says which.
 
-    Ended early in either way, what the devices have is finished and handed to the writer; the rest of its
-    shards is left for another run.
-
-    Raises:
-      TooManyFailures: saying how many; and whatever the writer raises.
+    Ended early in any way, what the devices have is finished and written; the rest is left for another run.
+    Raises what the writer raises.
     """
+    summary, engine = self._summary, self._engine
     try:
-      for entries, kept in self._engine.run(self._batches(works), *self._thresholds):
-        self._in_hand -= bool(kept)
-        self._hand_over(entries, kept)
+      with self._reader, self._writer:
+        try:
+          batches = self._batches(self._works(plan, shards, process))
+          for entries, kept in engine.run(batches, *self._thresholds):
+            self._in_hand -= bool(kept)
+            self._hand_over(entries, kept)
+        finally:
+          self._pool.shutdown(wait=False)  # what was handed over is still computed, for the writer
     finally:
-      self._pool.shutdown(wait=False)  # what was handed over is still computed, for the writer
-    if isinstance(self._ended, TooManyFailures):
-      raise self._ended
-    return self._ended is None
+      for shard in self._open:
+        shard.close()
+      self._clock.close()
+      clock = self._clock
+      summary.shards_done, summary.compile_s = self._writer.committed, engine.waited_s
+      summary.decode_wait_s, summary.write_wait_s = self._reader.waited_s, self._writer.waited_s
+      if clock.first is not None:
+        # Programs compiled on the way kept the devices waiting once; a longer job does not see it.
+        compiling = engine.waited_s - self._waited_before
+        summary.run_s = max(clock.last - clock.first - compiling, clock.busy_s)
+        summary.device_busy = clock.busy_s / summary.run_s if summary.run_s else None
 
-  def _batches(self, works: Iterable[tuple[ShardWriter, Any]]) -> Iterator[tuple[list[_Entry], list[Asked]]]:
+  def _works(
+    self, plan: Plan, shards: Iterable[Shard], process: int
+  ) -> Iterator[tuple[ShardWriter, Item | None]]:
+    """(shard, item) of what is to do, (shard, None) at each shard's end; opens shards as they are needed."""
+    for shard in shards:
+      if self._stop():
+        self._summary.stopped = "stopped"
+        return
+      try:
+        writer = ShardWriter(plan, shard, process).open()
+      except Busy:
+        self._summary.shards_busy += 1
+        continue
+      self._open.append(writer)
+      done = frozenset(writer.done)
+      self._summary.images_before += len(done)
+      for item in shard.items:
+        if item.id not in done:
+          yield writer, item
+      yield writer, None
+
+  def _batches(
+    self, works: Iterable[tuple[ShardWriter, Item | None]]
+  ) -> Iterator[tuple[list[_Entry], list[Asked]]]:
     """Images in batches for the devices, each with all entries up to its last image."""
     entries: list[_Entry] = []
     asked: list[Asked] = []
@@ -221,29 +265,33 @@ class Pipeline:
           self._in_hand += bool(asked)
           yield entries, asked
           entries, asked = [], []
-    except (Stopped, TooManyFailures) as e:
-      self._ended = e
+    except Stopped:
+      self._summary.stopped = "stopped"
+    except TooManyFailures as e:
+      self._summary.stopped, self._summary.too_many_failures = str(e), True
     else:
       yield entries, asked
 
   def _entry(
-    self, shard: ShardWriter, item: Any, found: Pixels | Failure | None, asked: list[Asked]
+    self, shard: ShardWriter, item: Item | None, found: Pixels | Failure | None, asked: list[Asked]
   ) -> _Entry:
     """Adds an image of which something is asked to `asked`."""
     if item is None:
       return _Entry(shard, None, None)
-    self.images += 1
+    self._images += 1
     if isinstance(found, Pixels):
       try:
-        one = self._engine.asked(found.pixels, (found.height, found.width), self._questions(item.id))
+        size = found.height, found.width
+        one = self._engine.asked(found.pixels, size, self._questions.for_item(item.id))
       except ValueError as e:
         found = Failure("other", f"its question cannot be asked: {e}")
     if isinstance(found, Failure):
-      self.failures += 1
-      if self.images >= FEWEST and self.failures > self._max_failures * self.images:
+      self._failures += 1
+      accepted = self._config.max_failures
+      if self._images >= FEWEST and self._failures > accepted * self._images:
         raise TooManyFailures(
-          f"{self.failures} of {self.images} images failed, more than the accepted share of"
-          f" {self._max_failures:g} (--max-failures); the last one: {shown(item.uri)}: {found.message}"
+          f"{self._failures} of {self._images} images failed, more than the accepted share of"
+          f" {accepted:g} (--max-failures); the last one: {shown(item.uri)}: {found.message}"
         )
       return _Entry(shard, item, found)
     found = dataclasses.replace(found, pixels=None)  # 3 MB each, and `asked` has them
@@ -265,7 +313,7 @@ class Pipeline:
 
   def _record(self, entry: _Entry, kept: Kept | None) -> results.Record:
     """Post-processing of one image."""
-    prompts, instances = self._questions(entry.item.id), []
+    prompts, instances = self._questions.for_item(entry.item.id), []
     for k in range(0 if kept is None else len(kept)):
       number = int(kept.prompt[k])
       instances.append(results.instance(prompts[number], number, kept.scores[k], kept.boxes[k], kept.mask(k)))
@@ -273,3 +321,14 @@ class Pipeline:
     record = results.record(entry.item, width=width, height=height, results=instances)
     self._on_image(entry.item, record)
     return record
+
+  def _on_start(self, at: float, output: Any) -> None:
+    if self._waited_before is None:
+      self._waited_before = self._engine.waited_s
+      for shard in self._open:  # so that `status` leaves compiling out of the rate, as the summary does
+        shard.begin()
+    self._clock.started(at, output)
+
+  def _on_record(self, record: results.Record) -> None:
+    self._summary.count(record)
+    self._progress.image("error" in record)

@@ -30,15 +30,15 @@ from sam3lt_jax.checkpoints.sources import check_phrases
 from sam3lt_jax.checkpoints.summary import digest
 from sam3lt_jax.engine import IMAGE_BUCKETS, PROMPT_BUCKETS, Engine
 from sam3lt_jax.errors import renamed
-from sam3lt_jax.jobs import files, ledger, reading
-from sam3lt_jax.jobs.pipeline import DeviceClock, Pipeline, TooManyFailures, Writer
+from sam3lt_jax.jobs import files, reading
+from sam3lt_jax.jobs.pipeline import Pipeline
 from sam3lt_jax.jobs.plan import Plan, Shard
 from sam3lt_jax.jobs.questions import Questions
 from sam3lt_jax.jobs.results import Overlays
 from sam3lt_jax.jobs.sources import Item, list_items
 from sam3lt_jax.jobs.summary import Summary
 from sam3lt_jax.predictor import Predictor
-from sam3lt_jax.processing import images, postprocess
+from sam3lt_jax.processing import postprocess
 
 SHARD_SIZES = (16, 500)
 _LISTED = 10_000  # phrases that stand in plan.json; more only by their digest
@@ -229,9 +229,6 @@ class _Images:
   ):
     self.config, self._predictor, self._progress, self._stop = config, predictor, progress, stop
     self._engine: Engine | None = None
-    self._open: list[ledger.ShardWriter] = []
-    self._waited_before: float | None = None  # for compilation, when the first program was started
-    self._clock: DeviceClock | None = None
 
   def items(self) -> Sequence[Item]:
     config = self.config
@@ -268,80 +265,11 @@ class _Images:
     engine.compile_ahead(engine.rows, self._asked)
     if config.batch is None:
       engine.fit_memory(self._asked)
-    self._clock, engine.on_start = DeviceClock(), self._on_start
-    workers = config.workers or images.default_workers()
-    reader = reading.Reader(
-      engine.processor.image_size,
-      workers=workers,
-      processes=config.worker_processes,
-      ahead=2 * workers + engine.rows,  # a batch is being gathered while another is decoded
-      max_pixels=config.max_pixels,
-      stop=self._stop.is_set,
-    )
-
-    def on_record(record: dict[str, Any]) -> None:
-      summary.count(record)
-      progress.image("error" in record)
-
-    summary.devices, summary.batch = len(engine.devices), engine.image_buckets[-1]
-    writer = Writer(2 * engine.rows + 8, on_record)
     summary.startup_s = time.perf_counter() - summary.started
     progress.phase("")
-    default = engine.processor.profile.score_threshold
-    try:
-      with reader, writer:
-        pipeline = Pipeline(
-          engine,
-          reader,
-          writer,
-          self._questions.for_item,
-          threshold=default if config.threshold is None else config.threshold,
-          mask_threshold=config.mask_threshold,
-          post_workers=workers,
-          max_failures=config.max_failures,
-          stop=self._stop.is_set,
-          on_image=Overlays(plan.directory, items, config.overlays).draw,
-        )
-        try:
-          if not pipeline.run(self._works(plan, shards, summary)):
-            summary.stopped = "stopped"
-        except TooManyFailures as e:
-          summary.stopped, summary.too_many_failures = str(e), True
-    finally:
-      for shard in self._open:
-        shard.close()
-      self._clock.close()
-      waited_since = engine.waited_s - (self._waited_before or 0.0)
-      summary.take_counters(self._clock, reader, writer, engine.waited_s, waited_since)
-
-  def _works(
-    self, plan: Plan, shards: Iterator[Shard], summary: Summary
-  ) -> Iterator[tuple[ledger.ShardWriter, Item | None]]:
-    """(shard, item) of what is to do, (shard, None) at each shard's end; opens shards as they are needed."""
-    process = self.config.process()[0]
-    for shard in shards:
-      if self._stop.is_set():
-        summary.stopped = "stopped"
-        return
-      try:
-        writer = ledger.ShardWriter(plan, shard, process).open()
-      except ledger.Busy:
-        summary.shards_busy += 1
-        continue
-      self._open.append(writer)
-      done = frozenset(writer.done)
-      summary.images_before += len(done)
-      for item in shard.items:
-        if item.id not in done:
-          yield writer, item
-      yield writer, None
-
-  def _on_start(self, at: float, output: Any) -> None:
-    if self._waited_before is None:
-      self._waited_before = self._engine.waited_s
-      for shard in self._open:  # so that `status` leaves compiling out of the rate, as the summary does
-        shard.begin()
-    self._clock.started(at, output)
+    overlays, stop = Overlays(plan.directory, items, config.overlays), self._stop.is_set
+    pipeline = Pipeline(engine, self._questions, config, summary, progress, stop, overlays.draw)
+    pipeline.run(plan, shards, config.process()[0])
 
 
 def load(config: JobConfig, questions: int, ahead: bool) -> tuple[Engine, str]:

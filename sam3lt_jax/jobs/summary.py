@@ -68,17 +68,6 @@ class Summary:
     if "error" in record:
       self.failures[record["error"]] += 1
 
-  def take_counters(
-    self, clock: Any, reader: Any, writer: Any, compile_s: float, compiled_since: float
-  ) -> None:
-    self.shards_done = writer.committed
-    self.compile_s = compile_s
-    self.decode_wait_s, self.write_wait_s = reader.waited_s, writer.waited_s
-    if clock.first is not None:
-      # Programs compiled on the way kept the devices waiting once; a longer job does not see it.
-      self.run_s = max(clock.last - clock.first - compiled_since, clock.busy_s)
-      self.device_busy = clock.busy_s / self.run_s if self.run_s else None
-
   def finish(self, plan: Any) -> Summary:
     self.seconds = time.perf_counter() - self.started
     self.shards_left = self.shards - len(plan.committed())

@@ -52,8 +52,8 @@ def shared(compiled, monkeypatch):
 def narrow(monkeypatch):
   """Little is in work at any time, so that a job stopped at an image has much left."""
   monkeypatch.setattr(pipeline, "FLUSH_RECORDS", 1)
-  writer = run.Writer
-  monkeypatch.setattr(run, "Writer", lambda room, on_record: writer(2, on_record))
+  writer = pipeline.Writer
+  monkeypatch.setattr(pipeline, "Writer", lambda room, on_record: writer(2, on_record))
 
 
 @pytest.fixture

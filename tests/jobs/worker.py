@@ -51,7 +51,8 @@ class Watch(run.Progress):
 def main(task: dict) -> dict:
   # Little is in work when the process is ended, and what it has counted is written.
   pipeline.FLUSH_RECORDS = 1
-  run.Writer = lambda room, on_record: pipeline.Writer(2, on_record)
+  writer = pipeline.Writer
+  pipeline.Writer = lambda room, on_record: writer(2, on_record)
   number, count = batch_inference.join("auto") if task.get("join") else (0, 1)
   found: dict = {"process": [number, count], "devices": jax.local_device_count(), "runs": []}
   engines = []
