@@ -21,7 +21,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax import locks, storage
@@ -213,20 +213,26 @@ class ShardWriter:
     ValueError: the plan was changed by another job.
   """
 
+  def __new__(cls, plan: Plan, *_: Any, **__: Any) -> ShardWriter:
+    return super().__new__(_ObjectWriter if files.is_remote(plan.directory) else cls)
+
   def __init__(self, plan: Plan, shard: Shard, process: int = 0):
     self.plan, self.shard, self.process = plan, shard, process
     self.done: set[str] = set()
     self._ids = frozenset(item.id for item in shard.items)
     self._tally = Tally()
-    kind = _MemoryPart if files.is_remote(plan.directory) else _FilePart
-    self._part = kind(plan.directory, shard)
+    endings = (DATA, PART, DIGEST, LOCK)
+    self._data, self._part, self._digest, lock = (path(plan.directory, shard.index, one) for one in endings)
+    self._lock = locks.FileLock(lock)
+    self._descriptor: int | None = None
+    self._size, self._sha = 0, hashlib.sha256()
 
   def open(self) -> ShardWriter:
     """Takes the lock and reads what there is; as entering does, for who leaves it elsewhere by `close`."""
-    self._part.open()
     try:
+      self._take()
       self.plan.check_current()
-      self._count(self._part.recover(self._ids))
+      self._recover()
       self._recovered = len(self.done)
       self.begin()
     except BaseException:
@@ -234,15 +240,44 @@ class ShardWriter:
       raise
     return self
 
+  def _take(self) -> None:
+    if not self._lock.acquire():
+      raise Busy(f"{shard_name(self.shard.index)}: another process works on it")
+    if os.path.exists(self._data):
+      raise Busy(f"{shard_name(self.shard.index)} was committed meanwhile")
+    with files.writing(self._part):
+      self._descriptor = os.open(self._part, os.O_RDWR | os.O_CREAT, 0o666)
+      storage.sync_folder(os.path.dirname(self._part))
+
+  def _recover(self) -> None:
+    """Counts the records of the longest sound beginning of the file; what follows it is cut off."""
+    with open(self._part, "rb") as f:
+      for line in f:
+        record = record_of(line)
+        if record is None or record["id"] not in self._ids or record["id"] in self.done:
+          break
+        self._sha.update(line)
+        self._size += len(line)
+        self._count([record])
+    with files.writing(self._part):
+      os.ftruncate(self._descriptor, self._size)
+      os.fsync(self._descriptor)
+
   def begin(self) -> None:
     """Work begins now, for the rate. Opening does it; who compiles after that does it again."""
     self._started = time.time()
     about = {"host": locks.host_name(), "process": self.process, "pid": os.getpid(), "started": self._started}
-    self._part.say(about | {"recovered": self._recovered})
+    self._lock.say(about | {"recovered": self._recovered})
 
   def close(self) -> None:
     """Lets go of the lock. More than once does no harm."""
-    self._part.close()
+    if self._descriptor is not None:
+      os.close(self._descriptor)
+      self._descriptor = None
+      with contextlib.suppress(OSError):
+        if not os.path.getsize(self._part):
+          os.unlink(self._part)
+    self._lock.release()
 
   def __enter__(self) -> ShardWriter:
     return self.open()
@@ -280,7 +315,7 @@ class ShardWriter:
         raise ValueError(f"records: {item_id!r} cannot be written as JSON: {e}") from None
       lines[item_id] = text.encode("ascii") + b"\n"
     if lines:
-      self._part.append(lines)
+      self._write(lines)
       self._count(records)
 
   def commit(self, **about: Any) -> None:
@@ -301,7 +336,7 @@ class ShardWriter:
         f" {missing[0]!r})"
       )
     now, tally = time.time(), self._tally
-    self._part.commit(
+    self._commit(
       {
         "shard": self.shard.index,
         "records": len(self.done),
@@ -320,57 +355,10 @@ class ShardWriter:
       | about
     )
 
-
-def _with_digest(about: dict[str, Any], sha256: str, size: int) -> bytes:
-  return json.dumps(about | {"sha256": sha256, "bytes": size}, indent=1).encode() + b"\n"
-
-
-class _FilePart:
-  """A .part file under a lock, in a local folder."""
-
-  def __init__(self, directory: str, shard: Shard):
-    endings = (DATA, PART, DIGEST, LOCK)
-    self._final, self._path, self._digest, lock = (path(directory, shard.index, one) for one in endings)
-    self._name, self._lock = shard_name(shard.index), locks.FileLock(lock)
-    self._descriptor: int | None = None
-    self._size, self._sha = 0, hashlib.sha256()
-
-  def open(self) -> None:
-    if not self._lock.acquire():
-      raise Busy(f"{self._name}: another process works on it")
-    try:
-      if os.path.exists(self._final):
-        raise Busy(f"{self._name} was committed meanwhile")
-      with files.writing(self._path):
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        storage.sync_folder(os.path.dirname(self._path))
-    except BaseException:
-      self._lock.release()
-      raise
-
-  def say(self, about: dict[str, Any]) -> None:
-    self._lock.say(about)
-
-  def recover(self, ids: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The records of the longest sound beginning of the file; what follows it is cut off."""
-    seen = set()
-    with open(self._path, "rb") as f:
-      for line in f:
-        record = record_of(line)
-        if record is None or record["id"] not in ids or record["id"] in seen:
-          break
-        seen.add(record["id"])
-        self._sha.update(line)
-        self._size += len(line)
-        yield record
-    with files.writing(self._path):
-      os.ftruncate(self._descriptor, self._size)
-      os.fsync(self._descriptor)
-
-  def append(self, lines: dict[str, bytes]) -> None:
+  def _write(self, lines: dict[str, bytes]) -> None:
     data = b"".join(lines.values())
     try:
-      with files.writing(self._path):
+      with files.writing(self._part):
         written = 0
         while written < len(data):  # a disk that fills up takes a part first
           written += os.pwrite(self._descriptor, data[written:], self._size + written)
@@ -382,55 +370,40 @@ class _FilePart:
     self._size += len(data)
     self._sha.update(data)
 
-  def commit(self, about: dict[str, Any]) -> None:
-    files.write_atomic(self._digest, _with_digest(about, self._sha.hexdigest(), self._size), alone=True)
-    files.move(self._path, self._final)
-    with files.writing(self._final):
-      storage.sync_folder(os.path.dirname(self._final))
-
-  def close(self) -> None:
-    if self._descriptor is not None:
-      os.close(self._descriptor)
-      self._descriptor = None
-      with contextlib.suppress(OSError):
-        if not os.path.getsize(self._path):
-          os.unlink(self._path)
-    self._lock.release()
+  def _commit(self, about: dict[str, Any]) -> None:
+    files.write_atomic(self._digest, _with_digest(about, self._sha, self._size), alone=True)
+    files.move(self._part, self._data)
+    with files.writing(self._data):
+      storage.sync_folder(os.path.dirname(self._data))
 
 
-class _MemoryPart:
-  """Lines in memory, to be put as one object."""
+class _ObjectWriter(ShardWriter):
+  """On an object store: lines in memory, to be put as one object."""
 
-  def __init__(self, directory: str, shard: Shard):
-    self._shard = shard
-    self._final, self._digest = path(directory, shard.index), path(directory, shard.index, DIGEST)
+  def _take(self) -> None:
     self._lines: dict[str, bytes] = {}
+    if files.exists(self._data):
+      raise Busy(f"{shard_name(self.shard.index)} was committed meanwhile")
 
-  def open(self) -> None:
-    if files.exists(self._final):
-      raise Busy(f"{shard_name(self._shard.index)} was committed meanwhile")
-
-  def say(self, about: dict[str, Any]) -> None:
+  def _recover(self) -> None:
     pass
 
-  def recover(self, ids: Collection[str]) -> Iterator[dict[str, Any]]:
-    return iter(())
-
-  def append(self, lines: dict[str, bytes]) -> None:
+  def _write(self, lines: dict[str, bytes]) -> None:
     self._lines.update(lines)
 
-  def commit(self, about: dict[str, Any]) -> None:
-    data = b"".join(self._lines[item.id] for item in self._shard.items)
-    digest = _with_digest(about, hashlib.sha256(data).hexdigest(), len(data))
-    if files.exists(self._final):
+  def _commit(self, about: dict[str, Any]) -> None:
+    data = b"".join(self._lines[item.id] for item in self.shard.items)
+    digest = _with_digest(about, hashlib.sha256(data), len(data))
+    if files.exists(self._data):
       return  # another job's, whole
     for _ in range(_CLASHES):
       files.write_atomic(self._digest, digest)
-      files.write_atomic(self._final, data)
+      files.write_atomic(self._data, data)
       # Whoever puts the data last sees here whether the digest beside it is another's, and puts both again.
       if files.read(self._digest) == digest:
         return
-    raise files.CannotWrite(f"{self._final} is not written: another job keeps writing it; end one of them")
+    raise files.CannotWrite(f"{self._data} is not written: another job keeps writing it; end one of them")
 
-  def close(self) -> None:
-    self._lines.clear()
+
+def _with_digest(about: dict[str, Any], sha: Any, size: int) -> bytes:
+  return json.dumps(about | {"sha256": sha.hexdigest(), "bytes": size}, indent=1).encode() + b"\n"

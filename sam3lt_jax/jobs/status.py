@@ -165,15 +165,7 @@ def _in_work(plan: Plan, index: int, written: float, tally: ledger.Tally) -> tup
       tally.add(record)
   lock = ledger.path(plan.directory, index, ledger.LOCK)
   running = ledger.shard_name(index) if locks.is_held(lock) else None
-  return len(lines), _activity(_holder(lock), len(lines), written, running)
-
-
-def _holder(lock: str) -> dict[str, Any]:
-  """What a shard's holder said of itself, as far as it makes sense."""
-  about, number = locks.holder(lock), lambda x: type(x) in (int, float) and 0 <= x < 1 << 53
-  sound = {"host": lambda x: isinstance(x, str), "process": lambda x: type(x) is int}
-  sound |= {"started": number, "recovered": lambda x: type(x) is int and x >= 0}
-  return {key: about[key] for key, is_sound in sound.items() if key in about and is_sound(about[key])}
+  return len(lines), _activity(locks.holder(lock), len(lines), written, running)
 
 
 def _rate(activities: Sequence[_Activity], now: float, finished: bool) -> float | None:

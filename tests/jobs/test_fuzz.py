@@ -115,8 +115,6 @@ def edit_part(rng, out):
     path.write_text(json.dumps(mutate_json(rng, record)) + "\n" + json.dumps(mutate_json(rng, record)) + "\n")
   else:
     path.write_bytes(mutate_bytes(rng, data))
-  holder = {"host": "h", "process": 0, "pid": 1, "started": 1.0, "recovered": 0}
-  json_file(rng, out / "shards" / "shard-00001.lock", holder)
 
 
 @pytest.mark.filterwarnings("ignore")

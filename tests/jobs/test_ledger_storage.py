@@ -148,7 +148,7 @@ def test_two_jobs_put_one_shard_of_an_object_store(bucket, monkeypatch, seed):
       other.done = {item.id for item in shard.items}
       other._started, other._recovered = 0, 0
       line = '{"id":"%s","results":[],"by":"%d"}\n'
-      other._part._lines = {item.id: (line % (item.id, rng.randrange(9))).encode() for item in shard.items}
+      other._lines = {item.id: (line % (item.id, rng.randrange(9))).encode() for item in shard.items}
       monkeypatch.setattr(files, "exists", lambda path: False)  # it looked before the first one's put
       other.commit()
       inside = False
