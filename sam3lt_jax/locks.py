@@ -14,7 +14,6 @@ import os
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 
 from sam3lt_jax import storage
@@ -28,7 +27,6 @@ except ImportError:  # Windows
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _POLL = 0.02  # seconds
 KEPT = "what was computed before is kept: mend that and start the same command again"
-_open_locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 
 class FileLock:
@@ -38,7 +36,6 @@ class FileLock:
     self.path = path
     self._descriptor: int | None = None
     self._one_thread = threading.RLock()
-    _open_locks.add(self)
 
   def acquire(self, wait: float = 0.2) -> bool:
     """Whether it was got within `wait` seconds; some wait is needed, as `is_held` holds it for a moment.
@@ -72,13 +69,8 @@ class FileLock:
       if self._descriptor is not None:
         with contextlib.suppress(OSError):  # a disk that became read-only; the lock goes all the same
           os.unlink(self.path)
-        self.drop()
-
-  def drop(self) -> None:
-    """Closes the file, as a forked child does: the lock is its parent's and stays."""
-    if self._descriptor is not None:
-      os.close(self._descriptor)
-      self._descriptor = None
+        os.close(self._descriptor)
+        self._descriptor = None
 
 
 def _writing(path: str) -> contextlib.AbstractContextManager:
@@ -145,13 +137,3 @@ def exclusive(path: str, wait: float) -> Iterator[None]:
     yield
   finally:
     lock.release()
-
-
-def _drop_in_child() -> None:
-  """A worker process forked while a shard is in work must not keep it locked when its parent is killed."""
-  for lock in list(_open_locks):
-    lock.drop()
-
-
-if hasattr(os, "register_at_fork"):
-  os.register_at_fork(after_in_child=_drop_in_child)

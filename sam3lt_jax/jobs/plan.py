@@ -63,7 +63,7 @@ class Plan:
   def __init__(self, directory: str, content: dict[str, Any], notes: Sequence[str] = ()):
     self.directory, self.notes = directory, list(notes)
     self.fingerprint: dict[str, Any] = content["fingerprint"]
-    self.settings = _settings(self.fingerprint)
+    self.settings = _sha256(self.fingerprint)[:16]
     self.sizes: list[int] = content["shards"]
     self.shards: Sequence[Shard] = _Shards(directory, content)
     self.num_items = sum(self.sizes)
@@ -259,10 +259,6 @@ class _Shards(Sequence):
 # ------------------------------------------------------------------ plan.json
 
 
-def _settings(fingerprint: dict[str, Any]) -> str:
-  return _sha256(fingerprint)[:16]
-
-
 def _sha256(content: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -320,7 +316,7 @@ def _create(
   """
   if not items:
     raise ValueError("items must hold at least one image, got none")
-  shard_size = _fitting_size(directory, items, _settings(fingerprint), shard_size, allow_change, notes)
+  shard_size = _fitting_size(directory, items, _sha256(fingerprint)[:16], shard_size, allow_change, notes)
   if dropped := ledger.drop_started(directory):
     notes.append(f"{PLAN} was missing; started shards that begin again: {dropped}")
   content = {

@@ -2,18 +2,15 @@
 
 import errno
 import os
-import signal
 import threading
-import time
 
 import pytest
 
 from sam3lt_jax import locks
 from sam3lt_jax.jobs import ledger
 from sam3lt_jax.jobs.ledger import Busy, ShardWriter
-from sam3lt_jax.jobs.plan import Plan
 from tests.jobs import ledgers, work
-from tests.jobs.ledgers import TAILS, data_of, part_of, processes, records, start
+from tests.jobs.ledgers import TAILS, data_of, part_of, records
 
 
 def test_a_shard_from_begin_to_commit(plan):
@@ -179,33 +176,6 @@ def test_a_lock_whose_file_was_removed_is_nobodys(tmp_path, monkeypatch):
   assert third.acquire(0)
   third.release()
   assert os.listdir(tmp_path) == []
-
-
-def hold_and_fork(directory, pids):
-  plan = Plan.load(directory)
-  with ShardWriter(plan, plan.shards[0]):
-    child = os.fork()
-    if child == 0:
-      time.sleep(60)
-      os._exit(0)
-    pids.put(child)
-    time.sleep(60)
-
-
-def test_a_worker_that_outlives_its_parent_does_not_keep_the_lock(plan):
-  pids = processes.Queue()
-  parent = start(hold_and_fork, plan.directory, pids)
-  child = pids.get(timeout=60)
-  try:
-    with pytest.raises(Busy), ShardWriter(plan, plan.shards[0]):
-      pass
-    parent.kill()
-    parent.join()
-    os.kill(child, 0)  # it lives
-    with ShardWriter(plan, plan.shards[0]) as writer:
-      assert writer.done == set()
-  finally:
-    os.kill(child, signal.SIGKILL)
 
 
 def test_a_file_system_without_locks(plan, monkeypatch):
