@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from sam3lt_jax import locks, storage
+from sam3lt_jax.errors import shown
 from sam3lt_jax.storage import CannotWrite
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -110,6 +111,25 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
   with open(path, "rb") as f:
     f.seek(start)
     return f.read(-1 if size is None else size)
+
+
+def read_lines(path: str) -> Iterator[tuple[str, str]]:
+  """("PATH, line N", text) of each line of a text file that is not blank, stripped.
+
+  Raises:
+    ValueError: one that is not UTF-8, or holds a zero byte.
+    OSError: it cannot be read.
+  """
+  for number, line in enumerate(read(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    place = f"{shown(path)}, line {number}"
+    try:
+      text = line.decode("utf-8").strip()
+    except UnicodeDecodeError:
+      raise ValueError(f"{place}: not UTF-8") from None
+    if "\0" in text:
+      raise ValueError(f"{place}: a zero byte; this is no text file")
+    if text:
+      yield place, text
 
 
 def read_several(paths: Sequence[str]) -> list[bytes | None]:

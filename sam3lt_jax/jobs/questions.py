@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from sam3lt_jax.errors import shown
@@ -37,7 +37,7 @@ class Questions:
     per_image: whether images have their own questions.
   """
 
-  def __init__(self, common: tuple[Prompt, ...], lines: dict[str, tuple[bytes, ...]] | None, digest: str):
+  def __init__(self, common: tuple[Prompt, ...], lines: dict[str, tuple[str, ...]] | None, digest: str):
     self._common, self._lines, self.digest = common, lines, digest
     self.per_image = lines is not None
     self.phrases: tuple[str, ...] = tuple(q.text for q in common)
@@ -68,31 +68,21 @@ class Questions:
       ValueError: a bad line (the message names its number), or a file without questions.
       OSError: it cannot be read.
     """
-    path = os.fspath(path)
-    data = files.read(path).removeprefix(b"\xef\xbb\xbf")
-    lines = data.split(b"\n")
-    if data.lstrip()[:1] in (b"{", b"["):
-      return cls._from_json_lines(path, lines)
-    phrases = []
-    for number, line in enumerate(lines, 1):
-      phrase = _decode(line, f"{path}, line {number}").strip()
-      if phrase:
-        phrases.append(phrase)
-    if not phrases:
+    lines = list(files.read_lines(os.fspath(path)))
+    if not lines:
       raise ValueError(f"{path} holds no phrase; accepted: a phrase a line, or JSON lines with ids")
-    return cls.of_phrases(phrases)
+    if lines[0][1].startswith(("{", "[")):
+      return cls._from_json_lines(lines)
+    return cls.of_phrases(text for _, text in lines)
 
   @classmethod
-  def _from_json_lines(cls, path: str, lines: Sequence[bytes]) -> Questions:
-    """Lines are kept as they are, in bytes: a million images' questions as objects would take gigabytes."""
-    found: dict[str, tuple[bytes, ...]] = {}
+  def _from_json_lines(cls, lines: Iterable[tuple[str, str]]) -> Questions:
+    """Lines are kept as they are: a million images' questions as objects would take gigabytes."""
+    found: dict[str, tuple[str, ...]] = {}
     phrases: dict[str, None] = {}
     total = 0
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      place = f"{path}, line {number}"
-      item_id, questions = _parse(_decode(line, place), place)
+    for place, line in lines:
+      item_id, questions = _parse(line, place)
       earlier = found.get(item_id, ())
       found[item_id] = (*earlier, line)
       phrases.update((q.text, None) for q in questions if q.text is not None)
@@ -109,7 +99,7 @@ class Questions:
     if self._lines is None:
       return self._common
     lines = self._lines.get(item_id, ())
-    return tuple(question for line in lines for question in _parse(line.decode(), "")[1])
+    return tuple(question for line in lines for question in _parse(line, "")[1])
 
   def check_items(self, ids: Iterable[str]) -> int:
     """How many of the images `ids` nothing is asked of.
@@ -131,16 +121,6 @@ class Questions:
         f"such as {min(unknown)!r}"
       )
     return there - asked
-
-
-def _decode(line: bytes, place: str) -> str:
-  try:
-    text = line.decode("utf-8")
-  except UnicodeDecodeError:
-    raise ValueError(f"{place}: not UTF-8") from None
-  if "\0" in text:
-    raise ValueError(f"{place}: a zero byte; this is no text file")
-  return text
 
 
 def _check_phrase(phrase: Any, place: str) -> str:

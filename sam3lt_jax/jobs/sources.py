@@ -277,18 +277,7 @@ def _glob(source: str, kind: Kind) -> _Part:
 
 
 def _list_file(source: str, path: str) -> _Part:
-  rows = []
-  for number, line in enumerate(files.read(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-    try:
-      entry = line.decode("utf-8").strip()
-    except UnicodeDecodeError:
-      raise ValueError(
-        f"{shown(source)}, line {number}: not UTF-8; a list holds a path or URL a line"
-      ) from None
-    if "\0" in entry:
-      raise ValueError(f"{shown(source)}, line {number}: a zero byte; a list holds a path or URL a line")
-    if entry:
-      rows.append(entry)
+  rows = [text for _, text in files.read_lines(path)]
   if not rows:
     raise ValueError(f"the list {shown(source)} names nothing; it holds a path or URL a line")
   return _Part(source, rows, functools.partial(_listed, files.folder_of(path)))
@@ -373,25 +362,21 @@ def expand_braces(pattern: str) -> list[str]:
     ValueError: a brace without its pair, or what is inside is neither a range nor a list.
   """
   match = _BRACES.search(pattern)
-  if match is None:
-    if "{" in pattern or "}" in pattern:
-      raise ValueError(f"{shown(pattern)}: a brace without its pair; accepted: shard-{{000000..000009}}.tar")
+  if match is None and not set(pattern) & set("{}"):
     return [pattern]
-  before, inside, after = pattern[: match.start()], match[1], pattern[match.end() :]
+  inside = match[1] if match else ""
+  values = inside.split(",")
   if numbers := _RANGE.fullmatch(inside):
     low, high = map(int, numbers.groups())
-    if not 0 <= high - low < _MOST_SHARDS:
-      raise ValueError(
-        f"{shown(pattern)}: the range {{{inside}}} runs backwards or has more than {_MOST_SHARDS:,} shards"
-      )
     width = len(numbers[1]) if numbers[1].startswith("0") else 0
-    values = [f"{value:0{width}d}" for value in range(low, high + 1)]
-  elif "," in inside:
-    values = inside.split(",")
-  else:
+    values = [f"{value:0{width}d}" for value in range(low, high + 1)] if high - low < _MOST_SHARDS else []
+  elif len(values) == 1:
+    values = []
+  if not values:
     raise ValueError(
-      f"{shown(pattern)}: {{{shown(inside)}}} is neither a range {{000..009}} nor a list {{a,b}}"
+      f"{shown(pattern)}: braces hold a range {{000..009}} of up to {_MOST_SHARDS:,} shards or a list {{a,b}}"
     )
+  before, after = pattern[: match.start()], pattern[match.end() :]
   return [path for value in values for path in expand_braces(f"{before}{value}{after}")]
 
 

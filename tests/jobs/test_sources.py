@@ -309,7 +309,7 @@ def test_braces():
   assert expand_braces("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
   assert expand_braces("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
   for bad in ("a{0..1.tar", "{3..1}.tar", "{a}.tar", "{0..999999999999}.tar"):
-    with pytest.raises(ValueError, match=r"brace|backwards or has more than 1,000,000 shards|neither"):
+    with pytest.raises(ValueError, match=r"braces hold a range {000\.\.009} of up to 1,000,000 shards"):
       expand_braces(bad)
 
 
