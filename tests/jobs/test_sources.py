@@ -394,16 +394,16 @@ def test_packages_that_are_missing_are_named(monkeypatch):
 
 
 def test_many_files_list_quickly_and_stay_small(tmp_path):
-  """20,000 files: well under a second, and no object a file."""
-  for folder in range(20):
+  """4,000 files: well under a second, and no object a file."""
+  for folder in range(4):
     (tmp_path / f"{folder:02d}").mkdir()
     for i in range(1000):
       (tmp_path / f"{folder:02d}" / f"{i:04d}.jpg").touch()
   start = time.process_time()
   items = list_items(tmp_path)
   seconds = time.process_time() - start
-  assert len(items) == 20_000 and items[12_345].id == "12/0345.jpg"
-  assert seconds < 2, f"{seconds:.2f} s of CPU; 0.1 were measured"
+  assert len(items) == 4_000 and items[2_345].id == "02/0345.jpg"
+  assert seconds < 0.5, f"{seconds:.2f} s of CPU; 0.02 were measured"
   assert all(isinstance(row, str) for part in items._parts for row in part.rows)
 
 
