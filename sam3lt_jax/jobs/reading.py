@@ -226,17 +226,10 @@ class Reader:
       there are workers take their full size as well. Default: 2 * workers.
     max_pixels: see `pixel_limit`.
     stop: whether to give up.
-
-    Raises:
-      ValueError: workers or ahead below 1.
     """
-    ahead = 2 * workers if ahead is None else ahead
-    for name, value in (("workers", workers), ("ahead", ahead)):
-      if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
     self._size, self._max_pixels, self._open = size, max_pixels, contextlib.ExitStack()
     self._kind = _Processes if processes else _Threads
-    self._workers, self._ahead, self._stop = workers, ahead, stop
+    self._workers, self._ahead, self._stop = workers, ahead or 2 * workers, stop
     self._pool: futures.Executor | None = None
     self._queue: collections.deque[tuple[Any, Any, futures.Future | None]] = collections.deque()
     self._awaited: futures.Future | None = None

@@ -284,10 +284,3 @@ def test_the_frame_of_the_annotations_is_kept(tmp_path):
     record = Record(1, tmp_path / "a.jpg", (height, width), ())
     np.testing.assert_array_equal(images.resize_image(record.load_image(), SIDE), found.pixels)
   assert sizes == {(30, 50): (30, 50), (50, 30): (50, 30)}
-
-
-def test_bad_arguments():
-  with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
-    Reader(SIDE, workers=0)
-  with pytest.raises(ValueError, match="ahead must be at least 1, got 0"):
-    Reader(SIDE, workers=1, ahead=0)
