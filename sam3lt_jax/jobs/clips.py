@@ -19,7 +19,8 @@ import jax
 
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files, ledger, run, sources
-from sam3lt_jax.jobs.plan import Plan, Shard
+from sam3lt_jax.jobs.ledger import Shard
+from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.sources import Item
 from sam3lt_jax.jobs.summary import Summary
 from sam3lt_jax.video.frames import open_frames

@@ -16,19 +16,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sam3lt_jax import locks, storage
 from sam3lt_jax.jobs import files
-
-if TYPE_CHECKING:
-  from sam3lt_jax.jobs.plan import Plan, Shard
+from sam3lt_jax.jobs.sources import Item
 
 SHARDS = "shards"
 DATA, PART, DIGEST, LOCK = ".jsonl", ".jsonl.part", ".json", ".lock"
@@ -36,6 +35,14 @@ _NAME = re.compile(r"shard-([0-9]{5}|[1-9][0-9]{5,})(\..+)")
 _MOST = 1 << 53  # a number of a digest file that is larger is none that was written
 _EXAMPLES = 3  # failures a reason that are shown
 _CLASHES = 5  # times that a put is repeated because another job put the same shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A part of the job that is done, and committed, as one. `items` are in the order of the plan."""
+
+  index: int
+  items: tuple[Item, ...]
 
 
 class Damaged(ValueError):
@@ -205,6 +212,7 @@ class ShardWriter:
   Leaving it without `commit` keeps what was appended, for the next run (on an object store it is lost).
 
   Attributes:
+    plan: the `plan.Plan` that the shard is of.
     done: ids of the items that have a record: those found on entering and those appended since.
 
   Raises, on entering:
@@ -213,10 +221,10 @@ class ShardWriter:
     ValueError: the plan was changed by another job.
   """
 
-  def __new__(cls, plan: Plan, *_: Any, **__: Any) -> ShardWriter:
+  def __new__(cls, plan: Any, *_: Any, **__: Any) -> ShardWriter:
     return super().__new__(_ObjectWriter if files.is_remote(plan.directory) else cls)
 
-  def __init__(self, plan: Plan, shard: Shard, process: int = 0):
+  def __init__(self, plan: Any, shard: Shard, process: int = 0):
     self.plan, self.shard, self.process = plan, shard, process
     self.done: set[str] = set()
     self._ids = frozenset(item.id for item in shard.items)

@@ -25,8 +25,8 @@ import jax
 from sam3lt_jax.engine import Asked, Engine
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import results
-from sam3lt_jax.jobs.ledger import Busy, ShardWriter
-from sam3lt_jax.jobs.plan import Plan, Shard
+from sam3lt_jax.jobs.ledger import Busy, Shard, ShardWriter
+from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.questions import Questions
 from sam3lt_jax.jobs.reading import Failure, Pixels, Reader, Stopped
 from sam3lt_jax.jobs.sources import Item

@@ -18,7 +18,6 @@ store has no lock: there plan.json is read back, so that the one who was overwri
 from __future__ import annotations
 
 import array
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -30,6 +29,7 @@ from typing import Any
 
 import sam3lt_jax
 from sam3lt_jax.jobs import files, ledger
+from sam3lt_jax.jobs.ledger import Shard
 from sam3lt_jax.jobs.sources import Item
 
 PLAN = "plan.json"
@@ -38,14 +38,6 @@ FORMAT = 2
 _SHOWN = 60  # characters of a value in a message
 _REMEDY = "give another output folder, or allow the change (--allow-change)"
 _AGAIN = f"move {PLAN} away and start the command again: it is made anew from the source and what is done"
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-  """A part of the job that is done, and committed, as one. `items` are in the order of the plan."""
-
-  index: int
-  items: tuple[Item, ...]
 
 
 class Plan:
@@ -102,14 +94,9 @@ class Plan:
     directory = files.absolute(directory)
     fingerprint = json.loads(json.dumps(fingerprint, allow_nan=False))  # as it will be read back
     files.make_folder(files.join(directory, ledger.SHARDS))
+    opening = _Opening(directory, items, fingerprint, shard_size, allow_change)
     with files.exclusive(files.join(directory, ".plan.lock"), wait=60):
-      content, notes, own = _read(directory), [], None
-      if content is None:
-        own = _create(directory, items, fingerprint, shard_size, allow_change, notes)
-        content = _read(directory)  # an object store may hold what another job put since
-      if content != own:
-        content = _agree(directory, content, items, fingerprint, shard_size, allow_change, notes)
-    plan = cls(directory, content, notes)
+      plan = cls(directory, opening.content(), opening.notes)
     plan.notes += [f"{what}: it is done again" for what in plan.set_damaged_aside(whole=verify)]
     plan.notes += [f"{what}, and is left alone" for what in plan.strays(ledger.committed(directory)).values()]
     return plan
@@ -301,118 +288,115 @@ def _write(directory: str, content: dict[str, Any]) -> dict[str, Any]:
   return content
 
 
-def _create(
-  directory: str,
-  items: Sequence[Item],
-  fingerprint: dict[str, Any],
-  shard_size: int,
-  allow_change: bool,
-  notes: list[str],
-) -> dict[str, Any]:
-  """Writes a new plan, of items that fit the shards that are done, and returns it.
+class _Opening:
+  """A folder that is opened with what a job brings; `notes` of what was done, a sentence each."""
 
-  Raises:
-    ValueError: no items, or shards that fit no plan of these items and settings.
-  """
-  if not items:
-    raise ValueError("items must hold at least one image, got none")
-  shard_size = _fitting_size(directory, items, _sha256(fingerprint)[:16], shard_size, allow_change, notes)
-  if dropped := ledger.drop_started(directory):
-    notes.append(f"{PLAN} was missing; started shards that begin again: {dropped}")
-  content = {
-    "format": FORMAT,
-    "program": f"sam3lt_jax {sam3lt_jax.__version__}",
-    "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    "fingerprint": fingerprint,
-    "shards": _sizes(len(items), shard_size),
-    "items_file": ITEMS,
-    "items_sha256": _write_items(files.join(directory, ITEMS), items),
-    "source_digest": _source_digest(items),
-  }
-  return _write(directory, content)
+  def __init__(
+    self, directory: str, items: Sequence[Item], fingerprint: dict[str, Any], size: int, allow_change: bool
+  ):
+    self._directory, self._items, self._fingerprint = directory, items, fingerprint
+    self._size, self._allow_change = size, allow_change
+    self.notes: list[str] = []
 
+  def content(self) -> dict[str, Any]:
+    """The plan to work by."""
+    content, own = _read(self._directory), None
+    if content is None:
+      own = self._create()
+      content = _read(self._directory)  # an object store may hold what another job put since
+    return content if content == own else self._agree(content)
 
-def _fitting_size(
-  directory: str, items: Sequence[Item], settings: str, shard_size: int, allow_change: bool, notes: list[str]
-) -> int:
-  """`shard_size`, or that of the shards that are done, whose plan is lost; damaged ones are set aside."""
-  found: dict[int, set[str]] = {}
-  for index in sorted(ledger.committed(directory)):
-    try:
-      about, records = ledger.read_shard(directory, index)
-    except ledger.Damaged as e:
-      ledger.set_aside(directory, index)
-      notes.append(f"{e}: it is done again")
-      continue
-    if about.get("settings", settings) != settings and not allow_change:
-      raise ValueError(
-        f"{directory} holds shards ({ledger.shard_name(index)}) but no {PLAN}, and they were made with"
-        f" another model, other phrases or options. To go on, {_REMEDY}"
-      )
-    found[index] = {record["id"] for record in records}
-  for size in dict.fromkeys([*map(len, found.values()), shard_size]):
-    if all({item.id for item in items[i * size : (i + 1) * size]} == ids for i, ids in found.items()):
-      if found:
-        notes.append(
-          f"{PLAN} was missing: made anew from the source, which the {len(found)} shards that are done fit"
+  def _create(self) -> dict[str, Any]:
+    """Writes a new plan, of items that fit the shards that are done, and returns it."""
+    if not self._items:
+      raise ValueError("items must hold at least one image, got none")
+    size = self._fitting_size()
+    if dropped := ledger.drop_started(self._directory):
+      self.notes.append(f"{PLAN} was missing; started shards that begin again: {dropped}")
+    content = {
+      "format": FORMAT,
+      "program": f"sam3lt_jax {sam3lt_jax.__version__}",
+      "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+      "fingerprint": self._fingerprint,
+      "shards": _sizes(len(self._items), size),
+      "items_file": ITEMS,
+      "items_sha256": _write_items(files.join(self._directory, ITEMS), self._items),
+      "source_digest": _source_digest(self._items),
+    }
+    return _write(self._directory, content)
+
+  def _fitting_size(self) -> int:
+    """Items a shard: as of the shards that are done, whose plan is lost; damaged ones are set aside."""
+    found: dict[int, set[str]] = {}
+    for index in sorted(ledger.committed(self._directory)):
+      try:
+        about, records = ledger.read_shard(self._directory, index)
+      except ledger.Damaged as e:
+        ledger.set_aside(self._directory, index)
+        self.notes.append(f"{e}: it is done again")
+        continue
+      settings = _sha256(self._fingerprint)[:16]
+      if about.get("settings", settings) != settings and not self._allow_change:
+        raise ValueError(
+          f"{self._directory} holds shards ({ledger.shard_name(index)}) but no {PLAN}, and they were made"
+          f" with another model, other phrases or options. To go on, {_REMEDY}"
         )
-      return size
-  raise ValueError(
-    f"{directory} holds {len(found)} shards that are done but no {PLAN}, and they do not fit the images that"
-    " are listed now: start the job with the source of before, or give another output folder"
-  )
+      found[index] = {record["id"] for record in records}
+    for size in dict.fromkeys([*map(len, found.values()), self._size]):
+      if all({item.id for item in self._items[i * size : (i + 1) * size]} == ids for i, ids in found.items()):
+        if found:
+          self.notes.append(
+            f"{PLAN} was missing: made anew from the source, which the {len(found)} shards that are done fit"
+          )
+        return size
+    raise ValueError(
+      f"{self._directory} holds {len(found)} shards that are done but no {PLAN}, and they do not fit the"
+      " images that are listed now: start the job with the source of before, or give another output folder"
+    )
+
+  def _agree(self, content: dict[str, Any]) -> dict[str, Any]:
+    """A plan that is there, as it is or with what was changed in it.
+
+    Raises:
+      ValueError: something differs and may not, or another job is at work in the folder.
+    """
+    directory, old, new = self._directory, content["fingerprint"], self._fingerprint
+    source = _source_digest(self._items)
+    other = [
+      f"{key} was {_show(old.get(key))} and is now {_show(new.get(key))}"
+      for key in dict.fromkeys([*old, *new])
+      if old.get(key) != new.get(key)
+    ]
+    listed = None if source == content["source_digest"] else _Listing(directory, content, self._items)
+    if not other and listed is None:
+      return content
+    if not self._allow_change:
+      said = other + ([str(listed)] if listed else [])
+      raise ValueError(f"{directory} holds another job: {'; '.join(said)}. To go on, {_REMEDY}")
+    if other:
+      dropped = ledger.drop_started(directory)
+      begun = f"; started ones that begin again: {dropped}" if dropped else ""
+      kept = len(ledger.committed(directory))
+      self.notes.append(f"changed: {'; '.join(other)}; committed shards kept as they are: {kept}{begun}")
+      content = content | {"fingerprint": new}
+    if listed:
+      number = int(content["items_file"].removesuffix(".jsonl").partition("-")[2] or 0) + 1
+      added, name = _sizes(len(listed.new), self._size), f"items-{number}.jsonl"
+      content = content | {
+        "items_file": name,
+        "items_sha256": _write_items(files.join(directory, name), listed.all()),
+        "shards": content["shards"] + added,
+        "source_digest": source,
+      }
+      done = [f"shards added for the new ones: {len(added)}"] if added else []
+      done += ["those gone are kept"] if listed.gone else []
+      done += ["the new places are used from now on"] if listed.moved else []
+      self.notes.append(f"changed: {listed}; {', '.join(done)}")
+    return _write(directory, content)
 
 
 def _sizes(items: int, shard_size: int) -> list[int]:
   return [min(shard_size, items - start) for start in range(0, items, shard_size)]
-
-
-def _agree(
-  directory: str,
-  content: dict[str, Any],
-  items: Sequence[Item],
-  fingerprint: dict[str, Any],
-  shard_size: int,
-  allow_change: bool,
-  notes: list[str],
-) -> dict[str, Any]:
-  """The plan to work by: as it is, or with what was changed in it, a sentence each in `notes`.
-
-  Raises:
-    ValueError: something differs and `allow_change` is not set, or another job is at work in the folder.
-  """
-  old, source = content["fingerprint"], _source_digest(items)
-  other = [
-    f"{key} was {_show(old.get(key))} and is now {_show(fingerprint.get(key))}"
-    for key in dict.fromkeys([*old, *fingerprint])
-    if old.get(key) != fingerprint.get(key)
-  ]
-  listed = None if source == content["source_digest"] else _Listing(directory, content, items)
-  if not other and listed is None:
-    return content
-  if not allow_change:
-    said = other + ([str(listed)] if listed else [])
-    raise ValueError(f"{directory} holds another job: {'; '.join(said)}. To go on, {_REMEDY}")
-  if other:
-    dropped = ledger.drop_started(directory)
-    begun = f"; started ones that begin again: {dropped}" if dropped else ""
-    kept = len(ledger.committed(directory))
-    notes.append(f"changed: {'; '.join(other)}; committed shards kept as they are: {kept}{begun}")
-    content = content | {"fingerprint": fingerprint}
-  if listed:
-    number = int(content["items_file"].removesuffix(".jsonl").partition("-")[2] or 0) + 1
-    added, name = _sizes(len(listed.new), shard_size), f"items-{number}.jsonl"
-    content = content | {
-      "items_file": name,
-      "items_sha256": _write_items(files.join(directory, name), listed.all()),
-      "shards": content["shards"] + added,
-      "source_digest": source,
-    }
-    done = [f"shards added for the new ones: {len(added)}"] if added else []
-    done += ["those gone are kept"] if listed.gone else []
-    done += ["the new places are used from now on"] if listed.moved else []
-    notes.append(f"changed: {listed}; {', '.join(done)}")
-  return _write(directory, content)
 
 
 def _show(value: Any) -> str:

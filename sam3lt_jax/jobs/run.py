@@ -31,8 +31,9 @@ from sam3lt_jax.checkpoints.summary import digest
 from sam3lt_jax.engine import IMAGE_BUCKETS, PROMPT_BUCKETS, Engine
 from sam3lt_jax.errors import renamed
 from sam3lt_jax.jobs import files, reading
+from sam3lt_jax.jobs.ledger import Shard
 from sam3lt_jax.jobs.pipeline import Pipeline
-from sam3lt_jax.jobs.plan import Plan, Shard
+from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.questions import Questions
 from sam3lt_jax.jobs.results import Overlays
 from sam3lt_jax.jobs.sources import Item, list_items
