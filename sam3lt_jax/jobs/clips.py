@@ -46,6 +46,11 @@ class ClipConfig(run.Config):
   davis: bool = False
   every: int | None = None
 
+  def __post_init__(self):
+    if not self.phrases:
+      raise ValueError("phrases must name at least one thing to follow, got none")
+    super().__post_init__()
+
 
 def folder_of(out: str, item: Item) -> str:
   """Where a clip's files are written: its id below OUT/clips; a list may have paths from elsewhere."""

@@ -135,6 +135,8 @@ def test_what_is_listed(folder, tmp_path):
 def test_one_shell_for_both_kinds_of_jobs(folder, tmp_path):
   with pytest.raises(ValueError, match="process_index and process_count go together"):
     run(folder, tmp_path / "out", [Predictor()], process_index=1)
+  with pytest.raises(ValueError, match="phrases must name at least one thing"):
+    ClipConfig(str(folder), str(tmp_path / "out"))
   run(folder, tmp_path / "out", [Predictor()])
   [kept] = (tmp_path / "out" / "runs").glob("*.json")
   assert json.loads(kept.read_text())["frames"] == 33
