@@ -107,7 +107,10 @@ def read(path: str, start: int = 0, size: int | None = None) -> bytes:
   """All of `path`, or `size` bytes from `start`; fewer where it ends earlier. Raises OSError."""
   if is_remote(path):
     fs, inner = filesystem(path)
-    return fs.cat_file(inner, start=start or None, end=None if size is None else start + size)
+    try:
+      return fs.cat_file(inner, start=start or None, end=None if size is None else start + size)
+    except Exception as e:
+      raise _os_error(e) from e
   with open(path, "rb") as f:
     f.seek(start)
     return f.read(-1 if size is None else size)
@@ -133,13 +136,38 @@ def read_lines(path: str) -> Iterator[tuple[str, str]]:
 
 
 def read_several(paths: Sequence[str]) -> list[bytes | None]:
-  """The contents of files of one file system, those of URLs read at once; None for one that is not there."""
+  """The contents of files of one file system, those of URLs read at once; None for one that is not there.
+
+  Raises OSError for one that cannot be read.
+  """
   if paths and is_remote(paths[0]):
     fs = filesystem(paths[0])[0]
     inner = [filesystem(path)[1] for path in paths]
     found = fs.cat(inner, on_error="return")  # a dict for a list of several, whatever their number
-    return [data if isinstance(data := found.get(path), bytes) else None for path in inner]
-  return [read(path) if os.path.exists(path) else None for path in paths]
+    contents = [found[path] for path in inner]
+  else:
+    contents = [_read_or_error(path) for path in paths]
+  for data in contents:
+    if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
+      raise _os_error(data) from data
+  return [data if isinstance(data, bytes) else None for data in contents]
+
+
+def _read_or_error(path: str) -> bytes | OSError:
+  try:
+    return read(path)
+  except OSError as e:
+    return e
+
+
+_ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
+
+
+def _os_error(e: Exception) -> OSError:
+  """What the system would say: the packages of stores have errors of their own."""
+  number = getattr(e, "errno", None) or next((_ERRNO[k] for k in _ERRNO if isinstance(e, k)), errno.EIO)
+  said = getattr(e, "strerror", None) or (f"{type(e).__name__}: {e}" if str(e) else os.strerror(number))
+  return OSError(number, said)
 
 
 def exists(path: str) -> bool:

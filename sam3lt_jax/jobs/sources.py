@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import errno
 import functools
 import io
 import itertools
@@ -168,26 +167,12 @@ def open_item(item: Item) -> BinaryIO:
     OSError: no such file, no permission, ..., whatever a store's package raises.
   """
   if "offset" in item.meta:
-    return _fetch(split_member(item)[0], item.meta["offset"], item.meta["size"])
+    return io.BytesIO(files.read(split_member(item)[0], item.meta["offset"], item.meta["size"]))
   if files.is_remote(item.uri):
-    return _fetch(item.uri)
+    return io.BytesIO(files.read(item.uri))
   from sam3lt_jax.processing import images  # here, as it brings numpy and Pillow
 
   return images.open_file(item.uri)
-
-
-_ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
-
-
-def _fetch(path: str, start: int = 0, size: int | None = None) -> BinaryIO:
-  """A part of a file, or all of it, in memory; the packages of stores have errors of their own."""
-  try:
-    data = files.read(path, start, size)
-  except Exception as e:
-    number = getattr(e, "errno", None) or next((_ERRNO[k] for k in _ERRNO if isinstance(e, k)), errno.EIO)
-    said = getattr(e, "strerror", None) or (f"{type(e).__name__}: {e}" if str(e) else os.strerror(number))
-    raise OSError(number, said) from e
-  return io.BytesIO(data)
 
 
 def _list_one(source: str, recursive: bool, images: str | None, kind: Kind) -> _Part:

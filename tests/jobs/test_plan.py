@@ -338,7 +338,21 @@ def test_swapped_and_foreign_shards_are_found_by_verify(tmp_path):
 
 
 def test_a_shard_that_cannot_be_read_is_not_done_again(tmp_path, monkeypatch):
-  """The system's trouble of the moment: nothing is thrown away for it."""
+  """The system's trouble of the moment, or a store's: nothing is thrown away for it."""
+  fs, out = fsspec.filesystem("memory"), "memory://bucket/trouble"
+  work.finish(open_plan(out, 10, 4))
+  cat, there = type(fs).cat_file, files.names(f"{out}/shards")
+
+  def trouble(self, path, **options):
+    if path.endswith("shard-00001.json"):
+      raise RuntimeError("503")
+    return cat(self, path, **options)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(type(fs), "cat_file", trouble)
+    with pytest.raises(OSError, match="RuntimeError: 503"):
+      open_plan(out, 10, 4)
+  assert files.names(f"{out}/shards") == there and open_plan(out, 10, 4).notes == []
   work.finish(open_plan(tmp_path, 10, 4))
   read = files.read
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from sam3lt_jax.data.records import Record
-from sam3lt_jax.jobs import files, reading, sources
+from sam3lt_jax.jobs import reading, sources
 from sam3lt_jax.jobs.reading import Failure, Pixels, Reader, read_image
 from sam3lt_jax.processing import images
 from tests.jobs import pictures
@@ -255,17 +255,17 @@ def test_members_of_tars_and_objects_are_read_as_files_are(tmp_path, monkeypatch
   assert read_image(remote[1], SIDE).code == "empty"
   assert read_image(sources.Item("x", "memory://reading/gone.png"), SIDE).code == "missing"
   monkeypatch.setattr(reading, "PAUSE_S", 0)
-  tries, read = [], files.read
+  tries, read = [], type(fs).cat_file
 
-  def hiccup(path, start=0, size=None):
+  def hiccup(self, path, start=None, end=None):
     tries.append(start)
     if len(tries) == 1:
       raise RuntimeError("503")
-    return read(path, start, size)
+    return read(self, path, start, end)
 
-  monkeypatch.setattr(files, "read", hiccup)
+  monkeypatch.setattr(type(fs), "cat_file", hiccup)
   assert isinstance(read_image(remote[0], SIDE), Pixels)
-  monkeypatch.setattr(files, "read", lambda *a: (_ for _ in ()).throw(TimeoutError()))
+  monkeypatch.setattr(type(fs), "cat_file", lambda *a, **b: (_ for _ in ()).throw(TimeoutError()))
   assert read_image(remote[0], SIDE) == Failure("other", "Connection timed out")
 
 
