@@ -71,7 +71,7 @@ predictor.predict(text="shape", boxes=[[349, 281, 446, 378]], box_labels=[0])
 
 # %%
 shapes = predictor.predict(text="shape")
-best = shapes[shapes.scores > 0.85].sort()
+best = shapes[shapes.scores > 0.85]
 best.to_pandas()
 
 # %%

@@ -450,7 +450,7 @@ class Engine:
       threshold: scores above it are kept. mask_threshold: see `postprocess.binary_masks`.
 
     Returns:
-      One `Kept` an image.
+      One `Kept` an image, for `Kept.join` to put in order.
     """
     with explain_memory():
       scores, boxes = jax.device_get((found.scores, found.boxes))
@@ -460,7 +460,7 @@ class Engine:
     for i, size in enumerate(sizes):
       mine = np.flatnonzero(row == i)
       at = row[mine], slot[mine], query[mine]
-      pixels = postprocess.scale_boxes(boxes[at], size)
+      pixels = postprocess.clip_boxes(postprocess.scale_boxes(boxes[at], size), size)
       kept.append(Kept(call.index[at[:2]], query[mine], scores[at], pixels, size, masks[i]))
     return kept
 

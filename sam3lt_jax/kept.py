@@ -29,12 +29,12 @@ MaskOf = Callable[[int], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-  """The instances of one image, prompt by prompt, in query order.
+  """The instances of one image, highest score first; equal scores by prompt and query.
 
   Attributes:
     prompt, query: int [K], which of the image's prompts each answers, and the object query that did.
     scores: float32 [K], 0 to 1.
-    boxes: float32 [K, 4], (x1, y1, x2, y2) in pixels, not clipped.
+    boxes: float32 [K, 4], (x1, y1, x2, y2) in pixels, within the image.
     size: (height, width) of the image.
     mask: k -> bool [H, W].
   """
@@ -55,17 +55,15 @@ class Kept:
 
   @classmethod
   def join(cls, parts: Sequence[Kept], size: tuple[int, int]) -> Kept:
-    """Of one image, what several calls found; of no call, nothing."""
-    if len(parts) == 1:
-      return parts[0]
+    """Of one image, what several calls found, in order; of no call, nothing."""
     part = np.repeat(np.arange(len(parts)), [len(one) for one in parts])
     own = np.concatenate([np.arange(0), *(np.arange(len(one)) for one in parts)])
     prompt, query = (
       np.concatenate([np.zeros(0, int), *(getattr(one, name) for one in parts)])
       for name in ("prompt", "query")
     )
-    order = np.lexsort((query, prompt))
     scores = np.concatenate([np.zeros(0, np.float32), *(one.scores for one in parts)])
+    order = np.lexsort((query, prompt, -scores))
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(one.boxes for one in parts)])
 
     def mask(k: int) -> np.ndarray:

@@ -276,7 +276,7 @@ class Predictor:
       mask_threshold: probability above which a pixel belongs to its object.
 
     Returns:
-      `Results` for one image, a list of them for several: instances phrase by phrase, in query order.
+      `Results` for one image, a list of them for several: instances by their score, highest first.
 
     Raises:
       ValueError: naming the argument, what came and what is accepted.

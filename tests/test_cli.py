@@ -58,7 +58,7 @@ class FakePredictor:
         mask[0, 10:30, x : x + 15] = True
         if score >= threshold:
           found.append(Results([[x, 10, x + 15, 30]], [score], mask, [label], size))
-    return Results.concatenate(found)
+    return Results.concatenate(found).sort()
 
 
 @pytest.fixture

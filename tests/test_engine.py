@@ -72,13 +72,43 @@ def by_predictor(predictor, photo, prompts, threshold=0.0):
   for p in prompts:
     boxes = [list(box) for box in p.boxes] or None
     parts.append(predictor(photo, p.text, boxes, list(p.labels) if boxes else None, threshold))
-  return Results.concatenate(parts)
+  return Results.concatenate(parts).sort()
 
 
 def test_equals_the_predictor(three, predictor):
   for photo, prompts, one in zip(PHOTOS, PROMPTS, run(three, PHOTOS, PROMPTS), strict=True):
     assert len(one) == tiny.QUERIES * len(prompts)
     pictures.assert_same_results(one, by_predictor(predictor, photo, prompts))
+
+
+@pytest.mark.parametrize("calls", ["one", "several"])
+def test_the_best_come_first_and_boxes_lie_within_the_image(three, monkeypatch, calls):
+  """Of all prompts together, whether one call answers them or several."""
+  boxes = np.array([-0.5, 0.25, 1.5, 0.5], np.float32)
+  detect = three.detect
+  monkeypatch.setattr(
+    three, "detect", lambda *a: (found := detect(*a)).replace(boxes=np.broadcast_to(boxes, found.boxes.shape))
+  )
+  prompts = (DOG, CAT) if calls == "one" else (CAT, DOG, CAT, BOTH, DOG)
+  assert len(three.calls([three.asked(None, (9, 9), prompts)])) == (1 if calls == "one" else 2)
+  ((_, (found,)),) = three.run(batches(three, PHOTOS[:1], [prompts]), 0.0, 0.5)
+  assert (np.diff(found.scores) <= 0).all()
+  assert (np.diff(found.query) < 0).any(), "the queries are in the scores' order: nothing is shown"
+  height, width = found.size
+  assert (found.boxes == np.float32([0, height / 4, width, height / 2])).all()
+
+
+def test_equal_scores_stand_by_prompt_and_query():
+  def part(*prompt):
+    score = np.full(len(prompt), 0.5, np.float32)
+    own = [f"{p}.{q}" for q, p in enumerate(prompt)]
+    return kept.Kept(
+      np.array(prompt), np.arange(len(prompt)), score, np.zeros((len(prompt), 4)), (9, 9), own.__getitem__
+    )
+
+  joined = kept.Kept.join([part(1, 1), part(2, 0)], (9, 9))
+  assert [joined.mask(k) for k in range(4)] == ["0.1", "1.0", "1.1", "2.0"]
+  assert joined.prompt.tolist() == [0, 1, 1, 2] and joined.query.tolist() == [1, 0, 1, 0]
 
 
 def test_only_what_is_kept_is_fetched(three, predictor, monkeypatch):

@@ -302,7 +302,7 @@ class Session:
         [label for _, label in asked.examples] or None,
         asked.threshold,
         image=self._image,
-      ).sort()
+      )
       new = [results[i : i + 1] for i in range(len(results))]
       found = [self._thing(one) for one in new if not any(_same(one, t.found) for t in mine)]
     self._change(**changes, things=(*mine, *found), current=None)

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
   args.model, args.profile = "shapes", None
   predictor = load(args)
   with busy("compiling and segmenting"):
-    results = predictor(scene.image, text=phrases).sort()
+    results = predictor(scene.image, text=phrases)
   Image.fromarray(scene.image).save(picture)
   results.render(scene.image).save(overlay)
   for phrase in phrases:

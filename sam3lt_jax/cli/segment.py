@@ -313,7 +313,7 @@ def _segment(predictor, photo: str, phrases: list[str], args) -> tuple[Any, Resu
       box_labels=[label for _, label in args.box] or None,
       threshold=args.threshold,
       mask_threshold=args.mask_threshold,
-    ).sort()
+    )
   results = results if args.top_k is None else results.top_k(args.top_k)
   return image, results if args.clean is None else results.clean(args.clean, args.clean)
 

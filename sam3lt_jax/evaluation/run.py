@@ -149,7 +149,6 @@ class _Evaluation:
   def add_pair(self, record: Record, prompt: Prompt, found: Results) -> None:
     if "segm" in self.iou_types and len(prompt.boxes):
       self._count_masks(record, prompt)
-    found = found.sort()
     if self.ap:  # of those that cgF1 does not count, only as many as AP looks at: each costs a mask
       counted = np.count_nonzero(found.scores >= self.score_threshold) if self.cgf1 else 0
       found = found[: max(counted, MOST_RESULTS[self.federated])]

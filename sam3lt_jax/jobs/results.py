@@ -7,8 +7,8 @@ A record is
                   "segmentation": {"size": [480, 640], "counts": "..."}}, ...]}
 
 with "coco_id" where the source has ids of its own, or {"id", "uri", "error": code, "message"}. Results stand
-question by question, in query order, as `Predictor` gives them. Scores and boxes are float32's shortest
-decimals, so nothing is lost, and the same image gives the same line again.
+as `Predictor` gives them: highest score first, boxes within the image. Scores and boxes are float32's
+shortest decimals, so nothing is lost, and the same image gives the same line again.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Overlays:
     out = io.BytesIO()
     try:
       image = reading.load_item(item)
-      drawn = to_results(record).sort().render(image, scale="auto")
+      drawn = to_results(record).render(image, scale="auto")
       drawn.save(out, "JPEG", quality=92, subsampling=0)
     except (OSError, ValueError, EOFError, MemoryError) as e:
       _log.warning("no overlay of %s: %s", shown(item.uri), shown(e))

@@ -60,7 +60,7 @@ def detection_scores(pred_logits, presence_logits=None):
 
 
 def scale_boxes(boxes, sizes):
-  """Normalised boxes to pixels, not clipped to the image (neither reference does).
+  """Normalised boxes to pixels, not clipped to the image, as in both references.
 
   Args:
     boxes: float [..., N, 4], (x1, y1, x2, y2) in units of the image's sides.
@@ -72,6 +72,13 @@ def scale_boxes(boxes, sizes):
   xp = _namespace(boxes)
   height_width = xp.asarray(sizes, boxes.dtype)
   return boxes * xp.concatenate([height_width[..., ::-1]] * 2, axis=-1)[..., None, :]
+
+
+def clip_boxes(boxes, size):
+  """Boxes [N, 4], (x1, y1, x2, y2) in pixels, cut to an image of `size` (height, width). Same dtype."""
+  xp = _namespace(boxes)
+  height, width = size
+  return xp.clip(boxes, 0, xp.asarray([width, height, width, height], boxes.dtype))
 
 
 def check_threshold(name: str, value: Any) -> float:

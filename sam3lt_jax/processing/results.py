@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 
 from sam3lt_jax.processing import masks as masks_module
+from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.arrays import to_numpy
 
 if TYPE_CHECKING:
@@ -133,8 +134,7 @@ class Results:
           f"{name} must have shape {shape} for {n} labels and an image of size {size}, got {array.shape}"
         )
       object.__setattr__(self, name, array)
-    height, width = size
-    object.__setattr__(self, "boxes", np.clip(self.boxes, 0, np.float32([width, height, width, height])))
+    object.__setattr__(self, "boxes", postprocess.clip_boxes(self.boxes, size))
     if self.logits is not None and (np.ndim(self.logits) != 3 or len(self.logits) != n):
       raise ValueError(f"logits must have shape ({n}, h, w), got {np.shape(self.logits)}")
     if self.ids is not None:

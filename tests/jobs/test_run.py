@@ -105,6 +105,10 @@ def test_results_are_the_predictors(job, photos, tmp_path):
   for key, record in good.items():
     wanted = by_predictor(photos, key)
     pictures.assert_same_results(job_results.to_results(record), wanted)
+    scores, boxes = ([one[name] for one in record["results"]] for name in ("score", "box"))
+    assert scores == sorted(scores, reverse=True)
+    corners = np.reshape(boxes, (-1, 2, 2))
+    assert (corners >= 0).all() and (corners <= wanted.size[::-1]).all()
     assert record["uri"] == str(photos / key) and [record["height"], record["width"]] == list(wanted.size)
   assert (summary.images, summary.instances) == (COUNT + 3, sum(len(r["results"]) for r in good.values()))
   assert summary.failures == {"empty": 1, "not_an_image": 1, "truncated": 1}

@@ -29,7 +29,7 @@ from sam3lt_jax import (
   from_pretrained,
   tracker_from_pretrained,
 )
-from tests.parity import full_size_clicks
+from tests.parity import full_size_clicks, queries
 
 PHOTO = pathlib.Path(__file__).parents[2] / "examples" / "coffee.jpg"
 SEED = 0
@@ -113,7 +113,7 @@ def run_here(directory: str, dtype: Any) -> tuple[dict[str, Detections], dict[st
   predictor.set_image(PHOTO)
   results = {}
   for name, prompt in PROMPTS.items():
-    found = predictor.predict(**prompt, threshold=0.0)
+    found = queries.predict(predictor, 0.0, **prompt)
     results[name] = Detections(found.scores, found.boxes, found.masks)
   return results, full_size_clicks.run_here(predictor)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax import Predictor, Sam3Processor, from_pretrained, save_pretrained
-from tests.parity import tolerances
+from tests.parity import queries, tolerances
 from tests.reference import import_torch_reference, random_torch_model, run_stages, save_torch, tiny_config
 
 pytestmark = pytest.mark.torch
@@ -176,7 +176,7 @@ def test_from_file_to_results(checkpoint):
   boxes, labels = [[20, 30, 90, 110], [100.5, 10, 170, 60]], [1, 0]
   torch_model = ref.transformers.Sam3LiteTextModel.from_pretrained(checkpoint).eval()
   torch_processor = ref.transformers.AutoProcessor.from_pretrained(checkpoint)
-  predictor = Predictor.from_pretrained(checkpoint)
+  predictor = Predictor.from_pretrained(checkpoint).set_image(picture)
   assert isinstance(predictor.processor, Sam3Processor)
   # A threshold in the widest gap between scores, so that rounding cannot decide what is kept.
   for given in ({}, {"boxes": boxes, "box_labels": labels}):
@@ -184,7 +184,10 @@ def test_from_file_to_results(checkpoint):
     ranked = np.sort(probe.scores)
     gaps = np.diff(ranked[5:-5])
     threshold = float(ranked[5:-5][np.argmax(gaps)] + gaps.max() / 2)
-    got = predictor(picture, text=phrases, threshold=threshold, **given)
+    got = queries.predict(predictor, threshold, text=phrases, **given)
+    np.testing.assert_array_equal(
+      got.sort().boxes, predictor.predict(phrases, threshold=threshold, **given).boxes
+    )
     assert 5 <= len(got) <= len(probe) - 5
     found = 0
     for phrase in phrases:

@@ -49,6 +49,12 @@ def test_scale_boxes(xp):
   np.testing.assert_allclose(scaled, [[[20, 20, 100, 100]], [[-2, 0, 6, 2]]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_clip_boxes(xp):
+  clipped = pp.clip_boxes(xp.asarray([[-2.0, 0.5, 201, 99]], xp.float32), (100, 200))
+  assert clipped.dtype == xp.float32 and np.asarray(clipped).tolist() == [[0, 0.5, 200, 99]]
+
+
 def test_interpolation_matrix_by_hand():
   np.testing.assert_array_equal(interpolation_matrix(3, 3), np.eye(3))
   np.testing.assert_array_equal(interpolation_matrix(2, 4), [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
