@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,9 @@ def _absent(argument: str, asked: str, e: Exception | None = None) -> ArgumentEr
   why = (str(e or "").strip() or "JAX finds none").splitlines()[0].partition(" (set JAX_PLATFORMS")[0]
   kind = asked.partition(":")[0].partition(",")[0].replace("cuda", "gpu")
   needs = _NEEDS.get(kind, f"accepted: {ACCEPTED.replace('gpu', 'cuda')}, or leave it out")
-  return ArgumentError(argument, f"={asked}: there is no such device here ({why[:120]}); {needs}")
+  return ArgumentError(
+    argument, f"={asked}: there is no such device here ({textwrap.shorten(why, 120)}); {needs}"
+  )
 
 
 def _counted(devices: Sequence[jax.Device]) -> str:

@@ -92,6 +92,9 @@ class Sam3Processor:
     self._own_vocabulary = full.tokenizer if full else None
     self._tokenizer = tokenizer
 
+  def __repr__(self) -> str:
+    return f"Sam3Processor({self.image_size} pixels, profile {self.profile.name})"
+
   @property
   def tokenizer(self) -> ClipTokenizer:
     if self._tokenizer is None:

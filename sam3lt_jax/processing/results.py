@@ -390,8 +390,14 @@ class Results:
     Args:
       image_id: the image's id.
       options: of `json.dumps`, like `indent=2`.
+
+    Raises:
+      ValueError: image_id is the name of a file to write.
     """
     import json
+
+    if str(image_id).endswith(".json"):
+      raise ValueError(f"image_id must be no file's name, got {image_id!r}: to_json returns the text")
 
     image = {"id": image_id, "height": self.size[0], "width": self.size[1]}
     if isinstance(self.image, (str, os.PathLike)):
@@ -532,10 +538,17 @@ class Results:
     """Writes the image with the instances drawn on it, in the format of the path's ending; returns the path.
 
     image, options: as in `render`.
+
+    Raises:
+      ValueError: the path has no ending, or one that Pillow does not know.
     """
     path = os.fspath(path)
     good = {"quality": 92, "subsampling": 0} if path.lower().endswith((".jpg", ".jpeg")) else {}
-    self.render(image, **options).save(path, **good)
+    drawn = self.render(image, **options)
+    try:
+      drawn.save(path, **good)
+    except ValueError as e:  # Pillow's
+      raise ValueError(f"path must end as a picture's name does (overlay.png), got {path!r}: {e}") from e
     return path
 
   def show(self, image: Any = None, **options: Any) -> None:

@@ -34,6 +34,10 @@ def processor(request):
   return Sam3Processor(request.param, image_size=SIZE)
 
 
+def test_it_says_what_it_is():
+  assert repr(Sam3Processor("transformers", 84)) == "Sam3Processor(84 pixels, profile transformers)"
+
+
 def model_outputs(prompts=3, queries=10, side=24, seed=0):
   """What a model gives, with scores on both sides of the thresholds; the last prompt finds nothing."""
   rng = np.random.default_rng(seed)

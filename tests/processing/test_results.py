@@ -320,6 +320,8 @@ def test_save_plot_and_show(tmp_path, monkeypatch):
   assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), drawn)
   results.save(tmp_path / "out.JPG")
   assert Image.open(tmp_path / "out.JPG").format == "JPEG"
+  with pytest.raises(ValueError, match=r"path must end as a picture's name does .*got 'overlay': "):
+    results.save("overlay")
 
   shown = []
   monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(np.asarray(self)))
@@ -344,6 +346,8 @@ def test_show_in_a_notebook(tmp_path, monkeypatch):
 def test_to_json_and_from_coco(tmp_path):
   results = dataclasses.replace(make(), ids=[7, 3, 40, 5], image=tmp_path / "a.png")
   (tmp_path / "a.json").write_text(results.to_json(indent=1))
+  with pytest.raises(ValueError, match=r"image_id must be no file's name, got 'found\.json'"):
+    results.to_json("found.json")  # as of a data frame: nothing would be written
   data = json.loads(results.to_json(image_id="x"))
   assert data["images"] == [{"id": "x", "height": 20, "width": 30, "file_name": str(tmp_path / "a.png")}]
   for source in (data, tmp_path / "a.json"):
