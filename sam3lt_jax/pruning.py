@@ -15,18 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax.config import Sam3LiteTextConfig
+from sam3lt_jax.config import BOX_ONLY_PHRASE, Sam3LiteTextConfig
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.tokenizer import UNKNOWN, ClipTokenizer
 
 
 def needed_tokens(tokenizer: ClipTokenizer, phrases: Iterable[str]) -> list[int]:
-  """The ids that `phrases` are made of, with the start, end and padding id; sorted.
+  """The ids that `phrases` are made of, with the start, end and padding id, and those of "visual", which
+  example boxes without a phrase ask for; sorted.
 
   Raises:
     ValueError: no phrase.
   """
   kept = {tokenizer.sot_token_id, tokenizer.eot_token_id, tokenizer.profile.pad_token_id}
+  kept.update(tokenizer.encode(BOX_ONLY_PHRASE))
   count = 0
   for phrase in phrases:
     kept.update(tokenizer.encode(phrase))
