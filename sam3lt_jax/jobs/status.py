@@ -212,7 +212,7 @@ def table(status: Status) -> str:
   each = (
     f"{3600 * (status.rate or 0):.1f} clips an hour"
     if kind == "clips"
-    else f"{status.rate or 0:.1f} images a second"
+    else f"{status.rate or 0:.2f} images a second"
   )
   rows = [
     ("shards", f"{', '.join(parts)} of {shards['total']:,}"),
@@ -221,7 +221,7 @@ def table(status: Status) -> str:
   ]
   for host in status.hosts:
     at = f"on {', '.join(host['running'])}" if host["running"] else f"last seen {duration(host['last'])} ago"
-    rate = f", {host['rate']:.1f} a second" if host["rate"] and kind == "images" else ""
+    rate = f", {host['rate']:.2f} a second" if host["rate"] and kind == "images" else ""
     rows.append(("hosts", f"{host['host']} process {host['process']}: {host['images']:,} {kind}{rate}, {at}"))
   for reason, count in status.failures.items():
     rows.append(("failed", f"{count:,} {reason}"))

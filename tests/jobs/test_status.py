@@ -61,7 +61,7 @@ def test_a_finished_job(plan):
   assert [(h["host"], h["shards"], h["images"], h["last"]) for h in now.hosts] == [
     ("a", 3, 30, 86350), ("b", 2, 20, 86360)
   ]  # fmt: skip
-  assert "1.0 images a second over all; finished" in table(now)
+  assert "1.00 images a second over all; finished" in table(now)
 
 
 def test_rate_and_time_left(plan):
