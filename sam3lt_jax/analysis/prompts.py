@@ -15,7 +15,6 @@ Source: the SAM3-LiteText paper (arXiv 2602.12173) for what is measured; written
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sam3lt_jax.analysis.dimension import intrinsic_dimension
+from sam3lt_jax.data.prompts import PromptSet, clean_phrase
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
-from sam3lt_jax.training.prompts import PromptSet, clean_phrase, token_rows
+from sam3lt_jax.training.prompts import token_rows
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Sam3LiteText, Variables
@@ -77,7 +77,7 @@ def prompt_report(
   Raises:
     ValueError: no phrase, a context below 2 (or beyond the model's), or a tokenizer of another model.
   """
-  found = prompts if isinstance(prompts, PromptSet) else PromptSet(list(prompts), {}, 0, [])
+  found = prompts if isinstance(prompts, PromptSet) else PromptSet(list(prompts))
   phrases = found.phrases
   if not phrases:
     raise ValueError("prompts must hold at least one phrase, got none")
@@ -103,7 +103,7 @@ def prompt_report(
     "phrases": len(phrases),
     "duplicates": found.duplicates,
     "skipped": found.skipped,
-    "sources": [dataclasses.asdict(s) for s in found.sources],
+    "sources": found.sources,
     "profile": tokenizer.profile.name,
     "lengths": _lengths(lengths),
     "contexts": [_context(lengths, c) for c in sorted({*CONTEXTS, context})],

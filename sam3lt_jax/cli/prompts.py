@@ -53,7 +53,7 @@ def _tokens(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
   from sam3lt_jax.analysis.plots import save_plots
   from sam3lt_jax.analysis.prompts import prompt_report, table
-  from sam3lt_jax.training.prompts import read_prompts
+  from sam3lt_jax.data.prompts import read_prompts
 
   make_folder(args.out)
   tokenizer, model, variables = _load(args)

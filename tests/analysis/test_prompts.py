@@ -11,8 +11,8 @@ from PIL import Image
 from sam3lt_jax.analysis import prompts as R
 from sam3lt_jax.analysis.dimension import intrinsic_dimension, two_nn
 from sam3lt_jax.analysis.plots import save_plots
+from sam3lt_jax.data.prompts import PromptSet
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
-from sam3lt_jax.training.prompts import PromptSet, PromptSource
 from tests import tiny
 
 # Each word is one token: 3, 4, 4, 5 and 12 tokens with start and end.
@@ -183,7 +183,9 @@ def test_model_of_another_vocabulary(tokenizer):
 
 
 def test_json_and_table(tokenizer):
-  prompts = PromptSet(PHRASES, {"empty": 2}, 3, [PromptSource("set.txt", "text", 10, 5)])
+  prompts = PromptSet(
+    PHRASES, {"empty": 2}, 3, [{"path": "set.txt", "format": "text", "records": 10, "phrases": 5}]
+  )
   report = R.prompt_report(prompts, tokenizer)
   read = json.loads(json.dumps(report))
   assert read["lengths"]["mean"] == pytest.approx(5.6) and read["skipped"] == {"empty": 2}

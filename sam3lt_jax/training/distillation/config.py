@@ -40,7 +40,7 @@ class DistillationConfig:
   recipe of the student, see `RECIPES`, or of S0 for a size that has none.
 
   Attributes:
-    prompts: files of phrases, see `prompts.read_prompts`.
+    prompts: files of phrases, see `sam3lt_jax.data.prompts.read_prompts`.
     out: the run's directory: metrics, checkpoints, and at the end the models.
     teacher: whose text encoder is learnt from and whose detector is kept: "sam3" or a checkpoint.
     student: "s0", "s1", "l" or a `TextConfig`, see `student.student_config`.

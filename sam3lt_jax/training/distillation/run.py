@@ -15,6 +15,7 @@ from sam3lt_jax import locks, parallel, storage
 from sam3lt_jax.checkpoints import sources
 from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
+from sam3lt_jax.data.prompts import PromptSet, read_prompts
 from sam3lt_jax.errors import ArgumentError, renamed
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
@@ -35,7 +36,7 @@ from sam3lt_jax.training.distillation.teacher import ALIASES, Teacher, load_mode
 from sam3lt_jax.training.loop import fit
 from sam3lt_jax.training.optimizer import make_optimizer
 from sam3lt_jax.training.outcome import write_outcome
-from sam3lt_jax.training.prompts import PromptSet, prompt_batches, read_prompts, split_prompts, token_rows
+from sam3lt_jax.training.prompts import prompt_batches, split_prompts, token_rows
 from sam3lt_jax.training.run_files import check_unchanged, working_in
 from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import make_train_step
