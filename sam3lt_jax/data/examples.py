@@ -16,7 +16,7 @@ from sam3lt_jax.data import augment as augment_ops
 from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.data.augment import Augmentation, AugmentConfig
 from sam3lt_jax.data.records import Prompt, Record, RecordError
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import check
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing.processor import Sam3Processor
 
@@ -51,13 +51,10 @@ class PromptConfig:
 
   def __post_init__(self):
     for name in ("prompts", "objects", "max_boxes"):
-      if getattr(self, name) < 1:
-        raise ArgumentError(name, f" must be at least 1, got {getattr(self, name)}")
+      check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
     for name in ("negatives", "box_prompts", "box_only"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ArgumentError(name, f" must lie within 0 and 1, got {getattr(self, name)}")
-    if not 0 <= self.box_jitter < 0.5:
-      raise ArgumentError("box_jitter", f" must lie in [0, 0.5), got {self.box_jitter}")
+      check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share in [0, 1]")
+    check(0 <= self.box_jitter < 0.5, "box_jitter", self.box_jitter, "a share in [0, 0.5)")
 
 
 @dataclasses.dataclass

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from sam3lt_jax import parallel, storage
+from sam3lt_jax.errors import check
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.errors import Interrupted, NonFiniteLoss
 from sam3lt_jax.training.run_files import MetricsLog, check_fingerprint, working_in
@@ -99,8 +100,7 @@ def fit(
     "total_steps": total_steps, "log_every": log_every, "evaluate_every": evaluate_every,
     "checkpoint_every": checkpoint_every,
   }.items():  # fmt: skip
-    if value < 1:
-      raise ValueError(f"{name}={value!r}; accepted: 1 or more steps")
+    check(value >= 1, name, value, "1 or more steps")
   if best is not None and evaluate is None:
     raise ValueError(f"best={best!r} needs evaluate, whose metrics it names")
   report = report or functools.partial(print, flush=True)

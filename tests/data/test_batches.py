@@ -270,7 +270,7 @@ def test_processes_share_a_batch(records):
   parts = [batches(records, config, process_index=i, process_count=2)[1] for i in range(2)]
   for key, value in whole.items():
     np.testing.assert_array_equal(value, np.stack([parts[0][key], parts[1][key]], 1).reshape(value.shape))
-  with pytest.raises(ValueError, match="multiple of the number of processes, got 4 for 3"):
+  with pytest.raises(ValueError, match="batch_size=4; accepted: a multiple of the 3 processes"):
     batches(records, config, process_count=3)
   with pytest.raises(ValueError, match="process_index"):
     batches(records, config, process_index=2, process_count=2)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check
 
 Tree = dict[str, Any]
 
@@ -49,13 +49,11 @@ class LoraConfig:
   targets: tuple[str, ...] = DEFAULT_TARGETS
 
   def __post_init__(self):
-    if isinstance(self.targets, str) or not self.targets:
-      raise ArgumentError("targets", f"={self.targets!r}; accepted: one or more regular expressions")
+    given = not isinstance(self.targets, str) and len(self.targets) > 0
+    check(given, "targets", self.targets, "one or more regular expressions")
     object.__setattr__(self, "targets", tuple(self.targets))
-    if self.rank < 1:
-      raise ArgumentError("rank", f"={self.rank!r}; accepted: 1 or more")
-    if not self.alpha > 0:
-      raise ArgumentError("alpha", f"={self.alpha!r}; accepted: a number above 0")
+    check(self.rank >= 1, "rank", self.rank, "1 or more")
+    check(self.alpha > 0, "alpha", self.alpha, "a number above 0")
     for pattern in self.targets:
       try:
         re.compile(pattern)

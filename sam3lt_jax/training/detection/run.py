@@ -17,7 +17,7 @@ from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.config import Profile, TextConfig
 from sam3lt_jax.data.batches import DetectionBatches
 from sam3lt_jax.data.records import Record
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing.processor import Sam3Processor
@@ -210,10 +210,8 @@ def hold_out(
   Raises:
     ValueError: a share outside (0, 1), a seed below 0, or one of the two parts would be empty.
   """
-  if seed < 0:
-    raise ArgumentError("seed", f"={seed!r}; accepted: 0 or more")
-  if not 0 < share < 1:
-    raise ArgumentError("share", f"={share!r}; accepted: a number between 0 and 1")
+  check(seed >= 0, "seed", seed, "0 or more")
+  check(0 < share < 1, "share", share, "a number between 0 and 1")
   count = round(len(records) * share)
   if not 0 < count < len(records):
     raise ArgumentError("share", f"={share} of {len(records)} records leaves one of the two parts empty")

@@ -17,7 +17,7 @@ import numpy as np
 
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
 from sam3lt_jax.data.batches import BatchConfig
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.training import freezing
 from sam3lt_jax.training.detection import lora as lora_ops
@@ -120,8 +120,7 @@ class FinetuneConfig:
       ("accumulate", self.accumulate >= 1, "1 or more calls"),
       ("seed", self.seed >= 0, "0 or more"),
     ):
-      if not good:
-        raise ArgumentError(name, f"={getattr(self, name)!r}; accepted: {accepted}")
+      check(good, name, getattr(self, name), accepted)
 
   def fingerprint(self) -> dict[str, Any]:
     """All of it as JSON can hold it."""

@@ -14,6 +14,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from sam3lt_jax.errors import check
+
 _EPS = 1e-8  # under a norm, as torch.nn.functional.cosine_similarity has it
 
 
@@ -37,13 +39,11 @@ class DistillationLossConfig:
 
   def __post_init__(self):
     for name in ("mse", "cosine", "consistency"):
-      value = getattr(self, name)
-      if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a weight of at least 0, got {value!r}")
+      check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a weight of 0 or more")
     if self.mse == self.cosine == 0:
       raise ValueError("mse and cosine are both 0: nothing would draw the student to its teacher")
-    if self.consistency_pool not in ("valid", "all"):
-      raise ValueError(f"consistency_pool must be 'valid' or 'all', got {self.consistency_pool!r}")
+    good = self.consistency_pool in ("valid", "all")
+    check(good, "consistency_pool", self.consistency_pool, "'valid' or 'all'")
 
 
 def masked_mse(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sam3lt_jax.errors import check
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.nn.layers import Attention, Mlp
 from sam3lt_jax.nn.text_encoder import TextEmbeddings
@@ -62,8 +63,7 @@ def make_distillation_loss_fn(
     ValueError: a rate outside [0, 1), or a student whose features have another width than the teacher's.
   """
   config = config or DistillationLossConfig()
-  if not 0 <= dropout < 1:
-    raise ValueError(f"dropout must be a rate in [0, 1), got {dropout!r}")
+  check(0 <= dropout < 1, "dropout", dropout, "a rate in [0, 1)")
   if teacher is not None:
     text_part.check_width(student.config, teacher.model.config)
   if dtype is not None:
