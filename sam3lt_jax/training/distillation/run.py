@@ -349,9 +349,7 @@ def _stored_features(config, teacher: Teacher, phrases, tokenizer, report: Repor
     with locks.exclusive(os.path.abspath(os.path.expanduser(config.features)) + ".lock", wait=1):
       feature_files.export_features(config.features, teacher, phrases, tokenizer, report=report)
   barrier("sam3lt-teacher-features")
-  stored = feature_files.TeacherFeatures(config.features)
-  stored.check(teacher.identity(), phrases, tokenizer)
-  return stored
+  return feature_files.TeacherFeatures(config.features)
 
 
 def _evaluator(student: Sam3LiteText, teacher: Teacher, held: Sequence[str], tokenizer: Any):
