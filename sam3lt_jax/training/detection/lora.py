@@ -170,11 +170,6 @@ def split_adapters(tree: Mapping[str, Any]) -> tuple[Tree, Tree]:
   return unflatten(adapters), unflatten({path: x for path, x in flat.items() if path not in adapters})
 
 
-def count_parameters(tree: Any) -> int:
-  """Numbers in a tree of arrays (or of shapes): of the adapters, for one."""
-  return sum(int(np.prod(x.shape, dtype=np.int64)) for x in jax.tree.leaves(tree))
-
-
 def _adapt(params: Mapping[str, Any], lora: Mapping[str, Any], add: Callable, where: str) -> Tree:
   tree = dict(params)
   for name, part in lora.items():

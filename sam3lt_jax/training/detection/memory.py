@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sam3lt_jax.config import Sam3LiteTextConfig
 from sam3lt_jax.data.batches import BatchConfig
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.training.detection.lora import LoraConfig, count_parameters
+from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, batch_config, prepare
 
 CHOICES = {
@@ -77,7 +78,7 @@ def training_memory(model_config: Sam3LiteTextConfig, config: FinetuneConfig) ->
   out["total"] = out["arguments"] + out["outputs"] - out["aliased"] + out["temporary"]
   for name, tree in (("state", state), ("frozen", setup.frozen), ("batch", batch)):
     out[name] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-  return out | {"trainable": count_parameters(setup.params)}
+  return out | {"trainable": optax.tree.size(setup.params)}
 
 
 def abstract(model_config: Sam3LiteTextConfig, config: FinetuneConfig) -> tuple[Setup, Any, dict[str, Any]]:

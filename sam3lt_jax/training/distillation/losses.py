@@ -61,7 +61,7 @@ def masked_mse(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.A
   """
   student, teacher, mask = _check(student, teacher, mask)
   per_token = jnp.mean(jnp.square(student - teacher), axis=-1)
-  return _mean_of_prompts(per_token, mask).mean()
+  return mean_of_prompts(per_token, mask).mean()
 
 
 def masked_cosine(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
@@ -71,7 +71,7 @@ def masked_cosine(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> ja
   cosine 0 with everything.
   """
   student, teacher, mask = _check(student, teacher, mask)
-  return _mean_of_prompts(1.0 - cosine_similarity(student, teacher), mask).mean()
+  return mean_of_prompts(1.0 - cosine_similarity(student, teacher), mask).mean()
 
 
 def cosine_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -167,7 +167,7 @@ def _check(a, b, mask, names=("student", "teacher"), clean=True):
   return a, b, mask
 
 
-def _mean_of_prompts(values: jax.Array, mask: jax.Array) -> jax.Array:
+def mean_of_prompts(values: jax.Array, mask: jax.Array) -> jax.Array:
   """[P, T] -> [P], the mean over valid tokens; 0 where there is none."""
   return jnp.where(mask, values, 0.0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
 
