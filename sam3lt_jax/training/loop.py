@@ -21,7 +21,7 @@ from sam3lt_jax import parallel, storage
 from sam3lt_jax.errors import check
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.errors import Interrupted, NonFiniteLoss
-from sam3lt_jax.training.run_files import MetricsLog, check_fingerprint, working_in
+from sam3lt_jax.training.run_files import MetricsLog, check_unchanged, working_in
 from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import TrainStep
 
@@ -116,7 +116,7 @@ def fit(
     if there and not resume:
       done = f"{directory} holds a run of {there[-1]} steps"
       raise ValueError(f"{done}; pass resume=True, or another directory")
-    check_fingerprint(os.path.join(directory, "config.json"), fingerprint or {}, resuming=bool(there))
+    check_unchanged(directory, fingerprint or {}, write=True)
     like = runner.abstract_state(state)
     restored = checkpoints.restore(like) if there else None
     state = runner.place_state(state) if restored is None else restored
