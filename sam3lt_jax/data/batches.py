@@ -123,11 +123,6 @@ class DetectionBatches:
       raise ValueError(f"step must not be negative, got {step}")
     return self.dataset[int(step)]
 
-  @property
-  def steps_per_epoch(self) -> int:
-    """Batches that one pass over the records gives, the last one filled up from the next pass."""
-    return -(-len(self._records) // self.config.batch_size)
-
   def _example(self, element: tuple[int, int]) -> Example:
     start, seed = element
     for offset in range(len(self._records)):

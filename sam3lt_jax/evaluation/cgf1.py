@@ -34,7 +34,7 @@ from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
 from sam3lt_jax.data import rle as rle_ops
-from sam3lt_jax.data.numbers import brief, image_size
+from sam3lt_jax.data.numbers import brief
 from sam3lt_jax.errors import check
 
 _EPSILON = 1e-4
@@ -136,7 +136,7 @@ class CgF1:
     try:
       if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise ValueError(f"an RLE's size must be [height, width], got {brief(size)}")
-      return rle_ops.from_segmentation(given, image_size(*size, "an RLE"), allow_empty=True)
+      return rle_ops.from_segmentation(given, size)
     except ValueError as e:
       raise ValueError(f"{name}: {e}") from e
 

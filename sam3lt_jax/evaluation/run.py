@@ -19,6 +19,7 @@ from sam3lt_jax.evaluation.coco_ap import MOST_RESULTS, coco_ap
 from sam3lt_jax.processing.results import Results
 
 METRICS = ("cgf1", "ap")
+_AP_FLOOR = 0.01  # results of a lower score cost AP very little, and most of the masks
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +32,6 @@ def evaluate(
   annotators: Sequence[Sequence[Record]] = (),
   limit: int | None = None,
   score_threshold: float = 0.5,
-  ap_floor: float = 0.01,
   phrases_at_once: int = 16,
   out: str | os.PathLike | None = None,
   on_image: Callable[[str], None] | None = None,
@@ -55,8 +55,6 @@ def evaluate(
       `Prompt.image_id`; see `cgf1`. AP uses `records` alone.
     limit: only the first so many records.
     score_threshold: of cgF1.
-    ap_floor: results of a lower score are not looked at for AP, which costs it very little and saves most of
-      the masks.
     phrases_at_once: phrases whose full-size masks are held at the same time.
     out: a folder for predictions.jsonl, written as they come, one line a pair, and report.json.
     on_image: called with the name of each record before it.
@@ -75,7 +73,7 @@ def evaluate(
       raise ValueError(f"{name} must be of {', '.join(map(repr, accepted))}, got {list(given)}")
   if limit is not None and limit < 1:
     raise ValueError(f"limit must be at least 1, got {limit}")
-  run = _Evaluation(records, metrics, iou_types, annotators, score_threshold, ap_floor)
+  run = _Evaluation(records, metrics, iou_types, annotators, score_threshold)
   with contextlib.ExitStack() as stack:
     if out is not None:
       os.makedirs(out, exist_ok=True)
@@ -95,7 +93,7 @@ def evaluate(
 class _Evaluation:
   """What accumulates while the images go by."""
 
-  def __init__(self, records, metrics, iou_types, annotators, score_threshold: float, ap_floor: float):
+  def __init__(self, records, metrics, iou_types, annotators, score_threshold: float):
     self.records, self.iou_types = records, tuple(iou_types)
     self.cgf1 = {t: CgF1(t, score_threshold=score_threshold) for t in iou_types if "cgf1" in metrics}
     self.ap = "ap" in metrics
@@ -104,7 +102,7 @@ class _Evaluation:
     self.score_threshold = np.float32(score_threshold)
     # The predictor keeps what lies above its threshold, the metric what reaches it.
     just_below = float(np.nextafter(np.float32(score_threshold), np.float32(0)))
-    self.floor = min(ap_floor, just_below) if self.ap else just_below
+    self.floor = min(_AP_FLOOR, just_below) if self.ap else just_below
     self.others = [{p.image_id: p for record in other for p in record.prompts} for other in annotators]
     self.file: TextIO | None = None
     self.results: list[dict[str, Any]] = []
@@ -112,9 +110,7 @@ class _Evaluation:
     self.image_ids: list[int] = []
     self.images = self.pairs = self.not_exhaustive = 0
     self.pair_sizes: list[tuple[int, int]] = []
-    self.masked = self.without_mask = (
-      0  # pairs with objects that all have masks; pairs with one that has none
-    )
+    self.masked = self.without_mask = 0  # pairs whose objects all have masks; pairs with one that has none
     self.first_without_mask = ""
     self.skipped: dict[str, int] = {}
     self.first_error: RecordError | None = None

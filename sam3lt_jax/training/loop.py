@@ -47,7 +47,6 @@ def fit(
   best: tuple[str, str] | None = None,
   keep: int = 2,
   fingerprint: Mapping[str, Any] | None = None,
-  resume: bool = True,
   report: Report | None = None,
   unit: str = "images",
   record_name: Callable[[int], str] | None = None,
@@ -78,7 +77,6 @@ def fit(
       keeps that.
     keep: newest checkpoints that stay.
     fingerprint: what must not change when the run goes on; written to config.json.
-    resume: False: a directory with checkpoints is refused.
     report: called with each line for the reader; None: print.
     unit: what a row of a batch is, where those lines say how many a second. (metrics.jsonl says
       "images_per_second" of any.)
@@ -113,9 +111,6 @@ def fit(
       os.path.join(directory, "checkpoints"), keep=keep, best=best, report=report
     )  # fmt: skip
     there = checkpoints.steps()
-    if there and not resume:
-      done = f"{directory} holds a run of {there[-1]} steps"
-      raise ValueError(f"{done}; pass resume=True, or another directory")
     check_unchanged(directory, fingerprint or {}, write=True)
     like = runner.abstract_state(state)
     restored = checkpoints.restore(like) if there else None

@@ -23,14 +23,13 @@ from sam3lt_jax.training.step import LossFn
 Tree = dict[str, Any]
 
 
-def split_student(variables: Variables, freeze: tuple[str, ...] = ()) -> tuple[Tree, Tree, Tree]:
+def split_student(variables: Variables) -> tuple[Tree, Tree, Tree]:
   """(trainable, frozen, batch_stats) of a student's text part.
 
   CLIP's pooled head is always frozen: no gradient reaches it, and weight decay would wear it down.
-  `freeze` as in `freezing.split`, whose errors it raises.
   """
   params = text_part.text_variables(variables)["params"]
-  trainable, frozen = freezing.split(params, freeze=[f"{text_part.UNUSED}/", *freeze])
+  trainable, frozen = freezing.split(params, freeze=[f"{text_part.UNUSED}/"])
   return trainable, frozen, variables.get("batch_stats", {})
 
 
