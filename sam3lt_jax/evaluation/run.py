@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TextIO
 
 import numpy as np
@@ -254,14 +254,25 @@ class _Evaluation:
     return {"images": images, "categories": [{"id": 1, "name": "object"}], "annotations": self.truth}
 
 
+_COLUMNS = {  # measure -> (heading, how it is written)
+  "cgF1": ("cgF1", "{:.2f}"), "pmF1": ("pmF1", "%"), "IL_MCC": ("IL_MCC", "{:.3f}"),
+  "pmF1@0.5": ("pmF1@0.5", "%"), "IL_precision": ("IL_prec", "%"), "IL_recall": ("IL_recall", "%"),
+  "mean_matched_iou": ("match IoU", "%"), "objects": ("objects", "{}"),
+}  # fmt: skip
+_OVER = {"categories": "COCO AP", "lvis": "LVIS AP", "pairs": "AP of pairs"}
+
+
 def table(report: dict[str, Any]) -> str:
   """The report's main figures as text, percentages but for IL_MCC and counts."""
   lines = [f"{report['images']} images, {report['pairs']} phrases, {report['seconds']:.1f} s"]
-  for name, measures, shown in _tables(report):
-    lines.append(f"{name:<11}" + "".join(f"{label:>11}" for label, _, _ in shown))
-    for iou_type, values in measures.items():
-      cells = (_cell(values[key], style) for _, key, style in shown)
-      lines.append(f"  {iou_type:<9}" + "".join(f"{cell:>11}" for cell in cells))
+  if "cgf1" in report:
+    lines += _rows("cgF1", report["cgf1"], _COLUMNS)
+  if "ap" in report:
+    measures = dict(report["ap"])
+    keys = "AP AP50 AP75 AP_small AP_medium AP_large".split()
+    if (over := measures.pop("over")) == "lvis":
+      keys += ["AP_rare", "AP_common", "AP_frequent"]
+    lines += _rows(_OVER[over], measures, {key: (key.replace("frequent", "freq"), "%") for key in keys})
   if report["skipped"]:
     lines.append("left out: " + ", ".join(f"{n} ({reason})" for reason, n in report["skipped"].items()))
   if report["not_exhaustive"]:
@@ -273,27 +284,14 @@ def table(report: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _tables(report: dict[str, Any]):
-  """(heading, iou type to measures, columns as (label, key, style)) of what was measured."""
-  if "cgf1" in report:
-    columns = [("cgF1", "cgF1", "plain"), ("pmF1", "pmF1", "percent"), ("IL_MCC", "IL_MCC", "three"),
-               ("pmF1@0.5", "pmF1@0.5", "percent"), ("IL_prec", "IL_precision", "percent"),
-               ("IL_recall", "IL_recall", "percent"), ("match IoU", "mean_matched_iou", "percent"),
-               ("objects", "objects", "count")]  # fmt: skip
-    yield "cgF1", report["cgf1"], columns
-  if "ap" in report:
-    measures = {key: value for key, value in report["ap"].items() if key != "over"}
-    heading = {"categories": "COCO AP", "lvis": "LVIS AP", "pairs": "AP of pairs"}[report["ap"]["over"]]
-    keys = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
-    if heading == "LVIS AP":
-      keys += ["AP_rare", "AP_common", "AP_frequent"]
-    columns = [(key.replace("frequent", "freq"), key, "percent") for key in keys]
-    yield heading, measures, columns
+def _rows(heading: str, measures: dict[str, Any], columns: dict[str, tuple[str, str]]) -> Iterator[str]:
+  yield f"{heading:<11}" + "".join(f"{label:>11}" for label, _ in columns.values())
+  for iou_type, values in measures.items():
+    cells = (_cell(values[key], style) for key, (_, style) in columns.items())
+    yield f"  {iou_type:<9}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def _cell(value: float | None, style: str) -> str:
   if value is None:
     return "-"
-  if style == "count":
-    return str(value)
-  return f"{value:.3f}" if style == "three" else f"{100 * value if style == 'percent' else value:.2f}"
+  return f"{100 * value:.2f}" if style == "%" else style.format(value)
