@@ -222,7 +222,7 @@ def split(params: Mapping[str, Any], config: FinetuneConfig) -> tuple[Tree, Tree
     if config.train:
       trainable, frozen = freezing.split(params, train=_patterns(config.train))
     trainable = freezing.merge(trainable, _adapters(frozen, config))
-  return jax.tree.map(_as_float32, trainable), frozen
+  return jax.tree.map(lambda x: _astype(x, np.float32), trainable), frozen
 
 
 def _adapters(frozen: Mapping[str, Any], config: FinetuneConfig) -> Tree:
@@ -306,16 +306,10 @@ def _cast_kernels(frozen: Tree, dtype: Any, trainable: Mapping[str, Any]) -> Tre
   adapted = {path.rpartition("/")[0] for path in trainable if re.search(_ADAPTER, path)}
 
   def cast(path, x):
-    if not path.endswith("/kernel") or path in adapted or x.dtype == dtype:
-      return x
-    if isinstance(x, jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct(x.shape, dtype)
-    return x.astype(dtype)
+    return _astype(x, dtype) if path.endswith("/kernel") and path not in adapted and x.dtype != dtype else x
 
   return unflatten({path: cast(path, x) for path, x in flatten(frozen).items()})
 
 
-def _as_float32(x: Any) -> Any:
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(x.shape, np.float32)
-  return x.astype(np.float32)
+def _astype(x: Any, dtype: Any) -> Any:
+  return jax.ShapeDtypeStruct(x.shape, dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)

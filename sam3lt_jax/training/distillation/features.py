@@ -102,20 +102,6 @@ class TeacherFeatures:
     return self._shards[index]
 
 
-class WithTeacherFeatures:
-  """Batches with the features of their phrases: adds `teacher_features` float16 [B, T, D], found by `id`."""
-
-  def __init__(self, batches: Any, features: TeacherFeatures):
-    self._batches, self._features = batches, features
-
-  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-    batch = dict(self._batches[step])
-    return batch | {"teacher_features": self._features[batch["id"]]}
-
-  def __len__(self) -> int:
-    return len(self._batches)
-
-
 def export_features(
   directory: str | os.PathLike,
   teacher: Teacher,

@@ -193,7 +193,7 @@ class _Run:
     _check_vocabulary(words, everything, self.student, c.context_length)
     if c.features is not None:
       stored = _stored_features(c, self.teacher, everything, words, report)
-      self.batches = feature_files.WithTeacherFeatures(self.batches, stored)
+      self.batches = self.batches.map(lambda batch: batch | {"teacher_features": stored[batch["id"]]})
     self.before = None
     if self.held:
       self.evaluate, mean = _evaluator(self.student, self.teacher, self.held, words)

@@ -51,7 +51,7 @@ def make_distillation_loss_fn(
 
   Args:
     student: its configuration decides the layers; parameters come with each call, in float32.
-    teacher: computes its features in every step; None: they come with the batch (`WithTeacherFeatures`).
+    teacher: computes its features in every step; None: they come with the batch.
     config: weights of the losses; None: the authors'.
     update_batch_stats: RepMixer blocks normalise by the batch and move their statistics, as the authors train
       (the shuffled prompts do so after the prompts); False: they use the statistics given, which stay.

@@ -12,7 +12,6 @@ from sam3lt_jax.training.distillation import features as f
 from sam3lt_jax.training.distillation.features import (
   FeatureError,
   TeacherFeatures,
-  WithTeacherFeatures,
   export_features,
 )
 from sam3lt_jax.training.distillation.teacher import Teacher
@@ -48,13 +47,6 @@ def test_what_is_read_is_what_the_teacher_gives(exported):
   assert [s["rows"] for s in exported.manifest["shards"]] == [6, 6, 6, 4]
   with pytest.raises(IndexError, match="within 0 to 21"):
     exported[np.array([22])]
-
-
-def test_batches_get_their_features_by_id(exported):
-  batches = [{"id": np.array([3, 1]), "input_ids": np.zeros((2, 8))}]
-  batch = WithTeacherFeatures(batches, exported)[0]
-  np.testing.assert_array_equal(batch["teacher_features"], exported[np.array([3, 1])])
-  assert "teacher_features" not in batches[0]
 
 
 def test_an_interrupted_export_goes_on_with_the_shard_it_lacks(tmp_path, monkeypatch):
