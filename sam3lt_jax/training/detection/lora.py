@@ -94,14 +94,10 @@ def init_lora(params: Mapping[str, Any], config: LoraConfig, key: jax.Array) -> 
 
   Args:
     params: the model's parameters, nested; shapes and names are read, not values.
-    config: what is adapted.
-    key: a PRNG key.
 
   Returns:
     A tree like `params` with `{"a": [in, rank], "b": [rank, out]}` for each targeted kernel and nothing else.
-
-  Raises:
-    ValueError: see `target_paths`.
+    Errors as of `target_paths`.
   """
   kernels, adapters = flatten(params), {}
   for path in target_paths(params, config):
@@ -140,10 +136,7 @@ def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any], config: LoraC
 
   Returns:
     A tree like `params`; adapted kernels are numpy arrays in their own dtype (in bfloat16 or float16 that
-    rounds once more), all other leaves the same objects.
-
-  Raises:
-    ValueError: see `apply_lora`.
+    rounds once more), all other leaves the same objects. Errors as of `apply_lora`.
   """
 
   def add(kernel, a, b):

@@ -1,6 +1,7 @@
 """Losses between a student's and a teacher's token features.
 
-Axes: P prompts, T tokens, D feature width. Every sum is taken in float32, whatever the features come in.
+Axes: P prompts, T tokens, D feature width. Features are [P, T, D] of any floating dtype, masks bool or int
+[P, T], 1 = token; every sum is taken in float32, and a loss is float32 []. ValueError: other shapes.
 Source: the authors' stage-1 trainer for text encoders (efficientsam3, `train_text_encoder_stage1.py` and its
 configuration `text_improved_s0`), read for the formulas.
 """
@@ -49,15 +50,7 @@ class DistillationLossConfig:
 def masked_mse(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
   """Squared error, averaged over a prompt's valid tokens and the D channels, then over the prompts.
 
-  Args:
-    student, teacher: [P, T, D], any floating dtype.
-    mask: bool or int [P, T], 1 = token. A prompt without a valid token adds 0 to the mean over prompts.
-
-  Returns:
-    float32 [].
-
-  Raises:
-    ValueError: shapes that do not fit together.
+  A prompt without a valid token adds 0 to the mean over prompts.
   """
   student, teacher, mask = _check(student, teacher, mask)
   per_token = jnp.mean(jnp.square(student - teacher), axis=-1)
@@ -67,8 +60,7 @@ def masked_mse(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.A
 def masked_cosine(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
   """1 - cosine of every valid token, averaged over a prompt's valid tokens, then over the prompts.
 
-  Arguments and errors as of `masked_mse`; float32 [], 0 (same directions) to 2. A feature of norm 0 has
-  cosine 0 with everything.
+  0 (same directions) to 2. A feature of norm 0 has cosine 0 with everything.
   """
   student, teacher, mask = _check(student, teacher, mask)
   return mean_of_prompts(1.0 - cosine_similarity(student, teacher), mask).mean()
@@ -97,15 +89,9 @@ def shuffled_consistency(
   what "car red" means.
 
   Args:
-    features, shuffled: [P, T, D] of the prompt and of the shuffled prompt; both receive gradients.
-    mask, shuffled_mask: bool or int [P, T], 1 = token. The words may split into another number of tokens.
+    features, shuffled: of the prompt and of the shuffled prompt; both receive gradients.
+    mask, shuffled_mask: the words may split into another number of tokens.
     pool: the mean is over "valid" tokens, or over "all" T slots, padding included, as the authors take it.
-
-  Returns:
-    float32 [].
-
-  Raises:
-    ValueError: shapes that do not fit together.
   """
   features, shuffled, mask = _check(features, shuffled, mask, names=("features", "shuffled"), clean=False)
   if shuffled_mask.shape != mask.shape:
@@ -128,10 +114,9 @@ def distillation_loss(
   """mse * masked MSE + cosine * masked (1 - cosine) + consistency * shuffled-words consistency.
 
   Args:
-    student, teacher: [P, T, D] token features of the same prompts. No gradient reaches the teacher.
-    mask: bool or int [P, T], 1 = token.
-    shuffled, shuffled_mask: the student's features [P, T, D] of the shuffled prompts, and their mask [P, T];
-      may be left out where `config.consistency` is 0.
+    student, teacher: token features of the same prompts. No gradient reaches the teacher.
+    shuffled, shuffled_mask: the student's features of the shuffled prompts, and their mask; may be left out
+      where `config.consistency` is 0.
     config: the weights; None: the authors'.
 
   Returns:
@@ -139,7 +124,7 @@ def distillation_loss(
     `feature_cosine` is 1 - `cosine_loss`.
 
   Raises:
-    ValueError: shapes that do not fit together, or no shuffled features where they are weighted.
+    ValueError: no shuffled features where they are weighted.
   """
   config = config or DistillationLossConfig()
   teacher = jax.lax.stop_gradient(teacher)
