@@ -19,8 +19,14 @@ def saved_config(source: str | os.PathLike) -> Sam3LiteTextConfig | None:
   found = sources.locate(source)
   if found.kind == "random":
     return RANDOM_CONFIGS[found.path]()
-  folder = found.path if os.path.isdir(found.path) else os.path.dirname(found.path)
-  return Sam3LiteTextConfig.from_json(folder) if os.path.isfile(os.path.join(folder, "config.json")) else None
+  whole = os.path.isdir(found.path)
+  path = os.path.join(found.path if whole else os.path.dirname(found.path), "config.json")
+  try:
+    return Sam3LiteTextConfig.from_json(path) if os.path.isfile(path) else None
+  except ValueError:
+    if whole:
+      raise
+    return None  # a file is complete in itself; what lies beside it may be another model's
 
 
 def fitting(profile: str | Profile, config: Sam3LiteTextConfig | None) -> Profile:

@@ -65,3 +65,9 @@ def test_a_profile_fits_the_vocabulary_of_the_checkpoint():
   assert shapes == dataclasses.replace(THEIRS, pad_token_id=24)  # the end token of its 25
   assert fitting("original", config).context_length == 16
   assert fitting("transformers", saved_config("random:tiny")) == THEIRS
+
+
+def test_a_file_beside_another_models_configuration_tells_its_own(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+  (tmp_path / "sam3_litetext.pt").write_bytes(b"")
+  assert saved_config(tmp_path / "sam3_litetext.pt") is None
