@@ -107,13 +107,11 @@ def fit(
   directory = os.path.abspath(os.fspath(directory))
   with contextlib.ExitStack() as stack:
     stack.enter_context(working_in(directory))
-    checkpoints = TrainCheckpoints(
-      os.path.join(directory, "checkpoints"), keep=keep, best=best, report=report
-    )  # fmt: skip
-    there = checkpoints.steps()
+    folder = os.path.join(directory, "checkpoints")
+    checkpoints = TrainCheckpoints(folder, keep=keep, best=best, report=report)
     check_unchanged(directory, fingerprint or {}, write=True)
     like = runner.abstract_state(state)
-    restored = checkpoints.restore(like) if there else None
+    restored = checkpoints.restore(like) if checkpoints.steps() else None
     state = runner.place_state(state) if restored is None else restored
     done = 0 if restored is None else int(restored.step)
     if 0 < done < total_steps:
@@ -139,7 +137,7 @@ def fit(
       run.clock.count(parallel.batch_rows(arrays) * jax.process_count(), first=index == done)
       checkpoints.check()  # a full disk ends the run now, not at the next checkpoint
       asked = _asked(caught, step, log_every)
-      scores: dict[str, float] = {}
+      scores = {}
       if step % log_every == 0 or last:
         run.write(step)
       if evaluate is not None and (step % evaluate_every == 0 or last):

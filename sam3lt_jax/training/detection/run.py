@@ -181,25 +181,7 @@ def finetune(
       evaluate_every=evaluate_every or max(1, config.steps // 10),
       checkpoint_every=checkpoint_every or max(1, config.steps // 10),
     )
-    variables = run.variables(state)
-    after = run.evaluate(variables)
-    if before is not None:
-      name = choice.measure or "cgF1"
-      then, now = (f"{x[name]:.2f}" if name == "cgF1" else f"{x[name]:.4f}" for x in (before, after))
-      report(f"{name} on held-out images: {then} before, {now} after {int(state.step)} steps")
-    numbers = {
-      "step": int(state.step),
-      "chosen_by": choice._asdict(),
-      "before": before,
-      "after": after,
-      "trained_parameters": run.trained,
-    }
-    own = run.model.config.text.vocab_size != TextConfig().vocab_size
-    written = write_outcome(
-      directory, run.model, variables, numbers, name="finetune", title="fine-tuning",
-      tokenizer=predictor.processor.tokenizer if own else None, report=report,
-    )  # fmt: skip
-    return FinetuneResult(run.model, variables, before, after, choice, run.trained, written)
+    return run.finish(state, before, choice, directory, report)
 
 
 def hold_out(
@@ -302,3 +284,25 @@ class _Run:
         np.ascontiguousarray(leaf).view(np.uint8).reshape(-1), zlib.crc32(path.encode(), digest)
       )
     return {"model": self.model.config.to_json(), "start_crc32": digest}
+
+  def finish(self, state: TrainState, before, choice: Choice, directory, report: Report) -> FinetuneResult:
+    """Measures and writes the model of `state`."""
+    variables = self.variables(state)
+    after = self.evaluate(variables)
+    if before is not None:
+      name = choice.measure or "cgF1"
+      then, now = (f"{x[name]:.2f}" if name == "cgF1" else f"{x[name]:.4f}" for x in (before, after))
+      report(f"{name} on held-out images: {then} before, {now} after {int(state.step)} steps")
+    numbers = {
+      "step": int(state.step),
+      "chosen_by": choice._asdict(),
+      "before": before,
+      "after": after,
+      "trained_parameters": self.trained,
+    }
+    own = self.model.config.text.vocab_size != TextConfig().vocab_size
+    written = write_outcome(
+      directory, self.model, variables, numbers, name="finetune", title="fine-tuning",
+      tokenizer=self._predictor.processor.tokenizer if own else None, report=report,
+    )  # fmt: skip
+    return FinetuneResult(self.model, variables, before, after, choice, self.trained, written)
