@@ -7,6 +7,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 
 class ArgumentError(ValueError):
@@ -23,6 +24,12 @@ class ArgumentError(ValueError):
 
   def __str__(self) -> str:
     return f"{self.argument}{self.said}"
+
+
+def check(good: bool, name: str, value: Any, accepted: str) -> None:
+  """Raises ArgumentError "name=value; accepted: ..." unless `good`; NaN compares false, so it is refused."""
+  if not good:
+    raise ArgumentError(name, f"={value!r}; accepted: {accepted}")
 
 
 @contextlib.contextmanager

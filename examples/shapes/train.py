@@ -27,6 +27,7 @@ import numpy as np
 from examples.shapes import evaluation, models
 from examples.shapes.alignment import HEADS, AlignmentConfig, make_alignment, with_heads
 from examples.shapes.data import HELD_OUT_SCENES, HELD_OUT_SEED, QuestionMix, ShapesBatches
+from examples.shapes.initialization import start_locally
 from examples.shapes.pretraining import HEADS as DENSE_HEADS
 from examples.shapes.pretraining import (
   DenseBatches,
@@ -41,7 +42,6 @@ from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.shapes.phrases import all_phrases
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 from sam3lt_jax.training import freezing
-from sam3lt_jax.training.detection.initialization import start_locally
 from sam3lt_jax.training.detection.losses import DetectionLossConfig, make_detection_loss_fn
 from sam3lt_jax.training.distillation import text_part
 from sam3lt_jax.training.distillation.config import DistillationConfig

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import textwrap
 
@@ -58,14 +57,6 @@ written to the output folder:
   model/                       the teacher with the student's text encoder, for `sam3lt segment --model`
   transformers/                the same in transformers' layout
 """
-
-
-_KINDS = {
-  int: "a whole number of at least 1",
-  float: "a number above 0",
-  bool: "true or false",
-  str: "mobileclip or clip",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,9 +124,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+  from sam3lt_jax.training.distillation.config import DistillationConfig
+
   _check(args)
   numbers = _student_numbers(args.student) if args.student.endswith(".json") else None
-  config = _config(args)  # its checks come before anything is downloaded
+  layer_decay = None if args.layer_decay == 1 else args.layer_decay
+  # Its checks come before anything is downloaded.
+  config = DistillationConfig(**filled(DistillationConfig, args) | {"layer_decay": layer_decay})
   leads = join_hosts(args)
   if args.teacher.startswith(RANDOM) and leads:
     note("RANDOM WEIGHTS: the teacher knows nothing, nor will the student")
@@ -163,16 +158,13 @@ def _check(args: argparse.Namespace) -> None:
       raise UserError(f"--eval-image: no such photo: {photo}")
   if args.phrases and not args.images:
     raise UserError("--eval-phrase without --eval-image: there is nothing to ask it of")
-  _check_student(args.student)
-  if args.shard_teacher and args.features:
-    raise UserError("--shard-teacher with --export-features: the steps then read files and run no teacher")
-
-
-def _check_student(name: str) -> None:
   from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 
-  if not name.endswith(".json") and name not in RANDOM_CONFIGS:
-    raise UserError(f"--student must be one of {', '.join(RANDOM_CONFIGS)}, or FILE.json, got {name!r}")
+  if not args.student.endswith(".json") and args.student not in RANDOM_CONFIGS:
+    names = ", ".join(RANDOM_CONFIGS)
+    raise UserError(f"--student must be one of {names}, or FILE.json, got {args.student!r}")
+  if args.shard_teacher and args.features:
+    raise UserError("--shard-teacher with --export-features: the steps then read files and run no teacher")
 
 
 def _show(result) -> None:
@@ -199,25 +191,21 @@ def fewer(student: int, teacher: int) -> str:
   return f"{abs(student / teacher - 1):.0%} {'fewer' if student < teacher else 'more'}"
 
 
-def _config(args: argparse.Namespace):
-  from sam3lt_jax.training.distillation.config import DistillationConfig
-
-  layer_decay = None if args.layer_decay == 1 else args.layer_decay
-  return DistillationConfig(**filled(DistillationConfig, args) | {"layer_decay": layer_decay})
-
-
 def _fitted(config, args: argparse.Namespace, numbers: dict | None):
   """The configuration with what the teacher decides where nothing was asked for: context and vocabulary."""
   from sam3lt_jax.config import TextConfig
+  from sam3lt_jax.training.distillation.teacher import ALIASES
+  from sam3lt_jax.training.rules import saved_config
 
-  teacher = _teacher_config(args.teacher) if args.context_length is None or numbers is not None else None
-  context = config.context_length
-  if args.context_length is None and teacher is not None:
+  asked = args.context_length is not None
+  if asked and numbers is None:
+    return config
+  teacher, context = saved_config(ALIASES.get(args.teacher.lower(), args.teacher)), config.context_length
+  if not asked:
     # What `Teacher.of` cuts; a table that is resampled serves any length.
-    if teacher.text.kind == "clip" or teacher.profile.position_policy == "slice":
+    if teacher and (teacher.text.kind == "clip" or teacher.profile.position_policy == "slice"):
       context = min(context, teacher.text.max_position_embeddings)
-  if args.context_length is None and numbers is not None:
-    context = min(context, numbers.get("max_position_embeddings", context))
+    context = min(context, (numbers or {}).get("max_position_embeddings", context))
   changes = {"context_length": context}
   if numbers is not None:
     words = TextConfig() if teacher is None else teacher.text
@@ -226,46 +214,25 @@ def _fitted(config, args: argparse.Namespace, numbers: dict | None):
   return dataclasses.replace(config, **changes)
 
 
-def _teacher_config(source: str):
-  """The configuration of --teacher, downloaded where it has to be; None where its weights alone tell it."""
-  from sam3lt_jax.checkpoints import sources
-  from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
-  from sam3lt_jax.config import Sam3LiteTextConfig
-  from sam3lt_jax.training.distillation.teacher import ALIASES
-
-  found = sources.locate(ALIASES.get(source.lower(), source))
-  if found.kind == "random":
-    return RANDOM_CONFIGS[found.path]()
-  folder = found.path if os.path.isdir(found.path) else os.path.dirname(found.path)
-  return Sam3LiteTextConfig.from_json(folder) if os.path.isfile(os.path.join(folder, "config.json")) else None
-
-
 def _student_numbers(path: str) -> dict:
   """What a file of --student says, each a field of `TextConfig` and of its kind."""
+  from sam3lt_jax.config import read_json, typed
+
+  fields, numbers = _student_fields(), read_json(path)
   try:
-    with open(path, encoding="utf-8") as f:
-      numbers = json.load(f)
-  except (json.JSONDecodeError, UnicodeDecodeError) as e:
-    raise UserError(f"--student: {path} is no JSON: {e}") from None
-  except OSError as e:
-    raise UserError(f"--student: cannot read {path} ({e.strerror})") from None
-  if not isinstance(numbers, dict):
-    raise UserError(f"--student: {path} must hold an object")
-  fields = _student_fields()
-  unknown = [name for name in numbers if name not in fields]
-  if unknown:
-    raise UserError(f"--student: {path}: no such field: {', '.join(unknown)}; accepted: {', '.join(fields)}")
-  for name, value in numbers.items():
-    kind = type(fields[name])
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-      numbers[name] = value = float(value)
-    if type(value) is not kind or not (kind is bool or _in_range(value)):
-      raise UserError(f"--student: {path}: {name} must be {_KINDS[kind]}, got {json.dumps(value)}")
+    if not isinstance(numbers, dict):
+      raise ValueError("it must hold an object")
+    for name, value in numbers.items():
+      if name not in fields:
+        raise ValueError(f"no such field: {name}; accepted: {', '.join(fields)}")
+      numbers[name] = value = typed(name, value, fields[name])
+      if isinstance(value, str) and value not in ("mobileclip", "clip"):
+        raise ValueError(f"{name} must be mobileclip or clip, got {value!r}")
+      if not isinstance(value, (str, bool)) and value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+  except ValueError as e:
+    raise UserError(f"--student: {path}: {e}") from None
   return numbers
-
-
-def _in_range(value: str | float) -> bool:
-  return value in ("mobileclip", "clip") if isinstance(value, str) else 0 < value < math.inf
 
 
 def _student_fields() -> dict:

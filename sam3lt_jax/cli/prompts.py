@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 
 from sam3lt_jax.cli.arguments import add_device, add_out, load, make_folder, note
@@ -50,9 +51,9 @@ def _tokens(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-  from sam3lt_jax.training.prompt_plots import save_plots
-  from sam3lt_jax.training.prompt_report import prompt_report
-  from sam3lt_jax.training.prompts import read_prompts
+  from sam3lt_jax.analysis.plots import save_plots
+  from sam3lt_jax.analysis.prompts import prompt_report, table
+  from sam3lt_jax.data.prompts import read_prompts
 
   make_folder(args.out)
   tokenizer, model, variables = _load(args)
@@ -70,16 +71,16 @@ def run(args: argparse.Namespace) -> int:
     progress.describe("writing the report")
     paths = [os.path.join(args.out, "report.json"), os.path.join(args.out, "report.png")]
     with open(paths[0], "w", encoding="utf-8") as f:
-      f.write(report.to_json(indent=1) + "\n")
+      f.write(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     try:
       save_plots(report, paths[1])
     except ImportError as e:
       note(f"warning: {e}")
       del paths[1]
   if args.json:
-    print(report.to_json())
+    print(json.dumps(report, ensure_ascii=False))
   else:
-    print(f"{report.table()}\n\nwrote {', '.join(paths)}")
+    print(f"{table(report)}\n\nwrote {', '.join(paths)}")
   return 0
 
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from sam3lt_jax.errors import check
 from sam3lt_jax.processing.masks import mask_bounds
 
 FILL = 127  # of what a zoomed-out window shows beside the image; near 0 after normalisation
@@ -46,19 +47,14 @@ class AugmentConfig:
   min_visible: float = 0.1
 
   def __post_init__(self):
-    if not 0 <= self.flip <= 1:
-      raise ValueError(f"flip must be a probability, got {self.flip}")
-    if len(self.scale) != 2 or not 0.1 <= self.scale[0] <= self.scale[1] <= 10:
-      raise ValueError(f"scale must be (low, high) within 0.1 and 10, got {self.scale}")
-    if not 1 <= self.aspect <= 4:
-      raise ValueError(f"aspect must lie within 1 and 4, got {self.aspect}")
+    check(0 <= self.flip <= 1, "flip", self.flip, "a probability")
+    good = len(self.scale) == 2 and 0.1 <= self.scale[0] <= self.scale[1] <= 10
+    check(good, "scale", self.scale, "(low, high) within 0.1 and 10")
+    check(1 <= self.aspect <= 4, "aspect", self.aspect, "1 to 4")
     for name in ("brightness", "contrast", "saturation"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-    if self.min_area < 1 or not 0 <= self.min_visible <= 1:
-      raise ValueError(
-        f"min_area must be at least 1 and min_visible within [0, 1], got {self.min_area}, {self.min_visible}"
-      )
+      check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share in [0, 1)")
+    check(self.min_area >= 1, "min_area", self.min_area, "1 or more pixels")
+    check(0 <= self.min_visible <= 1, "min_visible", self.min_visible, "a share in [0, 1]")
 
 
 NO_AUGMENTATION = AugmentConfig(

@@ -17,7 +17,7 @@ import numpy as np
 from sam3lt_jax.config import Sam3LiteTextConfig
 from sam3lt_jax.data.examples import Example, PromptConfig, make_example
 from sam3lt_jax.data.records import Record, RecordError
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import check
 from sam3lt_jax.processing.processor import Sam3Processor
 
 _log = logging.getLogger(__name__)
@@ -41,12 +41,9 @@ class BatchConfig(PromptConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.batch_size < 1:
-      raise ArgumentError("batch_size", f" must be at least 1, got {self.batch_size}")
-    if self.seed < 0:
-      raise ArgumentError("seed", f" must be at least 0, got {self.seed}")
-    if self.mask_side is not None and self.mask_side < 1:
-      raise ArgumentError("mask_side", f" must be at least 1, got {self.mask_side}")
+    check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more images")
+    check(self.seed >= 0, "seed", self.seed, "0 or more")
+    check(self.mask_side is None or self.mask_side >= 1, "mask_side", self.mask_side, "1 or more cells")
 
 
 class DetectionBatches:
@@ -93,13 +90,9 @@ class DetectionBatches:
     config = config or BatchConfig()
     if not len(records):
       raise ValueError("records must hold at least one record, got none")
-    if not 0 <= process_index < process_count:
-      raise ValueError(f"process_index must lie within 0 and {process_count - 1}, got {process_index}")
-    if config.batch_size % process_count:
-      raise ArgumentError(
-        "batch_size",
-        f" must be a multiple of the number of processes, got {config.batch_size} for {process_count}",
-      )
+    check(0 <= process_index < process_count, "process_index", process_index, f"0 to {process_count - 1}")
+    good = config.batch_size % process_count == 0
+    check(good, "batch_size", config.batch_size, f"a multiple of the {process_count} processes")
     self.config, self._records = config, records
     self._processor = processor or Sam3Processor(model_config)
     self.mask_side = config.mask_side or 4 * (self._processor.image_size // model_config.vision.patch_size)
@@ -129,11 +122,6 @@ class DetectionBatches:
     if step < 0:
       raise ValueError(f"step must not be negative, got {step}")
     return self.dataset[int(step)]
-
-  @property
-  def steps_per_epoch(self) -> int:
-    """Batches that one pass over the records gives, the last one filled up from the next pass."""
-    return -(-len(self._records) // self.config.batch_size)
 
   def _example(self, element: tuple[int, int]) -> Example:
     start, seed = element

@@ -25,7 +25,13 @@ _NONE = np.zeros((0, 4), np.float32)
 
 
 class CocoRecords(Sequence):
-  """One record an image, made when it is asked for. Use `load_coco`.
+  """One record an image, in file order, made when it is asked for. Use `load_coco`.
+
+  A category's phrase is its name as words (`annotations.category_words`); all its objects in an image answer
+  it. Categories of one phrase are one. An annotation that has a "phrase" (or "caption") answers that one
+  instead, together with others of the same phrase. `iscrowd` annotations are left out, and so are objects
+  without a pixel or an area; their prompt then counts as not exhaustive. So does that of a supercategory in
+  an image that has one of its kinds, and there it is not asked as absent either.
 
   Attributes:
     name: the file.
@@ -205,28 +211,6 @@ def load_coco(
   negatives: bool = True,
   phrases: Mapping[str, str] | None = None,
 ) -> CocoRecords:
-  """Reads COCO instance annotations.
-
-  A category's phrase is its name as words (`annotations.category_words`); all its objects in an image answer
-  it. Categories of one phrase are one. An annotation that has a "phrase" (or "caption") answers that one
-  instead, together with others of the same phrase. `iscrowd` annotations are left out, and so are objects
-  without a pixel or an area; their prompt then counts as not exhaustive. So does that of a supercategory in
-  an image that has one of its kinds, and there it is not asked as absent either.
-
-  Args:
-    annotations: the JSON file, or what it holds.
-    images: the folder that `file_name` is relative to.
-    negatives: also ask for the categories that an image has none of. Where an image lists
-      `neg_category_ids` (LVIS), for those alone; `not_exhaustive_category_ids` are followed as well.
-    phrases: category name to phrase, where the name is not what one would say.
-
-  Returns:
-    A sequence of `Record`s, one an image, in file order. Polygons are drawn when a record is asked for, which
-    raises RecordError where one of its annotations is damaged.
-
-  Raises:
-    FileNotFoundError: no such file or folder.
-    ValueError: not COCO's format; the message names the file and the entry.
-  """
+  """Reads COCO instance annotations; arguments and errors as `load.load_records`."""
   data, name = annotation_ops.read_dataset(annotations, images)
   return CocoRecords(data, images, name, negatives=negatives, phrases=phrases)

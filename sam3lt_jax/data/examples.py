@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from sam3lt_jax.data import augment as augment_ops
 from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.data.augment import Augmentation, AugmentConfig
 from sam3lt_jax.data.records import Prompt, Record, RecordError
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import check
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing.processor import Sam3Processor
 
@@ -51,23 +52,18 @@ class PromptConfig:
 
   def __post_init__(self):
     for name in ("prompts", "objects", "max_boxes"):
-      if getattr(self, name) < 1:
-        raise ArgumentError(name, f" must be at least 1, got {getattr(self, name)}")
+      check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
     for name in ("negatives", "box_prompts", "box_only"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ArgumentError(name, f" must lie within 0 and 1, got {getattr(self, name)}")
-    if not 0 <= self.box_jitter < 0.5:
-      raise ArgumentError("box_jitter", f" must lie in [0, 0.5), got {self.box_jitter}")
+      check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share in [0, 1]")
+    check(0 <= self.box_jitter < 0.5, "box_jitter", self.box_jitter, "a share in [0, 0.5)")
 
 
-@dataclasses.dataclass
-class _Shown:
-  """A prompt as the augmented image shows it; boxes in its pixels, masks at the mask side."""
+class _Shown(NamedTuple):
+  """A prompt as the augmented image shows it: (box in its pixels, mask at the mask side or None) of each
+  object, and how many there are of which too little is left."""
 
-  boxes: list[np.ndarray] = dataclasses.field(default_factory=list)
-  masks: list[np.ndarray | None] = dataclasses.field(default_factory=list)
-  areas: list[float] = dataclasses.field(default_factory=list)
-  slivers: int = 0
+  objects: list[tuple[np.ndarray, np.ndarray | None]]
+  slivers: int
 
 
 def make_example(
@@ -148,30 +144,28 @@ def draw_prompts(record: Record, config: PromptConfig, rng: np.random.Generator)
 
 def _show(prompt: Prompt, change: Augmentation, config: AugmentConfig, mask_side: int) -> _Shown:
   """The prompt's objects, one at a time, so that only one full-size mask exists at once."""
-  shown = _Shown()
+  objects, slivers = [], 0
   for box, rle in zip(prompt.boxes, prompt.masks):
     seen = change.object(box, None if rle is None else rle_ops.decode(rle), config)
-    shown.slivers += seen.state == "sliver"
-    if seen.box is None:
-      continue
-    small = None if seen.mask is None else shrink_mask(seen.mask, (mask_side, mask_side))
-    shown.boxes.append(seen.box)
-    shown.masks.append(small)
-    shown.areas.append(float(np.prod(seen.box[2:] - seen.box[:2])))
-  return shown
+    slivers += seen.state == "sliver"
+    if seen.box is not None:
+      small = None if seen.mask is None else shrink_mask(seen.mask, (mask_side, mask_side))
+      objects.append((seen.box, small))
+  return _Shown(objects, slivers)
 
 
 def _fill_targets(example: Example, k: int, prompt: Prompt, shown: _Shown, size: tuple[int, int]) -> None:
   slots = example["target_valid"].shape[1]
-  keep = sorted(np.argsort(-np.array(shown.areas), kind="stable")[:slots].tolist())
+  areas = [float(np.prod(box[2:] - box[:2])) for box, _ in shown.objects]
+  keep = sorted(np.argsort(-np.array(areas), kind="stable")[:slots].tolist())
   for m, i in enumerate(keep):
-    example["target_boxes"][k, m] = _normalised(shown.boxes[i], size)
+    box, mask = shown.objects[i]
+    example["target_boxes"][k, m] = _normalised(box, size)
     example["target_valid"][k, m] = True
-    mask = shown.masks[i]
     if mask is not None and mask.any():  # one that vanished at this size would teach an empty mask
       example["target_masks"][k, m] = mask
       example["target_has_mask"][k, m] = True
-  exhaustive = prompt.exhaustive and not shown.slivers and len(keep) == len(shown.boxes)
+  exhaustive = prompt.exhaustive and not shown.slivers and len(keep) == len(shown.objects)
   example["exhaustive"][k] = exhaustive
   # With nothing but slivers left the phrase is neither present nor absent.
   example["prompt_valid"][k] = bool(keep) or exhaustive
@@ -188,11 +182,11 @@ def _fill_boxes(
 ) -> str:
   """Draws example boxes into slot k; returns the phrase that goes with them."""
   use, alone = rng.random(2)
-  if use >= config.box_prompts or not shown.boxes:
+  if use >= config.box_prompts or not shown.objects:
     return prompt.phrase
-  count = min(int(rng.integers(1, config.max_boxes + 1)), len(shown.boxes))
-  for n, i in enumerate(rng.permutation(len(shown.boxes))[:count]):
-    box = jitter_box(shown.boxes[i], size, config.box_jitter, rng)
+  count = min(int(rng.integers(1, config.max_boxes + 1)), len(shown.objects))
+  for n, i in enumerate(rng.permutation(len(shown.objects))[:count]):
+    box = jitter_box(shown.objects[i][0], size, config.box_jitter, rng)
     example["input_boxes"][k, n] = _normalised(box, size)
     example["input_boxes_labels"][k, n] = 1
   return BOX_ONLY_PHRASE if alone < config.box_only and prompt.all_of_kind else prompt.phrase

@@ -20,12 +20,15 @@ def load_records(
   """Reads a file of COCO's or SA-Co's format; that its images have a `text_input` makes it SA-Co's.
 
   Args:
-    annotations: the JSON file.
+    annotations: the JSON file, or what it holds.
     images: the folder that `file_name` is relative to.
-    negatives, phrases: of `coco.load_coco`; SA-Co files say both themselves.
+    negatives: of COCO's: also ask for the categories that an image has none of. Where an image lists
+      `neg_category_ids` (LVIS), for those alone; `not_exhaustive_category_ids` are followed as well.
+    phrases: of COCO's: category name to phrase, where the name is not what one would say.
 
   Returns:
-    A sequence of `Record`s.
+    A sequence of `Record`s. Polygons are drawn when one is asked for, which raises RecordError where one of
+    its annotations is damaged.
 
   Raises:
     FileNotFoundError: no such file or folder.

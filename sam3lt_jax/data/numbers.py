@@ -7,6 +7,7 @@ which counts in 32 bits and wraps around without a word.
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -31,16 +32,15 @@ def brief(value: Any) -> str:
   return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def whole(value: Any, what: str, least: int = -LARGEST_ID, most: int = LARGEST_ID) -> int:
+def whole(value: Any, what: str) -> int:
   """A whole number: 12, 12.0 or "12".
 
   Raises:
-    ValueError: "`what` must be a whole number ..., got ..."; it is none, or not of `least` to `most`.
+    ValueError: "`what` must be a whole number, got ..."; it is none, or beyond `LARGEST_ID`.
   """
   number = value if type(value) is int else _whole(value)
-  if number is None or not least <= number <= most:
-    limits = "" if (least, most) == (-LARGEST_ID, LARGEST_ID) else f" of {least} to {most}"
-    raise ValueError(f"{what} must be a whole number{limits}, got {brief(value)}")
+  if number is None or abs(number) > LARGEST_ID:
+    raise ValueError(f"{what} must be a whole number, got {brief(value)}")
   return number
 
 
@@ -49,19 +49,13 @@ def _whole(value: Any) -> int | None:
     try:
       return int(value)
     except ValueError:
-      value = _float(value)
+      with contextlib.suppress(ValueError):
+        value = float(value)
   if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
     return int(value)
   if isinstance(value, (float, np.floating)) and abs(value) <= _EXACT and value == int(value):
     return int(value)
   return None
-
-
-def _float(value: Any) -> float | None:
-  try:
-    return None if isinstance(value, bool) else float(value)
-  except (TypeError, ValueError, OverflowError):
-    return None
 
 
 def image_size(height: Any, width: Any, what: str) -> tuple[int, int]:
@@ -101,13 +95,8 @@ def numbers(values: Any, what: str, limit: float = FARTHEST) -> np.ndarray:
   Raises:
     ValueError: "`what` must be a list of numbers, got ..."; or one is not finite or beyond `limit`.
   """
-  try:
-    if isinstance(values, (str, bytes)):
-      raise TypeError
-    found = np.asarray(values, np.float64)
-  except (TypeError, ValueError, OverflowError, RecursionError):
-    found = None
-  if found is None or found.ndim != 1:
+  found = _array(values, np.float64)
+  if found is None:
     raise ValueError(f"{what} must be a list of numbers, got {brief(values)}")
   if not (np.abs(found) <= limit).all():  # written so that NaN fails
     raise ValueError(f"{what} must be finite and within {limit:,.0f}, got {brief(values)}")
@@ -115,24 +104,23 @@ def numbers(values: Any, what: str, limit: float = FARTHEST) -> np.ndarray:
 
 
 def wholes(values: Any, what: str) -> np.ndarray:
-  """A list of whole numbers as int64 [N].
-
-  Raises:
-    ValueError: "`what` must be a list of whole numbers, got ...".
-  """
-  try:
-    if isinstance(values, (str, bytes)):
-      raise TypeError
-    found = np.asarray(values)
-    if found.dtype != np.int64:
-      given, found = found.astype(np.float64), None
-      if (np.abs(given) <= _EXACT).all() and (given == np.trunc(given)).all():
-        found = given.astype(np.int64)
-  except (TypeError, ValueError, OverflowError, RecursionError):
-    found = None
-  if found is None or found.ndim != 1:
+  """A list of whole numbers as int64 [N]. ValueError "`what` must be a list of whole numbers, got ..."."""
+  found = _array(values)
+  if found is not None and found.dtype != np.int64:
+    given = _array(values, np.float64)
+    good = given is not None and ((np.abs(given) <= _EXACT) & (given == np.trunc(given))).all()
+    found = given.astype(np.int64) if good else None
+  if found is None:
     raise ValueError(f"{what} must be a list of whole numbers, got {brief(values)}")
   return found
+
+
+def _array(values: Any, dtype: Any = None) -> np.ndarray | None:
+  try:
+    found = None if isinstance(values, (str, bytes)) else np.asarray(values, dtype)
+  except (TypeError, ValueError, OverflowError, RecursionError):
+    return None
+  return None if found is None or found.ndim != 1 else found
 
 
 def ids(values: Any, what: str) -> frozenset[int]:

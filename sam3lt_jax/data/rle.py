@@ -54,13 +54,11 @@ def described(mask: np.ndarray) -> dict[str, Any]:
   return {"area": area(rle), "segmentation": jsonable(rle)}
 
 
-def from_segmentation(segmentation: Any, size: tuple[int, int], allow_empty: bool = False) -> Rle:
-  """As `read`, of what has to be a mask; ValueError where there is none or (not `allow_empty`) no pixel."""
+def from_segmentation(segmentation: Any, size: tuple[int, int]) -> Rle:
+  """As `read`, of what has to be a mask; ValueError where there is none."""
   rle, _ = read(segmentation, size)
   if rle is None:
     raise ValueError(f"segmentation must be polygons or an RLE, got {brief(segmentation)}")
-  if not allow_empty and not area(rle):
-    raise ValueError("the mask holds no pixel")
   return rle
 
 

@@ -24,6 +24,10 @@ _MOST_NORMALISED = 1.5  # a bbox value above it is in pixels
 class SaCoRecords(Sequence):
   """One record an image file, with all its phrases, made when it is asked for. Use `load_saco`.
 
+  In order of first appearance. Entries of one `file_name` become one record with a prompt each; their ids
+  stay as `Prompt.image_id`, the record has the first one's. Crowd annotations are left out, and so are
+  objects without a pixel or an area; the pair then counts as not exhaustive.
+
   Attributes:
     name: the file.
     pairs: how many image-phrase pairs there are.
@@ -97,22 +101,6 @@ def _is_normalised(annotations: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def load_saco(annotations: str | os.PathLike | Mapping[str, Any], images: str | os.PathLike) -> SaCoRecords:
-  """Reads SA-Co annotations.
-
-  Entries of one `file_name` become one record with a prompt each; their ids stay as `Prompt.image_id`, the
-  record has the first one's. Crowd annotations are left out, and so are objects without a pixel or an area;
-  the pair then counts as not exhaustive.
-
-  Args:
-    annotations: the JSON file, or what it holds.
-    images: the folder that `file_name` is relative to.
-
-  Returns:
-    A sequence of `Record`s, one an image file, in order of first appearance.
-
-  Raises:
-    FileNotFoundError: no such file or folder.
-    ValueError: not SA-Co's format; the message names the file and the entry.
-  """
+  """Reads SA-Co annotations; arguments and errors as `load.load_records`."""
   data, name = annotation_ops.read_dataset(annotations, images)
   return SaCoRecords(data, images, name)

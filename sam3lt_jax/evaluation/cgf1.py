@@ -34,14 +34,21 @@ from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
 from sam3lt_jax.data import rle as rle_ops
-from sam3lt_jax.data.numbers import brief, image_size
+from sam3lt_jax.data.numbers import brief
+from sam3lt_jax.errors import check
 
 _EPSILON = 1e-4
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
-_STATE = {
-  "tp": "t", "fp": "t", "fn": "t", "il_tp": "", "il_fp": "", "il_fn": "", "il_tn": "", "objects": "",
-  "predictions": "", "negative_predictions": "", "matched_iou": "",
-}  # fmt: skip
+_COUNTS = (
+  "il_tp",
+  "il_fp",
+  "il_fn",
+  "il_tn",
+  "objects",
+  "predictions",
+  "negative_predictions",
+  "matched_iou",
+)
 
 
 class CgF1:
@@ -50,9 +57,6 @@ class CgF1:
       metric = CgF1()
       metric.update(results.masks, results.scores, true_masks)
       metric.compute()["cgF1"]
-
-  Several processes each count their own pairs: `merge` adds another metric's counts, `state` gives them as
-  arrays that can be summed (`from_state` takes the sums).
 
   Attributes:
     iou_type: "segm" or "bbox".
@@ -67,22 +71,13 @@ class CgF1:
     score_threshold: float = 0.5,
   ):
     """Raises ValueError for another iou_type, or thresholds outside (0, 1] or not ascending."""
-    if iou_type not in ("segm", "bbox"):
-      raise ValueError(f"iou_type must be 'segm' or 'bbox', got {iou_type!r}")
+    check(iou_type in ("segm", "bbox"), "iou_type", iou_type, "'segm' or 'bbox'")
     thresholds = tuple(float(t) for t in thresholds)
-    if (
-      not thresholds
-      or list(thresholds) != sorted(set(thresholds))
-      or not 0 < thresholds[0] <= thresholds[-1] <= 1
-    ):
-      raise ValueError(f"thresholds must ascend within (0, 1], got {thresholds}")
-    if not 0 <= score_threshold <= 1:
-      raise ValueError(f"score_threshold must lie within 0 and 1, got {score_threshold}")
+    ascend = len(thresholds) and 0 < thresholds[0] and thresholds[-1] <= 1 and np.all(np.diff(thresholds) > 0)
+    check(ascend, "thresholds", thresholds, "numbers that ascend within (0, 1]")
+    check(0 <= score_threshold <= 1, "score_threshold", score_threshold, "a number within 0 and 1")
     self.iou_type, self.thresholds, self.score_threshold = iou_type, thresholds, float(score_threshold)
-    self._counts = {
-      name: np.zeros(len(thresholds) if kind else (), np.float64 if name == "matched_iou" else np.int64)
-      for name, kind in _STATE.items()
-    }
+    self._counts = self._nothing()
 
   def update(self, predicted: Any, scores: Any, truth: Any) -> None:
     """Adds a pair.
@@ -138,18 +133,21 @@ class CgF1:
     if not isinstance(given, dict):
       raise ValueError(f"{name}: a mask must be an RLE or a bool array [H, W], got {type(given).__name__}")
     size = given.get("size")
-    if not isinstance(size, (list, tuple)) or len(size) != 2:
-      raise ValueError(f"{name}: an RLE's size must be [height, width], got {brief(size)}")
     try:
-      return rle_ops.from_segmentation(given, image_size(*size, "an RLE"), allow_empty=True)
+      if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise ValueError(f"an RLE's size must be [height, width], got {brief(size)}")
+      return rle_ops.from_segmentation(given, size)
     except ValueError as e:
       raise ValueError(f"{name}: {e}") from e
 
+  def _nothing(self) -> dict[str, Any]:
+    return dict.fromkeys(_COUNTS, 0) | {
+      k: np.zeros(len(self.thresholds), np.int64) for k in ("tp", "fp", "fn")
+    }
+
   def _pair(self, predicted: list[Any], truth: list[Any]) -> dict[str, Any]:
-    """The counts of one pair, named as in `_STATE`."""
-    n, m = len(predicted), len(truth)
-    none = np.zeros(len(self.thresholds), np.int64)
-    counts = dict.fromkeys(_STATE, 0) | {"tp": none, "fp": none, "fn": none}
+    """The counts of one pair, named as in `_nothing`."""
+    n, m, counts = len(predicted), len(truth), self._nothing()
     counts["il_tp"], counts["il_fp"] = int(n > 0 and m > 0), int(n > 0 and m == 0)
     counts["il_fn"], counts["il_tn"] = int(n == 0 and m > 0), int(n == 0 and m == 0)
     if m == 0:
@@ -171,31 +169,6 @@ class CgF1:
       predicted, truth = np.array(predicted), np.array(truth)
     ious = np.asarray(coco_mask.iou(predicted, truth, [0] * len(truth)))
     return ious[linear_sum_assignment(-ious)]
-
-  def state(self) -> dict[str, np.ndarray]:
-    """The counts as arrays; summed over processes entry by entry they are the counts of all."""
-    return {name: value.copy() for name, value in self._counts.items()}
-
-  def from_state(self, state: dict[str, Any]) -> CgF1:
-    """A metric of this one's settings with the counts of `state`. Raises ValueError: not such a state."""
-    if set(state) != set(_STATE):
-      raise ValueError(f"state must hold {', '.join(_STATE)}, got {', '.join(state)}")
-    other = CgF1(self.iou_type, self.thresholds, self.score_threshold)
-    for name, value in other._counts.items():
-      given = np.asarray(state[name], value.dtype)
-      if given.shape != value.shape:
-        raise ValueError(f"state: {name} must have shape {value.shape}, got {given.shape}")
-      other._counts[name] = given
-    return other
-
-  def merge(self, other: CgF1) -> CgF1:
-    """Adds the counts of another metric of the same settings; returns this one."""
-    settings = [(m.iou_type, m.thresholds, m.score_threshold) for m in (self, other)]
-    if settings[0] != settings[1]:
-      raise ValueError(f"metrics of different settings cannot be merged: {settings[0]} and {settings[1]}")
-    for name, value in other._counts.items():
-      self._counts[name] = self._counts[name] + value
-    return self
 
   def compute(self) -> dict[str, float]:
     """The measures of everything added so far.

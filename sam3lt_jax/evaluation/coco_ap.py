@@ -182,7 +182,7 @@ class _Truth:
           shape = {"bbox": _box(result.get("bbox"))}
         else:
           size = self.images[i].size
-          shape = {"segmentation": rle_ops.from_segmentation(result.get("segmentation"), size, True)}
+          shape = {"segmentation": rle_ops.from_segmentation(result.get("segmentation"), size)}
       except ValueError as e:
         raise ValueError(f"{where}: {e}") from e
       chosen.append({"image_id": i, "category_id": category, "score": score} | shape)

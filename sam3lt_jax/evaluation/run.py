@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TextIO
 
 import numpy as np
@@ -19,6 +19,7 @@ from sam3lt_jax.evaluation.coco_ap import MOST_RESULTS, coco_ap
 from sam3lt_jax.processing.results import Results
 
 METRICS = ("cgf1", "ap")
+_AP_FLOOR = 0.01  # results of a lower score cost AP very little, and most of the masks
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +32,6 @@ def evaluate(
   annotators: Sequence[Sequence[Record]] = (),
   limit: int | None = None,
   score_threshold: float = 0.5,
-  ap_floor: float = 0.01,
   phrases_at_once: int = 16,
   out: str | os.PathLike | None = None,
   on_image: Callable[[str], None] | None = None,
@@ -55,8 +55,6 @@ def evaluate(
       `Prompt.image_id`; see `cgf1`. AP uses `records` alone.
     limit: only the first so many records.
     score_threshold: of cgF1.
-    ap_floor: results of a lower score are not looked at for AP, which costs it very little and saves most of
-      the masks.
     phrases_at_once: phrases whose full-size masks are held at the same time.
     out: a folder for predictions.jsonl, written as they come, one line a pair, and report.json.
     on_image: called with the name of each record before it.
@@ -75,7 +73,7 @@ def evaluate(
       raise ValueError(f"{name} must be of {', '.join(map(repr, accepted))}, got {list(given)}")
   if limit is not None and limit < 1:
     raise ValueError(f"limit must be at least 1, got {limit}")
-  run = _Evaluation(records, metrics, iou_types, annotators, score_threshold, ap_floor)
+  run = _Evaluation(records, metrics, iou_types, annotators, score_threshold)
   with contextlib.ExitStack() as stack:
     if out is not None:
       os.makedirs(out, exist_ok=True)
@@ -95,7 +93,7 @@ def evaluate(
 class _Evaluation:
   """What accumulates while the images go by."""
 
-  def __init__(self, records, metrics, iou_types, annotators, score_threshold: float, ap_floor: float):
+  def __init__(self, records, metrics, iou_types, annotators, score_threshold: float):
     self.records, self.iou_types = records, tuple(iou_types)
     self.cgf1 = {t: CgF1(t, score_threshold=score_threshold) for t in iou_types if "cgf1" in metrics}
     self.ap = "ap" in metrics
@@ -104,7 +102,7 @@ class _Evaluation:
     self.score_threshold = np.float32(score_threshold)
     # The predictor keeps what lies above its threshold, the metric what reaches it.
     just_below = float(np.nextafter(np.float32(score_threshold), np.float32(0)))
-    self.floor = min(ap_floor, just_below) if self.ap else just_below
+    self.floor = min(_AP_FLOOR, just_below) if self.ap else just_below
     self.others = [{p.image_id: p for record in other for p in record.prompts} for other in annotators]
     self.file: TextIO | None = None
     self.results: list[dict[str, Any]] = []
@@ -112,9 +110,7 @@ class _Evaluation:
     self.image_ids: list[int] = []
     self.images = self.pairs = self.not_exhaustive = 0
     self.pair_sizes: list[tuple[int, int]] = []
-    self.masked = self.without_mask = (
-      0  # pairs with objects that all have masks; pairs with one that has none
-    )
+    self.masked = self.without_mask = 0  # pairs whose objects all have masks; pairs with one that has none
     self.first_without_mask = ""
     self.skipped: dict[str, int] = {}
     self.first_error: RecordError | None = None
@@ -257,14 +253,25 @@ class _Evaluation:
     return {"images": images, "categories": [{"id": 1, "name": "object"}], "annotations": self.truth}
 
 
+_COLUMNS = {  # measure -> (heading, how it is written)
+  "cgF1": ("cgF1", "{:.2f}"), "pmF1": ("pmF1", "%"), "IL_MCC": ("IL_MCC", "{:.3f}"),
+  "pmF1@0.5": ("pmF1@0.5", "%"), "IL_precision": ("IL_prec", "%"), "IL_recall": ("IL_recall", "%"),
+  "mean_matched_iou": ("match IoU", "%"), "objects": ("objects", "{}"),
+}  # fmt: skip
+_OVER = {"categories": "COCO AP", "lvis": "LVIS AP", "pairs": "AP of pairs"}
+
+
 def table(report: dict[str, Any]) -> str:
   """The report's main figures as text, percentages but for IL_MCC and counts."""
   lines = [f"{report['images']} images, {report['pairs']} phrases, {report['seconds']:.1f} s"]
-  for name, measures, shown in _tables(report):
-    lines.append(f"{name:<11}" + "".join(f"{label:>11}" for label, _, _ in shown))
-    for iou_type, values in measures.items():
-      cells = (_cell(values[key], style) for _, key, style in shown)
-      lines.append(f"  {iou_type:<9}" + "".join(f"{cell:>11}" for cell in cells))
+  if "cgf1" in report:
+    lines += _rows("cgF1", report["cgf1"], _COLUMNS)
+  if "ap" in report:
+    measures = dict(report["ap"])
+    keys = "AP AP50 AP75 AP_small AP_medium AP_large".split()
+    if (over := measures.pop("over")) == "lvis":
+      keys += ["AP_rare", "AP_common", "AP_frequent"]
+    lines += _rows(_OVER[over], measures, {key: (key.replace("frequent", "freq"), "%") for key in keys})
   if report["skipped"]:
     lines.append("left out: " + ", ".join(f"{n} ({reason})" for reason, n in report["skipped"].items()))
   if report["not_exhaustive"]:
@@ -276,27 +283,14 @@ def table(report: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _tables(report: dict[str, Any]):
-  """(heading, iou type to measures, columns as (label, key, style)) of what was measured."""
-  if "cgf1" in report:
-    columns = [("cgF1", "cgF1", "plain"), ("pmF1", "pmF1", "percent"), ("IL_MCC", "IL_MCC", "three"),
-               ("pmF1@0.5", "pmF1@0.5", "percent"), ("IL_prec", "IL_precision", "percent"),
-               ("IL_recall", "IL_recall", "percent"), ("match IoU", "mean_matched_iou", "percent"),
-               ("objects", "objects", "count")]  # fmt: skip
-    yield "cgF1", report["cgf1"], columns
-  if "ap" in report:
-    measures = {key: value for key, value in report["ap"].items() if key != "over"}
-    heading = {"categories": "COCO AP", "lvis": "LVIS AP", "pairs": "AP of pairs"}[report["ap"]["over"]]
-    keys = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
-    if heading == "LVIS AP":
-      keys += ["AP_rare", "AP_common", "AP_frequent"]
-    columns = [(key.replace("frequent", "freq"), key, "percent") for key in keys]
-    yield heading, measures, columns
+def _rows(heading: str, measures: dict[str, Any], columns: dict[str, tuple[str, str]]) -> Iterator[str]:
+  yield f"{heading:<11}" + "".join(f"{label:>11}" for label, _ in columns.values())
+  for iou_type, values in measures.items():
+    cells = (_cell(values[key], style) for key, (_, style) in columns.items())
+    yield f"  {iou_type:<9}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def _cell(value: float | None, style: str) -> str:
   if value is None:
     return "-"
-  if style == "count":
-    return str(value)
-  return f"{value:.3f}" if style == "three" else f"{100 * value if style == 'percent' else value:.2f}"
+  return f"{100 * value:.2f}" if style == "%" else style.format(value)

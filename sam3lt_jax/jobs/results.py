@@ -71,7 +71,7 @@ def to_results(record: Record) -> Results:
     )
   try:
     size, found = (record["height"], record["width"]), record["results"]
-    masks = (rle_ops.decode(rle_ops.from_segmentation(r["segmentation"], size, True)) for r in found)
+    masks = (rle_ops.decode(rle_ops.from_segmentation(r["segmentation"], size)) for r in found)
     return Results(
       np.array([r["box"] for r in found], np.float32),
       np.array([r["score"] for r in found], np.float32),

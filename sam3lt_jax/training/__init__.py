@@ -11,8 +11,7 @@
     curves       metrics.jsonl -> a picture
     errors       what ends a run early
 
-    prompts, prompt_files                                files of phrases -> batches of tokens
-    prompt_report, prompt_plots, intrinsic_dimension     what a set of phrases asks of a text encoder
+    prompts      phrases -> held-out split, batches of tokens
 
     distillation/  a LiteText text encoder learns a teacher's features
     detection/     the detector learns boxes, masks and scores

@@ -27,6 +27,7 @@ from sam3lt_jax.checkpoints import orbax_io
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
 from sam3lt_jax.checkpoints.errors import CheckpointError, reason
 from sam3lt_jax.checkpoints.orbax_io import Damaged, barrier
+from sam3lt_jax.errors import check
 from sam3lt_jax.parallel import is_key
 
 _STATE, _WRITING, _DAMAGED, _OLD = "state", ".writing", ".damaged", ".old"
@@ -54,13 +55,12 @@ class TrainCheckpoints:
     best: tuple[str, str] | None = None,
     report: Callable[[str], Any] = print,
   ):
-    if keep < 1:
-      raise ValueError(f"keep={keep!r}; accepted: 1 or more checkpoints")
-    if best is not None and (len(best) != 2 or best[1] not in ("max", "min")):
-      raise ValueError(f'best={best!r}; accepted: None, (metric, "max") or (metric, "min")')
-    self.directory = os.path.abspath(os.fspath(directory))
-    if "://" in os.fspath(directory):
-      raise ValueError(f"directory={os.fspath(directory)!r}; accepted: a folder of a file system")
+    check(keep >= 1, "keep", keep, "1 or more checkpoints")
+    good = best is None or (len(best) == 2 and best[1] in ("max", "min"))
+    check(good, "best", best, 'None, (metric, "max") or (metric, "min")')
+    directory = os.fspath(directory)
+    check("://" not in directory, "directory", directory, "a folder of a file system")
+    self.directory = os.path.abspath(directory)
     self._keep, self.best, self._report = keep, best, report
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
@@ -69,9 +69,7 @@ class TrainCheckpoints:
       os.makedirs(self.directory, exist_ok=True)
       self._tidy()
     barrier("sam3lt-checkpoints-open")
-    self._best_known = self._best_value()
-
-  # ------------------------------------------------------------------ what is there
+    self._read_best()
 
   def steps(self) -> list[int]:
     """Steps of the whole checkpoints, ascending."""
@@ -86,28 +84,23 @@ class TrainCheckpoints:
 
   def best_step(self) -> int | None:
     """The step with the best value of the metric; the latest of equals. None: none has that metric."""
-    if self.best is None:
-      return None
-    name, direction = self.best
-    sign = 1 if direction == "max" else -1
-    values = {step: self.metrics(step).get(name) for step in self.steps()}
-    return max(((sign * x, step) for step, x in values.items() if x is not None), default=(0, None))[1]
+    scores = [(self._score(self.metrics(step)), step) for step in self.steps()]
+    return max((pair for pair in scores if pair[0] is not None), default=(None, None))[1]
 
   def is_best(self, metrics: Mapping[str, float]) -> bool:
     """Whether none so far was better than `metrics`. A value that is NaN or infinite never is the best."""
-    if self.best is None or self.best[0] not in metrics:
-      return False
     # Kept in memory: every process has to decide alike, and one of them is changing the folder meanwhile.
-    value, known = float(metrics[self.best[0]]), self._best_known
-    if not math.isfinite(value):
-      return False
-    return known is None or (value >= known if self.best[1] == "max" else value <= known)
+    score, known = self._score(metrics), self._best_known
+    return score is not None and (known is None or score >= known)
 
-  def _best_value(self) -> float | None:
+  def _score(self, metrics: Mapping[str, float]) -> float | None:
+    """The value of `best`'s metric, of which more is better; None without a finite one."""
+    value = metrics.get(self.best[0], math.nan) if self.best else math.nan
+    return (value if self.best[1] == "max" else -value) if math.isfinite(value) else None
+
+  def _read_best(self) -> None:
     step = self.best_step()
-    return None if step is None else self.metrics(step)[self.best[0]]
-
-  # ------------------------------------------------------------------ writing
+    self._best_known = None if step is None else self._score(self.metrics(step))
 
   def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
     """Starts to write `state`, and returns when its arrays may be donated or changed.
@@ -135,7 +128,7 @@ class TrainCheckpoints:
     barrier(f"sam3lt-checkpoint-{step}")
     metrics = {name: float(x) for name, x in (metrics or {}).items() if math.isfinite(x)}
     if self.is_best(metrics):
-      self._best_known = metrics[self.best[0]]
+      self._best_known = self._score(metrics)
     manifest = {"step": step, "metrics": metrics}
     # Orbax copies to the host before it returns.
     response = self._guard(step, ocp.save_async, os.path.join(writing, _STATE), unflatten(leaves))
@@ -205,8 +198,6 @@ class TrainCheckpoints:
       if name.endswith((_WRITING, _OLD)) and name.split(".")[0].isdigit():
         shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)
 
-  # ------------------------------------------------------------------ reading
-
   def restore(self, like: Any, step: int | None = None) -> Any:
     """Reads a state back, bit for bit.
 
@@ -262,7 +253,11 @@ class TrainCheckpoints:
     try:
       stored = flatten(ocp.metadata(os.path.join(path, _STATE)).metadata)
       orbax_io.compare(stored, target, path)
-      _compare_dtypes(stored, target, path)
+      for name, x in target.items():
+        if (
+          stored[name].dtype != x.dtype
+        ):  # Orbax would convert it, and the run would go on a little differently
+          raise CheckpointError(f"{path}: {name} is {stored[name].dtype} there, and {x.dtype} in this run")
       with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about shardings, which are given
         loaded = flatten(ocp.load(os.path.join(path, _STATE), unflatten(target)))
@@ -280,25 +275,16 @@ class TrainCheckpoints:
       shutil.rmtree(self._path(step) + _DAMAGED, ignore_errors=True)
       os.rename(self._path(step), self._path(step) + _DAMAGED)
     barrier("sam3lt-checkpoints-set-aside")
-    self._best_known = self._best_value()
+    self._read_best()
 
   def _path(self, step: int) -> str:
     return os.path.join(self.directory, str(step))
 
 
-def _compare_dtypes(stored: Mapping[str, Any], target: Mapping[str, Any], path: str) -> None:
-  for name, x in target.items():
-    if stored[name].dtype != x.dtype:  # Orbax would convert it, and the run would go on a little differently
-      raise CheckpointError(f"{path}: {name} is {stored[name].dtype} there, and {x.dtype} in this run")
-
-
 def _leaves(tree: Any) -> dict[str, Any]:
   """path -> leaf, in the tree's order; a PRNG key is its uint32 data."""
-  flat = {}
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    name = "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-    flat[name] = leaf
-  return {name: _key_data(leaf) for name, leaf in flat.items()}
+  paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {jax.tree_util.keystr(p, simple=True, separator="/"): _key_data(leaf) for p, leaf in paths}
 
 
 def _key_data(x: Any) -> Any:

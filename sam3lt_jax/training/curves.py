@@ -13,24 +13,12 @@ Series = dict[str, tuple[list[int], list[float]]]
 
 _SMOOTHED_FROM = 40  # points: fewer are shown as they are
 _LINES = 6  # a panel: more cannot be told apart
-
-
-def read_series(path: str | os.PathLike[str]) -> Series:
-  """name -> (steps, values) of every metric in a metrics.jsonl, in the order of the steps.
-
-  Raises:
-    ValueError: no such file, no JSON lines, or no metric in it.
-  """
-  series: Series = {}
-  for line in read_metrics(path):
-    for name, value in line.items():
-      if name not in ("step", "time"):
-        steps, values = series.setdefault(name, ([], []))
-        steps.append(int(line["step"]))
-        values.append(float(value))
-  if not series:
-    raise ValueError(f"{os.fspath(path)}: no metric in it yet")
-  return series
+_OWN = {
+  "learning_rate": "learning rate",
+  "grad_norm": "gradient norm",
+  "images_per_second": "images a second",
+}
+_ORDER = ("losses", "evaluation: losses", "evaluation", "training metrics")
 
 
 def panels(series: Series) -> dict[str, list[str]]:
@@ -41,35 +29,26 @@ def panels(series: Series) -> dict[str, list[str]]:
   """
   groups: dict[str, list[str]] = {}
   for name, (_, values) in series.items():
-    is_loss = name == "loss" or name.endswith("_loss") or name.startswith("loss_")
+    title = _OWN.get(name, "losses" if "loss" in name.split("_") else "training metrics")
     if name.startswith("eval_"):
       title = "evaluation: losses" if "loss" in name else "evaluation"
-    elif name in ("learning_rate", "grad_norm", "images_per_second"):
-      title = {"learning_rate": "learning rate", "grad_norm": "gradient norm"}.get(name, "images a second")
-    else:
-      title = "losses" if is_loss else "training metrics"
     if title in ("evaluation", "training metrics") and max(map(abs, values)) > 1:
       title += " beyond 1"
     groups.setdefault(title, []).append(name)
-  split: dict[str, list[str]] = {}
-  order = [
-    "losses", "evaluation: losses", "evaluation", "evaluation beyond 1", "training metrics",
-    "training metrics beyond 1",
-  ]  # fmt: skip
-  for title in sorted(groups, key=lambda t: (order.index(t) if t in order else len(order), t)):
-    found = groups[title]
-    for i in range(0, len(found), _LINES):
-      split[title if i == 0 else f"{title} ({i // _LINES + 1})"] = found[i : i + _LINES]
-  return split
+  order = [f"{title}{more}" for title in _ORDER for more in ("", " beyond 1")]
+  return {
+    title if i == 0 else f"{title} ({i // _LINES + 1})": groups[title][i : i + _LINES]
+    for title in sorted(groups, key=lambda t: (order.index(t) if t in order else len(order), t))
+    for i in range(0, len(groups[title]), _LINES)
+  }
 
 
 def smooth(values: list[float]) -> np.ndarray:
   """A centred mean over a 20th of the values; shorter windows at both ends. float64, as long as `values`."""
-  x, half = np.asarray(values, np.float64), max(1, len(values) // 40)
-  total = np.concatenate([[0.0], np.cumsum(x)])
-  low = np.maximum(np.arange(len(x)) - half, 0)
-  high = np.minimum(np.arange(len(x)) + half + 1, len(x))
-  return (total[high] - total[low]) / (high - low)
+  window = np.ones(2 * max(1, len(values) // 40) + 1)
+  total, count = (np.convolve(x, window) for x in (values, np.ones(len(values))))
+  half = len(window) // 2
+  return (total / count)[half : half + len(values)]
 
 
 def plot_run(metrics: str | os.PathLike[str], output: str | os.PathLike[str], title: str = "") -> None:
@@ -84,8 +63,20 @@ def plot_run(metrics: str | os.PathLike[str], output: str | os.PathLike[str], ti
     ValueError: the file is missing or empty, or the suffix is of no format.
     ImportError: matplotlib is not installed.
   """
-  series = read_series(metrics)
-  Figure = _figure_class()
+  try:
+    from matplotlib.figure import Figure
+  except ImportError as e:
+    raise ImportError("plots need matplotlib: pip install 'sam3lt_jax[train]'") from e
+  series: Series = {}
+  for line in read_metrics(metrics):
+    step = line.pop("step")
+    for name, value in line.items():
+      if name != "time":
+        steps, values = series.setdefault(name, ([], []))
+        steps.append(int(step))
+        values.append(float(value))
+  if not series:
+    raise ValueError(f"{os.fspath(metrics)}: no metric in it yet")
   groups = panels(series)
   columns = min(2, len(groups))
   rows = -(-len(groups) // columns)
@@ -94,20 +85,14 @@ def plot_run(metrics: str | os.PathLike[str], output: str | os.PathLike[str], ti
     _draw(figure.add_subplot(rows, columns, number + 1), name, {line: series[line] for line in lines})
   if title:
     figure.suptitle(title)
-  kinds = figure.canvas.get_supported_filetypes()
-  suffix = os.path.splitext(os.fspath(output))[1][1:].lower()
-  if suffix not in kinds:
-    raise ValueError(f"output={os.fspath(output)!r}; accepted: a name ending in {', '.join(sorted(kinds))}")
   figure.savefig(os.fspath(output), dpi=120)
 
 
 def _draw(axes: Any, title: str, lines: Series) -> None:
   for name, (steps, values) in lines.items():
-    label = name.removeprefix("eval_")
-    if len(values) < _SMOOTHED_FROM or name.startswith("eval_") or name == "learning_rate":
-      axes.plot(
-        steps, values, marker="o" if len(values) < _SMOOTHED_FROM else None, markersize=3, label=label
-      )
+    label, few = name.removeprefix("eval_"), len(values) < _SMOOTHED_FROM
+    if few or label != name or name == "learning_rate":
+      axes.plot(steps, values, marker="o" if few else None, markersize=3, label=label)
     else:
       (line,) = axes.plot(steps, smooth(values), label=label)
       axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
@@ -120,15 +105,4 @@ def _draw(axes: Any, title: str, lines: Series) -> None:
   axes.set_xlabel("step", fontsize=9)
   axes.tick_params(labelsize=8)
   axes.grid(alpha=0.3)
-  if len(lines) > 1:
-    axes.legend(fontsize=8)
-  else:
-    axes.set_ylabel(next(iter(lines)).removeprefix("eval_").replace("_", " "), fontsize=9)
-
-
-def _figure_class() -> Any:
-  try:
-    from matplotlib.figure import Figure
-  except ImportError as e:
-    raise ImportError("plots need matplotlib: pip install 'sam3lt_jax[train]'") from e
-  return Figure
+  axes.legend(fontsize=8)

@@ -40,7 +40,7 @@ def split(
     raise ArgumentError(name, f"={patterns!r}; accepted: a list of regular expressions")
   found: set[str] = set()
   for pattern in patterns:
-    found |= _matches(name, pattern, flat)
+    found |= matches(name, pattern, flat)
   chosen = {path for path in flat if (path in found) == (train is not None)}
   if not chosen:
     raise ArgumentError(name, f"={list(patterns)!r}: nothing is left to train")
@@ -50,26 +50,21 @@ def split(
   )
 
 
-def _matches(name: str, pattern: str, flat: Mapping[str, Any]) -> set[str]:
+def matches(name: str, pattern: str, flat: Mapping[str, Any]) -> set[str]:
+  """The paths of `flat` that a pattern of the argument `name` finds; ArgumentError where it finds none."""
   try:
     expression = re.compile(pattern)
   except re.error as e:
     raise ArgumentError(name, f": {pattern!r} is no regular expression ({e})") from e
   found = {path for path in flat if expression.search(path)}
   if not found:
+    parts = [path.split("/") for path in flat]
+    names = dict.fromkeys("/".join(p[:end]) for p in parts for end in range(1, len(p) + 1))
+    near = difflib.get_close_matches(pattern.strip("^/$.*"), names, n=4, cutoff=0.4)
     raise ArgumentError(
-      name, f": {pattern!r} matches no parameter; near names: {', '.join(_near(pattern, flat))}"
+      name, f": {pattern!r} matches no parameter; near names: {', '.join(near or list(names)[:4])}"
     )
   return found
-
-
-def _near(pattern: str, flat: Mapping[str, Any]) -> list[str]:
-  names: dict[str, None] = {}  # in order, each once
-  for path in flat:
-    parts = path.split("/")
-    for end in range(1, len(parts) + 1):
-      names["/".join(parts[:end])] = None
-  return difflib.get_close_matches(pattern.strip("^/$.*"), names, n=4, cutoff=0.4) or list(names)[:4]
 
 
 def merge(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Tree:

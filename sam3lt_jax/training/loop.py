@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import math
 import os
-import queue
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,9 +18,10 @@ import jax
 import numpy as np
 
 from sam3lt_jax import parallel, storage
+from sam3lt_jax.errors import check
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.errors import Interrupted, NonFiniteLoss
-from sam3lt_jax.training.run_files import MetricsLog, check_fingerprint, working_in
+from sam3lt_jax.training.run_files import MetricsLog, check_unchanged, working_in
 from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import TrainStep
 
@@ -47,10 +47,10 @@ def fit(
   best: tuple[str, str] | None = None,
   keep: int = 2,
   fingerprint: Mapping[str, Any] | None = None,
-  resume: bool = True,
   report: Report | None = None,
   unit: str = "images",
   record_name: Callable[[int], str] | None = None,
+  take_best: bool = False,
 ) -> TrainState:
   """Trains up to `total_steps` calls of the step, from the newest checkpoint in `directory` if there is one.
 
@@ -74,17 +74,17 @@ def fit(
     evaluate_every: steps between evaluations; None: only after the last step.
     checkpoint_every: steps between checkpoints; None: every tenth of the run.
     best: ("eval_name", "max" or "min"): also saves whenever that metric is the best so far, or as good, and
-      keeps that; `TrainCheckpoints(directory + "/checkpoints", best=best).restore_best(state)` reads it.
+      keeps that.
     keep: newest checkpoints that stay.
     fingerprint: what must not change when the run goes on; written to config.json.
-    resume: False: a directory with checkpoints is refused.
     report: called with each line for the reader; None: print.
     unit: what a row of a batch is, where those lines say how many a second. (metrics.jsonl says
       "images_per_second" of any.)
     record_name: a record's id -> what the reader knows it by, for `NonFiniteLoss`; None: its id.
+    take_best: return the state that `best` keeps, where there is one.
 
   Returns:
-    The state after the last step, on the devices of the mesh.
+    The state after the last step, or the best, on the devices of the mesh.
 
   Raises:
     NonFiniteLoss: names the step, the batch's records and the last good checkpoint.
@@ -99,8 +99,7 @@ def fit(
     "total_steps": total_steps, "log_every": log_every, "evaluate_every": evaluate_every,
     "checkpoint_every": checkpoint_every,
   }.items():  # fmt: skip
-    if value < 1:
-      raise ValueError(f"{name}={value!r}; accepted: 1 or more steps")
+    check(value >= 1, name, value, "1 or more steps")
   if best is not None and evaluate is None:
     raise ValueError(f"best={best!r} needs evaluate, whose metrics it names")
   report = report or functools.partial(print, flush=True)
@@ -108,32 +107,50 @@ def fit(
   directory = os.path.abspath(os.fspath(directory))
   with contextlib.ExitStack() as stack:
     stack.enter_context(working_in(directory))
-    checkpoints = TrainCheckpoints(
-      os.path.join(directory, "checkpoints"), keep=keep, best=best, report=report
-    )  # fmt: skip
-    there = checkpoints.steps()
-    if there and not resume:
-      done = f"{directory} holds a run of {there[-1]} steps"
-      raise ValueError(f"{done}; pass resume=True, or another directory")
-    check_fingerprint(os.path.join(directory, "config.json"), fingerprint or {}, resuming=bool(there))
-    restored = checkpoints.restore(runner.abstract_state(state)) if there else None
+    folder = os.path.join(directory, "checkpoints")
+    checkpoints = TrainCheckpoints(folder, keep=keep, best=best, report=report)
+    check_unchanged(directory, fingerprint or {}, write=True)
+    like = runner.abstract_state(state)
+    restored = checkpoints.restore(like) if checkpoints.steps() else None
     state = runner.place_state(state) if restored is None else restored
     done = 0 if restored is None else int(restored.step)
     if 0 < done < total_steps:
       report(f"going on after step {done} of {total_steps}")
     log = stack.enter_context(contextlib.closing(MetricsLog(os.path.join(directory, "metrics.jsonl"), done)))
-    frozen = runner.place_frozen(frozen)
-    run = _Run(runner, data, frozen, checkpoints, log, report, unit, record_name, total_steps, done)
     if done >= total_steps:
       report(
         f"nothing is left to do: all {total_steps} steps are done; to train on, start a run in another folder"
         " from the model of this one"
       )
-      return state
-    batches = stack.enter_context(contextlib.closing(Prefetch(data, done, total_steps)))
+    frozen = runner.place_frozen(frozen)
+    run = _Run(data, checkpoints, log, report, unit, record_name, total_steps)
+    batches = stack.enter_context(contextlib.closing(prefetch(data, done, total_steps)))
     caught = stack.enter_context(storage.signals())
-    stack.callback(run.settle)
-    return run.through(state, batches, caught, log_every, evaluate, evaluate_every, checkpoint_every)
+    stack.callback(checkpoints.wait)  # what is being written is written to its end
+    for index, batch in batches:
+      step, last = index + 1, index + 1 == total_steps
+      arrays = {name: x for name, x in batch.items() if name != "id"}
+      state, metrics = runner(state, frozen, runner.place_batch(arrays))
+      run.pending.append((step, batch.get("id"), metrics))
+      # The first step is waited for: it compiles, and its time says nothing of the others.
+      run.look(0 if index == done else _IN_FLIGHT)
+      run.clock.count(parallel.batch_rows(arrays) * jax.process_count(), first=index == done)
+      checkpoints.check()  # a full disk ends the run now, not at the next checkpoint
+      asked = _asked(caught, step, log_every)
+      scores = {}
+      if step % log_every == 0 or last:
+        run.write(step)
+      if evaluate is not None and (step % evaluate_every == 0 or last):
+        scores = run.evaluate(step, evaluate, state)
+      if step % checkpoint_every == 0 or last or asked or checkpoints.is_best(scores):
+        run.look(0)  # a state after a bad step is never saved
+        log.sync()
+        checkpoints.save(step, state, scores)
+      if asked and not last:
+        raise run.interrupted(step, asked)
+    checkpoints.wait()
+    chosen = take_best and checkpoints.best_step() is not None
+    return checkpoints.restore_best(like) if chosen else state
 
 
 def _runner(step_fn: Any, mesh: jax.sharding.Mesh | None) -> parallel.JitStep:
@@ -150,18 +167,15 @@ def _runner(step_fn: Any, mesh: jax.sharding.Mesh | None) -> parallel.JitStep:
 
 @dataclasses.dataclass
 class _Run:
-  """What the steps of one call of `fit` share."""
+  """What a call of `fit` has seen of its steps, and says of them."""
 
-  runner: parallel.JitStep
   data: Any
-  frozen: Any
   checkpoints: TrainCheckpoints
   log: MetricsLog
   report: Report
   unit: str
   record_name: Callable[[int], str] | None
   total: int
-  start: int
 
   def __post_init__(self):
     # (step, ids of its batch, metrics on the device) of steps not looked at yet.
@@ -169,40 +183,6 @@ class _Run:
     self.clock = _Clock()
     self.newest: dict[str, float] = {}
     self.skipped: dict[str, int] = {}
-
-  def through(
-    self,
-    state: TrainState,
-    batches: Prefetch,
-    caught: list[int],
-    log_every: int,
-    evaluate: Callable | None,
-    evaluate_every: int,
-    checkpoint_every: int,
-  ) -> TrainState:
-    for index, batch in batches:
-      step, last = index + 1, index + 1 == self.total
-      ids = batch.get("id")
-      arrays = {name: x for name, x in batch.items() if name != "id"}
-      state, metrics = self.runner(state, self.frozen, self.runner.place_batch(arrays))
-      self.pending.append((step, ids, metrics))
-      rows = parallel.batch_rows(arrays) * jax.process_count()
-      # The first step is waited for: it compiles, and its time says nothing of the others.
-      self.look(0 if index == self.start else _IN_FLIGHT)
-      self.clock.count(rows, first=index == self.start)
-      self.checkpoints.check()  # a full disk ends the run now, not at the next checkpoint
-      asked = _asked(caught, step, log_every)
-      scores: dict[str, float] = {}
-      if step % log_every == 0 or last:
-        self.write(step)
-      if evaluate is not None and (step % evaluate_every == 0 or last):
-        scores = self.evaluate(step, evaluate, state)
-      if step % checkpoint_every == 0 or last or asked or self.checkpoints.is_best(scores):
-        self.save(step, state, scores)
-      if asked and not last:
-        raise self.interrupted(step, asked)
-    self.checkpoints.wait()
-    return state
 
   def look(self, in_flight: int) -> None:
     """Waits until no more than `in_flight` steps are unseen; keeps the metrics of the newest seen."""
@@ -243,15 +223,6 @@ class _Run:
     self.report(f"step {step}/{self.total}, " + ", ".join(f"{name} {x:.5g}" for name, x in scores.items()))
     return scores
 
-  def save(self, step: int, state: TrainState, scores: dict[str, float]) -> None:
-    self.look(0)  # a state after a bad step is never saved
-    self.log.sync()
-    self.checkpoints.save(step, state, scores)
-
-  def settle(self) -> None:
-    """Before leaving: what is being written is written to its end."""
-    self.checkpoints.wait()
-
   def last_good(self) -> str:
     self.checkpoints.wait()
     steps = self.checkpoints.steps()
@@ -277,49 +248,29 @@ class _Run:
     return Interrupted(text, step, number)
 
 
-class Prefetch:
-  """data[start], data[start + 1], ... up to `stop`, in order, at most `depth` of them waiting.
+def prefetch(data: Any, start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Any]]:
+  """(step, data[step]) of steps from `start` up to `stop`, read in a thread, at most `depth` ahead.
 
-  Iterating gives (step, batch). What reading a batch raises is raised there, with a note of its number.
+  What reading a batch raises is raised there, with a note of its number.
   """
 
-  def __init__(self, data: Any, start: int, stop: int, depth: int = 2):
-    self._queue: queue.Queue = queue.Queue(maxsize=max(1, depth))
-    self._end = threading.Event()
-    self._thread = threading.Thread(target=self._read, args=(data, start, stop), daemon=True, name="Prefetch")
-    self._thread.start()
+  def read(step: int) -> Any:
+    try:
+      return data[step]
+    except BaseException as e:
+      e.add_note(f"while reading batch {step}")
+      raise
 
-  def _read(self, data: Any, start: int, stop: int) -> None:
-    for step in range(start, stop):
-      try:
-        item = (step, data[step], None)
-      except BaseException as e:
-        e.add_note(f"while reading batch {step}")
-        item = (step, None, e)
-      if not self._put(item) or item[2] is not None:
-        return
-    self._put(None)
-
-  def _put(self, item: Any) -> bool:
-    while not self._end.is_set():
-      try:
-        self._queue.put(item, timeout=0.1)
-        return True
-      except queue.Full:
-        continue
-    return False
-
-  def __iter__(self) -> Iterator[tuple[int, Any]]:
-    while (item := self._queue.get()) is not None:
-      step, batch, error = item
-      if error is not None:
-        raise error
-      yield step, batch
-
-  def close(self) -> None:
-    """Ends the thread; a batch being read is read to its end first."""
-    self._end.set()
-    self._thread.join()
+  pool = concurrent.futures.ThreadPoolExecutor(1, "Prefetch")
+  try:
+    waiting: collections.deque = collections.deque()
+    for step in range(start, stop + depth):
+      if step < stop:
+        waiting.append(pool.submit(read, step))
+      if step >= start + depth:
+        yield step - depth, waiting.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 class _Clock:

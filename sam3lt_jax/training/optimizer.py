@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from sam3lt_jax.checkpoints.engine import flatten
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -79,27 +79,26 @@ class OptimizerConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "lr_scale", tuple((str(p), float(f)) for p, f in self.lr_scale))
-    self._check("peak_lr", self.peak_lr > 0, "a number above 0")
-    for name in ("end_lr", "warmup_init_lr", "weight_decay"):
-      self._check(name, getattr(self, name) >= 0, "a number of 0 or more")
-    self._check("total_steps", self.total_steps >= 1, "1 or more updates")
-    self._check(
-      "warmup_steps", 0 <= self.warmup_steps <= self.total_steps, f"0 to total_steps = {self.total_steps}"
-    )
-    for name in ("b1", "b2"):
-      self._check(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-    self._check("eps", self.eps > 0, "a number above 0")
-    self._check("moment_dtype", self.moment_dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
-    self._check("muon_rms", self.muon_rms is None or self.muon_rms > 0, "None or a number above 0")
-    self._check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "None or a number above 0")
-    self._check("accumulate", self.accumulate >= 1, "1 or more calls")
-    self._check("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "None or in (0, 1]")
-    self._check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "None or in [0, 1)")
-    self._check("lr_scale", all(factor >= 0 for _, factor in self.lr_scale), "factors of 0 or more")
-
-  def _check(self, name: str, good: bool, accepted: str) -> None:
-    if not good:  # NaN compares false, so it is refused as well
-      raise ArgumentError(name, f"={getattr(self, name)!r}; accepted: {accepted}")
+    number = "a number of 0 or more"
+    for name, good, accepted in (
+      ("peak_lr", self.peak_lr > 0, "a number above 0"),
+      ("end_lr", self.end_lr >= 0, number),
+      ("warmup_init_lr", self.warmup_init_lr >= 0, number),
+      ("weight_decay", self.weight_decay >= 0, number),
+      ("total_steps", self.total_steps >= 1, "1 or more updates"),
+      ("warmup_steps", 0 <= self.warmup_steps <= self.total_steps, f"0 to total_steps = {self.total_steps}"),
+      ("b1", 0 <= self.b1 < 1, "a number in [0, 1)"),
+      ("b2", 0 <= self.b2 < 1, "a number in [0, 1)"),
+      ("eps", self.eps > 0, "a number above 0"),
+      ("moment_dtype", self.moment_dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+      ("muon_rms", self.muon_rms is None or self.muon_rms > 0, "None or a number above 0"),
+      ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "None or a number above 0"),
+      ("accumulate", self.accumulate >= 1, "1 or more calls"),
+      ("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "None or in (0, 1]"),
+      ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "None or in [0, 1)"),
+      ("lr_scale", all(factor >= 0 for _, factor in self.lr_scale), "factors of 0 or more"),
+    ):
+      check(good, name, getattr(self, name), accepted)
 
 
 def make_schedule(config: OptimizerConfig) -> Schedule:

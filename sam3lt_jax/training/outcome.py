@@ -58,14 +58,14 @@ def write_outcome(
   written["numbers"] = os.path.join(directory, f"{name}.json")
   with _room(written["numbers"]):
     storage.write(written["numbers"], json.dumps(dict(numbers), indent=2) + "\n")
-  plot = os.path.join(directory, "curves.png")
   try:
     from sam3lt_jax.training.curves import plot_run
 
-    with _room(plot):
-      plot_run(os.path.join(directory, "metrics.jsonl"), plot, title)
-    written["plot"] = plot
+    written["plot"] = os.path.join(directory, "curves.png")
+    with _room(written["plot"]):
+      plot_run(os.path.join(directory, "metrics.jsonl"), written["plot"], title)
   except ImportError as e:
+    del written["plot"]
     report(f"no plot: {e}")
   return written
 

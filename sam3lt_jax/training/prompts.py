@@ -1,152 +1,27 @@
-"""Prompts for distillation: read and de-duplicated, split by hash, served in batches for training.
+"""Prompts for distillation: split by hash, served in batches for training.
 
-    prompts = read_prompts(["noun_phrases.json", "lvis_v1_val.json"])
-    train, held_out = split_prompts(prompts.phrases, 0.02)
+    train, held_out = split_prompts(read_prompts("noun_phrases.json").phrases, 0.02)
     batches = prompt_batches(train, ClipTokenizer(), batch_size=64, seed=0)
     batches[step]                                             # the same arrays whenever it is asked for
 
-Axes: B rows of a batch, T context length. Accepted files: see `prompt_files`.
+Axes: B rows of a batch, T context length. Files of prompts: `sam3lt_jax.data.prompts`.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import hashlib
-import logging
-import os
-import re
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, Profile
-from sam3lt_jax.errors import ArgumentError
-from sam3lt_jax.processing.tokenizer import ClipTokenizer, clean_original
-from sam3lt_jax.training import prompt_files
-from sam3lt_jax.training.prompt_files import Bad
+from sam3lt_jax.data.prompts import clean_phrase
+from sam3lt_jax.errors import check
+from sam3lt_jax.processing.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
   import grain
-
-MAX_CHARACTERS = 1000  # a longer "phrase" is something else: a page, or a file without line ends
-_BLANKS = re.compile(r"[^\S\x1c-\x1f]+")  # the tokenizers package's \s: without four that Python counts in
-_log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptSource:
-  """One file.
-
-  Attributes:
-    path, format: where it is, and what it was taken for (`prompt_files.PromptFile`).
-    records: texts in it, usable or not.
-    phrases: how many phrases it was the first to bring.
-  """
-
-  path: str
-  format: str
-  records: int
-  phrases: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptSet:
-  """What `read_prompts` found.
-
-  Attributes:
-    phrases: distinct phrases in the order they were first met, as written but for blank ends.
-    skipped: reason -> number of records left out for it: "empty", "not UTF-8", "not valid JSON", "not a
-      string", "no text field", "not an object", "over 1000 characters".
-    duplicates: texts left out because an earlier one reads the same to the tokenizer.
-    sources: the files, in the order read.
-  """
-
-  phrases: list[str]
-  skipped: dict[str, int]
-  duplicates: int
-  sources: list[PromptSource]
-
-
-def clean_phrase(text: str, profile: str | Profile = "original") -> str:
-  """The text as the tokenizer of `profile` reads it: two phrases with one result have the same token ids."""
-  if text.isascii() and text.isprintable() and "&" not in text:
-    return " ".join(text.split()).lower()  # both cleanings come to this, and ftfy takes 25 microseconds
-  if Profile.named(profile).text_cleaning == "original":
-    return clean_original(text)
-  text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-  text = _BLANKS.sub(" ", unicodedata.normalize("NFC", text)).strip(" ")
-  return "".join(c.lower() for c in text)  # a letter at a time: str.lower ends Greek words in another sigma
-
-
-def read_prompts(
-  paths: str | os.PathLike | Sequence[str | os.PathLike],
-  profile: str | Profile = "original",
-  *,
-  synonyms: bool = False,
-) -> PromptSet:
-  """Reads one or several files or folders of prompts.
-
-  Records that cannot be used are counted by reason and left out, with one log line (WARNING) a file and
-  reason that names the first of them.
-
-  Args:
-    paths: files in any of the formats of `prompt_files`, found by content; of a folder, its .txt, .json and
-      .jsonl files by name. The order decides which of two equal phrases is kept: the first.
-    profile: whose cleaning tells which phrases are equal.
-    synonyms: take the synonyms of LVIS categories, too.
-
-  Raises:
-    OSError: a file that does not exist or cannot be read.
-    ValueError: a file that is no list of prompts (the message names file and line), or no usable phrase.
-  """
-  profile = Profile.named(profile)
-  files = prompt_files.find_files(paths)
-  seen: set[str] = set()
-  phrases: list[str] = []
-  skipped: collections.Counter[str] = collections.Counter()
-  duplicates, sources = 0, []
-  for path in files:
-    file = prompt_files.open_file(path, synonyms)
-    bad: collections.Counter[str] = collections.Counter()
-    first_bad: dict[str, str] = {}
-    records, before = 0, len(phrases)
-    for place, text in _texts(file):
-      records += 1
-      if isinstance(text, str):
-        text = text.strip()
-        key = clean_phrase(text, profile) if len(text) <= MAX_CHARACTERS else None
-        if key:
-          if key in seen:
-            duplicates += 1
-          else:
-            seen.add(key)
-            phrases.append(text)
-          continue
-        text = Bad("empty" if key == "" else f"over {MAX_CHARACTERS} characters")
-      bad[text.reason] += 1
-      first_bad.setdefault(text.reason, place[0].format(place[1]))
-    for reason, count in bad.items():
-      _log.warning("%s: %d skipped: %s (first: %s)", path, count, reason, first_bad[reason])
-    skipped += bad
-    sources.append(PromptSource(path, file.format, records, len(phrases) - before))
-  if not phrases:
-    why = "; ".join(f"{reason}: {count}" for reason, count in skipped.items()) or "there are no records"
-    raise ValueError(f"no usable phrase in {', '.join(files[:5])}{', ...' if len(files) > 5 else ''} ({why})")
-  return PromptSet(phrases, dict(skipped), duplicates, sources)
-
-
-def _texts(file: prompt_files.PromptFile) -> Iterator[tuple[tuple[str, int], str | Bad]]:
-  """((place, number), text) of every record; a record with several texts gives them all at its place."""
-  for place, first, values in file.sections:
-    for number, value in enumerate(values, first):
-      if type(value) is list:
-        for text in value or [Bad("empty")]:
-          yield (place, number), text
-      else:
-        yield (place, number), value
 
 
 def split_prompts(
@@ -165,8 +40,7 @@ def split_prompts(
   Raises:
     ValueError: `held_out` outside [0, 1).
   """
-  if not 0 <= held_out < 1:
-    raise ArgumentError("held_out", f" must be a share in [0, 1), got {held_out}")
+  check(0 <= held_out < 1, "held_out", held_out, "a share in [0, 1)")
   profile = Profile.named(profile)
   limit, key = int(held_out * 2**64), str(seed).encode()
   sides: tuple[list[str], list[str]] = ([], [])
@@ -205,8 +79,6 @@ def prompt_batches(
   context_length: int | None = None,
   seed: int = 0,
   *,
-  epochs: int | None = None,
-  shuffle: bool = True,
   word_shuffle: bool = True,
   process_index: int = 0,
   process_count: int = 1,
@@ -215,7 +87,7 @@ def prompt_batches(
 
   So a run resumes exactly by asking for the step it stopped at, and any number of processes or threads may
   read ahead. Each epoch goes through all phrases once in an order of its own. Epochs follow one another
-  without a gap: a batch may hold the end of one and the beginning of the next, and no phrase is left out.
+  without a gap or an end: a batch may hold the end of one and the beginning of the next.
 
   Args:
     phrases: N distinct phrases; their numbers, 0 to N - 1, are the ids.
@@ -223,8 +95,6 @@ def prompt_batches(
     batch_size: rows over all processes.
     context_length: T; default: that of the tokenizer's profile.
     seed: of the order of phrases and of the words, any whole number from 0.
-    epochs: None: without end (the length is then some huge number). A number: the last batch may be shorter.
-    shuffle: False: the order given, in every epoch.
     word_shuffle: add copies with their words shuffled, another order each epoch, drawn from (seed, epoch,
       phrase number).
     process_index, process_count: this process's contiguous rows of every batch, batch_size / process_count.
@@ -242,9 +112,13 @@ def prompt_batches(
   except ImportError as e:
     raise ImportError("batches of prompts need grain: pip install 'sam3lt_jax[train]'") from e
 
-  phrases = [phrases] if isinstance(phrases, str) else list(phrases)
   length = tokenizer.profile.context_length if context_length is None else context_length
-  _check_batches(phrases, batch_size, length, seed, epochs, process_index, process_count)
+  check(len(phrases) > 0, "phrases", phrases, "at least one phrase")
+  check(length >= 2, "context_length", length, "at least 2")
+  check(seed >= 0, "seed", seed, "0 or more")
+  check(0 <= process_index < process_count, "process_index", process_index, f"0 to {process_count - 1}")
+  good = batch_size > 0 and batch_size % process_count == 0
+  check(good, "batch_size", batch_size, f"a multiple of process_count, {process_count}")
   rows = batch_size // process_count
 
   def place(position: int, number: int) -> dict[str, np.int64]:
@@ -262,37 +136,7 @@ def prompt_batches(
       out["shuffled_ids"], out["shuffled_attention_mask"] = token_rows(texts, tokenizer, length)
     return {**out, "id": numbers}
 
-  data = grain.MapDataset.range(len(phrases))
-  if shuffle:
-    # grain's own seed of an epoch is seed + epoch: without this, neighbouring seeds share their orders.
-    data = data.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-  return data.repeat(epochs).map_with_index(place).batch(batch_size).map(load)
-
-
-def _check_batches(
-  phrases: list[str],
-  batch_size: int,
-  length: int,
-  seed: int,
-  epochs: int | None,
-  process: int,
-  processes: int,
-) -> None:
-  if not phrases:
-    raise ValueError("phrases must hold at least one phrase, got none")
-  if not isinstance(phrases[0], str):
-    raise ValueError(f"phrases must be strings, got {type(phrases[0]).__name__}")
-  if length < 2:
-    raise ArgumentError("context_length", f" must be at least 2, got {length}")
-  if seed < 0:
-    raise ArgumentError("seed", f" must be at least 0, got {seed}")
-  if epochs is not None and epochs < 1:
-    raise ValueError(f"epochs must be at least 1, or None for no end, got {epochs}")
-  if not 0 <= process < processes:
-    raise ValueError(f"process_index must be from 0 to process_count - 1, got {process} of {processes}")
-  if batch_size < 1 or batch_size % processes:
-    raise ValueError(
-      f"batch_size must be a positive multiple of process_count ({processes}), got {batch_size}"
-    )
-  if processes > 1 and epochs is not None:
-    raise ValueError("epochs must be None with several processes: a short last batch cannot be shared out")
+  # grain's own seed of an epoch is seed + epoch: without this, neighbouring seeds share their orders.
+  order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  data = grain.MapDataset.range(len(phrases)).shuffle(seed=order).repeat(None)
+  return data.map_with_index(place).batch(batch_size).map(load)

@@ -1,4 +1,4 @@
-"""A profile in the vocabulary of the checkpoint that is trained under it."""
+"""The rules of the checkpoint that is trained, before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -6,36 +6,35 @@ import dataclasses
 import os
 
 from sam3lt_jax.checkpoints import sources
-from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
+from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
+from sam3lt_jax.config import Profile, Sam3LiteTextConfig
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
 
 
-def fitting(profile: str | Profile, source: str | os.PathLike) -> Profile:
-  """`profile` for the checkpoint `source`: the named ones pad with an id of CLIP's table, which a pruned
-  vocabulary does not have.
+def saved_config(source: str | os.PathLike) -> Sam3LiteTextConfig | None:
+  """The configuration of a checkpoint, downloaded where it has to be; None where its weights alone tell it.
 
   Errors of `from_pretrained` about `source` come as they are.
   """
-  profile = Profile.named(profile)
-  own = saved_tokenizer(source)
-  return profile if own is None else padded_like(profile, own)
-
-
-def saved_tokenizer(source: str | os.PathLike) -> ClipTokenizer | None:
-  """The tokenizer of a vocabulary of its own that lies beside the weights of `source`."""
   found = sources.locate(source)
-  folder = found.path if os.path.isdir(found.path) else os.path.dirname(found.path)
-  names = ("config.json", "tokenizer.json")
-  if found.kind == "random" or not all(os.path.isfile(os.path.join(folder, name)) for name in names):
-    return None
-  config = Sam3LiteTextConfig.from_json(folder)
-  if config.text.vocab_size == TextConfig().vocab_size:
-    return None
-  return ClipTokenizer.from_file(folder, config.profile)
+  if found.kind == "random":
+    return RANDOM_CONFIGS[found.path]()
+  whole = os.path.isdir(found.path)
+  path = os.path.join(found.path if whole else os.path.dirname(found.path), "config.json")
+  try:
+    return Sam3LiteTextConfig.from_json(path) if os.path.isfile(path) else None
+  except ValueError:
+    if whole:
+      raise
+    return None  # a file is complete in itself; what lies beside it may be another model's
 
 
-def padded_like(profile: Profile, tokenizer: ClipTokenizer) -> Profile:
-  """`profile` with an id of the tokenizer's: its end token for CLIP's end token, else its own padding."""
+def fitting(profile: str | Profile, config: Sam3LiteTextConfig | None) -> Profile:
+  """`profile` for a model of `config`: the named ones pad with an id of CLIP's table, which a pruned
+  vocabulary does not have; its end token stands for CLIP's end token, else its own padding."""
+  profile = Profile.named(profile)
+  if config is None or config.tokenizer is None:
+    return profile
+  own = ClipTokenizer.of_json(config.tokenizer, config.profile)
   ends = profile.pad_token_id == Profile.transformers().pad_token_id
-  own = tokenizer.eot_token_id if ends else tokenizer.profile.pad_token_id
-  return dataclasses.replace(profile, pad_token_id=own)
+  return dataclasses.replace(profile, pad_token_id=own.eot_token_id if ends else own.profile.pad_token_id)

@@ -19,11 +19,9 @@ import jax
 from sam3lt_jax import locks, storage
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.checkpoints.errors import CheckpointError
+from sam3lt_jax.config import read_json
 
 _KEPT = "the run's checkpoints are kept: make room and start it again"
-
-
-_LOCK = "run.lock"
 _held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("run folders", default=frozenset())
 
 
@@ -45,7 +43,7 @@ def working_in(directory: str | os.PathLike[str]) -> Iterator[None]:
     return
   made = not os.path.isdir(directory)
   os.makedirs(directory, exist_ok=True)
-  lock = locks.FileLock(os.path.join(directory, _LOCK))
+  lock = locks.FileLock(os.path.join(directory, "run.lock"))
   try:
     if not lock.acquire():
       raise ValueError(
@@ -55,13 +53,11 @@ def working_in(directory: str | os.PathLike[str]) -> Iterator[None]:
   except storage.CannotWrite as e:
     lock.release()
     raise CheckpointError(str(e)) from e
+  token = _held.set(held | {directory})
   try:
-    token = _held.set(held | {directory})
-    try:
-      yield
-    finally:
-      _held.reset(token)
+    yield
   finally:
+    _held.reset(token)
     lock.release()
     if made:
       with contextlib.suppress(OSError):
@@ -134,44 +130,47 @@ class MetricsLog:
         self._file.close()
 
 
-def check_fingerprint(path: str, fingerprint: Mapping[str, Any], *, resuming: bool) -> None:
-  """Compares config.json with this run's `fingerprint`, or writes it.
+def check_unchanged(
+  directory: str | os.PathLike[str],
+  fingerprint: Mapping[str, Any],
+  *,
+  partly: bool = False,
+  write: bool = False,
+) -> None:
+  """Compares config.json with this run's `fingerprint`, where there is a checkpoint to go on from.
 
   Args:
-    path: of config.json.
+    directory: of the run.
     fingerprint: what must not change between the starts of a run; anything JSON can hold, nested.
-    resuming: there is a checkpoint to go on from; without one a file of other contents is replaced.
+    partly: what is not in `fingerprint` is not known yet, and not compared.
+    write: where nothing is compared, it becomes config.json.
 
   Raises:
-    ValueError: resuming, and the two differ; names every changed key, its old and its new value.
+    ValueError: the two differ; names every changed key, its old and its new value.
     CheckpointError: the disk is full.
   """
-  text = _as_json(fingerprint)
-  if resuming and os.path.exists(path):
-    _compare(path, _read_config(path), json.loads(text))
-  elif not jax.process_index():
-    with storage.writing(path, "nothing was begun", CheckpointError):
-      storage.write(path, text + "\n")
-
-
-def check_unchanged(
-  directory: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, partly: bool = False
-) -> None:
-  """As `check_fingerprint`, before the run has read or made anything that takes long; writes nothing.
-
-  Args:
-    directory: of the run. If there is no checkpoint in it, nothing is compared.
-    partly: what is not in `fingerprint` is not known yet, and not compared.
-
-  Raises:
-    ValueError: as there.
-  """
+  try:
+    text = json.dumps(fingerprint, indent=2, sort_keys=True)
+  except TypeError as e:
+    raise ValueError(f"fingerprint: {e}; accepted: what JSON can hold") from e
   path = os.path.join(directory, "config.json")
   if not checkpoint_steps(directory) or not os.path.exists(path):
+    if write and not jax.process_index():
+      with storage.writing(path, "nothing was begun", CheckpointError):
+        storage.write(path, text + "\n")
     return
-  new = json.loads(_as_json(fingerprint))
-  old = _read_config(path)
-  _compare(path, {name: x for name, x in old.items() if name in new} if partly else old, new)
+  old, new = read_json(path), json.loads(text)
+  if not isinstance(old, dict):
+    raise ValueError(f"{path} holds no object; choose another directory, or repair it")
+  old, new = flatten({k: x for k, x in old.items() if k in new} if partly else old), flatten(new)
+  changed = [k for k in {**old, **new} if (k in old, old.get(k)) != (k in new, new.get(k))]
+  if changed:
+    was, now = ({k: json.dumps(side[k]) if k in side else "absent" for k in changed} for side in (old, new))
+    changes = "; ".join(f"{name} was {was[name]}, is {now[name]}" for name in changed)
+    raise ValueError(
+      f"{path}: the run in this directory was started with another configuration: {changes}; go on with the"
+      " old one, or start another run in a new directory (from this one's model, where that is wanted)"
+    )
 
 
 def checkpoint_steps(directory: str | os.PathLike[str]) -> list[int]:
@@ -179,38 +178,3 @@ def checkpoint_steps(directory: str | os.PathLike[str]) -> list[int]:
   folder = os.path.join(directory, "checkpoints")
   names = os.listdir(folder) if os.path.isdir(folder) else []
   return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _as_json(fingerprint: Mapping[str, Any]) -> str:
-  try:
-    return json.dumps(fingerprint, indent=2, sort_keys=True)
-  except TypeError as e:
-    raise ValueError(f"fingerprint: {e}; accepted: what JSON can hold") from e
-
-
-def _read_config(path: str) -> dict[str, Any]:
-  with open(path, encoding="utf-8") as f:
-    try:
-      return dict(json.load(f))
-    except (ValueError, TypeError) as e:
-      raise ValueError(f"{path} is no JSON ({e}); choose another directory, or repair it") from e
-
-
-def _compare(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-  old, new = flatten(old), flatten(new)
-  names = [name for name in {**old, **new} if old.get(name, _ABSENT) != new.get(name, _ABSENT)]
-  if names:
-    changes = "; ".join(
-      f"{name} was {_show(old.get(name, _ABSENT))}, is {_show(new.get(name, _ABSENT))}" for name in names
-    )
-    raise ValueError(
-      f"{path}: the run in this directory was started with another configuration: {changes}; go on with the"
-      " old one, or start another run in a new directory (from this one's model, where that is wanted)"
-    )
-
-
-_ABSENT = object()
-
-
-def _show(value: Any) -> str:
-  return "absent" if value is _ABSENT else json.dumps(value)

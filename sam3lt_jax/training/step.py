@@ -45,7 +45,7 @@ def make_train_step(
     key = jax.random.fold_in(state.key, state.step)
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (metrics, batch_stats)), grads = gradient(state.params, frozen, state.batch_stats, batch, key)
-    norm = _norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -54,7 +54,7 @@ def make_train_step(
       ema = _average(ema, params, ema_decay, opt_state)
     metrics = dict(metrics, loss=loss, grad_norm=norm, finite=finite)
     if schedule is not None:
-      metrics["learning_rate"] = schedule(_updates_done(state))
+      metrics["learning_rate"] = schedule(getattr(state.opt_state, "gradient_step", state.step))
     new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
     new = jax.tree.map(lambda n, o: o if n is o else jnp.where(finite, n, o), new, state)
     metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
@@ -63,16 +63,8 @@ def make_train_step(
   return step
 
 
-def _norm(tree: Any) -> jax.Array:
-  return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
-
-
 def _average(ema: Any, params: Any, decay: float, opt_state: Any) -> Any:
   # Parameters stand still while gradients accumulate: averaging then too would shorten the average's memory.
   updated = jnp.asarray(getattr(opt_state, "mini_step", 0)) == 0
   rate = jnp.where(updated, 1 - decay, 0.0)
   return jax.tree.map(lambda e, p: e + (rate * (p - e)).astype(e.dtype), ema, params)
-
-
-def _updates_done(state: TrainState) -> jax.Array:
-  return getattr(state.opt_state, "gradient_step", state.step)

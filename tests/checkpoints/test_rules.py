@@ -9,7 +9,7 @@ from sam3lt_jax import save_pretrained
 from sam3lt_jax.checkpoints.save import OtherRules, transformers_note
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig
 from sam3lt_jax.training.outcome import write_outcome
-from sam3lt_jax.training.rules import fitting
+from sam3lt_jax.training.rules import fitting, saved_config
 from tests import tiny
 
 THEIRS = Profile.transformers()
@@ -60,7 +60,14 @@ def test_saving_says_so_once(tmp_path):
 
 
 def test_a_profile_fits_the_vocabulary_of_the_checkpoint():
-  shapes = fitting("transformers", "shapes")
+  config = saved_config("shapes")
+  shapes = fitting("transformers", config)
   assert shapes == dataclasses.replace(THEIRS, pad_token_id=24)  # the end token of its 25
-  assert fitting("original", "shapes").context_length == 16
-  assert fitting("transformers", "random:tiny") == THEIRS
+  assert fitting("original", config).context_length == 16
+  assert fitting("transformers", saved_config("random:tiny")) == THEIRS
+
+
+def test_a_file_beside_another_models_configuration_tells_its_own(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+  (tmp_path / "sam3_litetext.pt").write_bytes(b"")
+  assert saved_config(tmp_path / "sam3_litetext.pt") is None

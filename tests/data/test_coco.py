@@ -91,9 +91,8 @@ def test_what_has_to_be_a_mask():
   mask = scenes.mask_of("box", 40, 0, 80, 30)
   np.testing.assert_array_equal(rle_ops.decode(rle_ops.from_segmentation([GOOD], (60, 80))), mask)
   empty = {"size": [60, 80], "counts": [4800]}
-  assert rle_ops.area(rle_ops.from_segmentation(empty, (60, 80), allow_empty=True)) == 0
+  assert rle_ops.area(rle_ops.from_segmentation(empty, (60, 80))) == 0
   for segmentation, size, message in (
-    (empty, (60, 80), "holds no pixel"),
     ([[]], (60, 80), r"must be polygons or an RLE, got \[\[\]\]"),
     ([GOOD], (2**32, 1), "a mask has no height and width in pixels"),
     (

@@ -13,7 +13,7 @@ from examples.shapes.evaluation import held_out_scenes, questions_about
 from sam3lt_jax import Predictor, from_pretrained, save_pretrained
 from sam3lt_jax.checkpoints import sources
 from sam3lt_jax.cli import main
-from sam3lt_jax.training.rules import fitting
+from sam3lt_jax.training.rules import fitting, saved_config
 from tests.reference import import_torch_reference
 
 pytestmark = pytest.mark.torch
@@ -56,7 +56,7 @@ def their_finds(ref, directory):
 def compare(ref, directory, scenes: int) -> int:
   """Asks both for every question about some scenes; returns how many objects both found."""
   # With their order of enlarging and squashing masks. The bundled model has the other, which moves borders.
-  rules = fitting("transformers", directory)
+  rules = fitting("transformers", saved_config(directory))
   theirs, ours = their_finds(ref, directory), Predictor.from_pretrained(directory, profile=rules)
   plain = Predictor.from_pretrained(directory)
   both = 0

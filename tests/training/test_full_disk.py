@@ -10,7 +10,7 @@ import pytest
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.outcome import write_outcome
-from sam3lt_jax.training.run_files import MetricsLog, check_fingerprint
+from sam3lt_jax.training.run_files import MetricsLog, check_unchanged
 from tests import mounts, tiny
 from tests.training import toy
 
@@ -81,7 +81,7 @@ def test_the_files_beside_the_checkpoints(tmp_path):
     assert str(e.value) == f"{small}/metrics.jsonl is not written: {FULL}; {kept}"
     log.close()  # the line that has no place is not tried again
     with pytest.raises(CheckpointError, match=f"config.json is not written: {FULL}; nothing was begun"):
-      check_fingerprint(str(small / "config.json"), {"x": ["y"] * 9999}, resuming=False)
+      check_unchanged(small, {"x": ["y"] * 9999}, write=True)
     (small / "filler").unlink()
     MetricsLog(str(small / "metrics.jsonl"), 5).close()
 

@@ -233,12 +233,6 @@ def test_a_configuration_without_checkpoints_is_replaced(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 7}
 
 
-def test_without_resume_a_run_is_not_overwritten(tmp_path):
-  toy.run(tmp_path, 2, resume=False)
-  with pytest.raises(ValueError, match="holds a run of 2 steps; pass resume=True, or another directory"):
-    toy.run(tmp_path, 4, resume=False)
-
-
 class Skips(toy.Data):
   skipped: dict[str, int]
 

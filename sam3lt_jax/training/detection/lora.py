@@ -9,7 +9,6 @@ beside other parameters that are trained as they are (`split_adapters`).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -20,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check
+from sam3lt_jax.training.freezing import matches
 
 Tree = dict[str, Any]
 
@@ -41,7 +41,7 @@ class LoraConfig:
       trunk, the fusion encoder and the decoder.
 
   Raises:
-    ValueError: rank below 1, alpha not above 0, no targets, or one that is no regular expression.
+    ValueError: rank below 1, alpha not above 0, or no targets.
   """
 
   rank: int = 16
@@ -49,18 +49,11 @@ class LoraConfig:
   targets: tuple[str, ...] = DEFAULT_TARGETS
 
   def __post_init__(self):
-    if isinstance(self.targets, str) or not self.targets:
-      raise ArgumentError("targets", f"={self.targets!r}; accepted: one or more regular expressions")
+    given = not isinstance(self.targets, str) and len(self.targets) > 0
+    check(given, "targets", self.targets, "one or more regular expressions")
     object.__setattr__(self, "targets", tuple(self.targets))
-    if self.rank < 1:
-      raise ArgumentError("rank", f"={self.rank!r}; accepted: 1 or more")
-    if not self.alpha > 0:
-      raise ArgumentError("alpha", f"={self.alpha!r}; accepted: a number above 0")
-    for pattern in self.targets:
-      try:
-        re.compile(pattern)
-      except re.error as e:
-        raise ArgumentError("targets", f": {pattern!r} is no regular expression ({e})") from e
+    check(self.rank >= 1, "rank", self.rank, "1 or more")
+    check(self.alpha > 0, "alpha", self.alpha, "a number above 0")
 
   @property
   def scale(self) -> float:
@@ -78,20 +71,15 @@ def target_paths(params: Mapping[str, Any], config: LoraConfig) -> list[str]:
   kernels = {path: x for path, x in flatten(params).items() if path.rpartition("/")[2] == "kernel"}
   found: set[str] = set()
   for pattern in config.targets:
-    here = [path for path in kernels if re.search(pattern, path)]
-    if not here:
-      near = difflib.get_close_matches(pattern.strip("^$.*"), kernels, n=3, cutoff=0.2) or sorted(kernels)[:3]
-      raise ArgumentError(
-        "targets", f": {pattern!r} finds no kernel; there are, among others: {', '.join(near)}"
-      )
-    wrong = [f"{path} {tuple(kernels[path].shape)}" for path in here if len(kernels[path].shape) != 2]
+    here = matches("targets", pattern, kernels)
+    wrong = [f"{path} {tuple(kernels[path].shape)}" for path in sorted(here) if len(kernels[path].shape) != 2]
     if wrong:
       raise ArgumentError(
         "targets",
         f": {pattern!r} finds kernels that are no matrices (convolutions have no adapter):"
         f" {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}",
       )
-    found.update(here)
+    found |= here
   for path in sorted(found):
     if config.rank > min(kernels[path].shape):
       raise ArgumentError("rank", f"={config.rank} is more than {path} has: {tuple(kernels[path].shape)}")
@@ -106,14 +94,10 @@ def init_lora(params: Mapping[str, Any], config: LoraConfig, key: jax.Array) -> 
 
   Args:
     params: the model's parameters, nested; shapes and names are read, not values.
-    config: what is adapted.
-    key: a PRNG key.
 
   Returns:
     A tree like `params` with `{"a": [in, rank], "b": [rank, out]}` for each targeted kernel and nothing else.
-
-  Raises:
-    ValueError: see `target_paths`.
+    Errors as of `target_paths`.
   """
   kernels, adapters = flatten(params), {}
   for path in target_paths(params, config):
@@ -144,7 +128,7 @@ def apply_lora(params: Mapping[str, Any], lora: Mapping[str, Any], config: LoraC
     delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     return kernel + config.scale * delta
 
-  return _adapt(params, lora, add, "")
+  return _adapt(params, lora, add)
 
 
 def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any], config: LoraConfig) -> Tree:
@@ -152,17 +136,14 @@ def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any], config: LoraC
 
   Returns:
     A tree like `params`; adapted kernels are numpy arrays in their own dtype (in bfloat16 or float16 that
-    rounds once more), all other leaves the same objects.
-
-  Raises:
-    ValueError: see `apply_lora`.
+    rounds once more), all other leaves the same objects. Errors as of `apply_lora`.
   """
 
   def add(kernel, a, b):
     kernel, a, b = np.asarray(kernel), np.asarray(a, np.float32), np.asarray(b, np.float32)
     return (kernel.astype(np.float32) + np.float32(config.scale) * (a @ b)).astype(kernel.dtype)
 
-  return _adapt(params, lora, add, "")
+  return _adapt(params, lora, add)
 
 
 def split_adapters(tree: Mapping[str, Any]) -> tuple[Tree, Tree]:
@@ -172,24 +153,16 @@ def split_adapters(tree: Mapping[str, Any]) -> tuple[Tree, Tree]:
   return unflatten(adapters), unflatten({path: x for path, x in flat.items() if path not in adapters})
 
 
-def count_parameters(tree: Any) -> int:
-  """Numbers in a tree of arrays (or of shapes): of the adapters, for one."""
-  return sum(int(np.prod(x.shape, dtype=np.int64)) for x in jax.tree.leaves(tree))
-
-
-def _adapt(params: Mapping[str, Any], lora: Mapping[str, Any], add: Callable, where: str) -> Tree:
-  tree = dict(params)
-  for name, part in lora.items():
-    path = f"{where}{name}"
-    if name not in tree:
+def _adapt(params: Mapping[str, Any], lora: Mapping[str, Any], add: Callable) -> Tree:
+  flat, adapters = flatten(params), flatten(lora)
+  for path in dict.fromkeys(name.rpartition("/")[0] for name in adapters):
+    a, b = adapters[f"{path}/a"], adapters[f"{path}/b"]
+    if path not in flat:
       raise ValueError(f"lora: {path} is in the adapters and not in the parameters")
-    if set(part) == {"a", "b"} and not isinstance(tree[name], Mapping):
-      rows, columns = part["a"].shape[0], part["b"].shape[1]
-      if tuple(tree[name].shape) != (rows, columns):
-        raise ValueError(
-          f"lora: the adapter of {path} is for [{rows}, {columns}], the kernel is {tuple(tree[name].shape)}"
-        )
-      tree[name] = add(tree[name], part["a"], part["b"])
-    else:
-      tree[name] = _adapt(tree[name], part, add, f"{path}/")
-  return tree
+    rows, columns = a.shape[0], b.shape[1]
+    if tuple(flat[path].shape) != (rows, columns):
+      raise ValueError(
+        f"lora: the adapter of {path} is for [{rows}, {columns}], the kernel is {tuple(flat[path].shape)}"
+      )
+    flat[path] = add(flat[path], a, b)
+  return unflatten(flat)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from sam3lt_jax.config import Sam3LiteTextConfig
 from sam3lt_jax.data.batches import BatchConfig
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.training.detection.lora import LoraConfig, count_parameters
+from sam3lt_jax.training.detection.lora import LoraConfig
 from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, batch_config, prepare
 
 CHOICES = {
@@ -77,7 +77,7 @@ def training_memory(model_config: Sam3LiteTextConfig, config: FinetuneConfig) ->
   out["total"] = out["arguments"] + out["outputs"] - out["aliased"] + out["temporary"]
   for name, tree in (("state", state), ("frozen", setup.frozen), ("batch", batch)):
     out[name] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-  return out | {"trainable": count_parameters(setup.params)}
+  return out | {"trainable": sum(x.size for x in jax.tree.leaves(setup.params))}
 
 
 def abstract(model_config: Sam3LiteTextConfig, config: FinetuneConfig) -> tuple[Setup, Any, dict[str, Any]]:
@@ -110,31 +110,23 @@ def main(argv: list[str] | None = None) -> int:
   from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 
   model_config = RANDOM_CONFIGS[args.size]()
-  data = BatchConfig(batch_size=args.batch, prompts=args.prompts, objects=args.objects)
   size = args.image_size or model_config.vision.image_size
+  config = FinetuneConfig(
+    data=BatchConfig(batch_size=args.batch, prompts=args.prompts, objects=args.objects), dtype=args.dtype,
+    remat=not args.no_remat, image_size=size, accumulate=args.accumulate, moment_dtype=args.moment_dtype,
+  )  # fmt: skip
   print(
     f"{args.size} at {size} px, {args.dtype}, {args.batch} image(s) of {args.prompts} prompt(s),"
     f" remat {'off' if args.no_remat else 'on'}, compiled for {jax.default_backend()}; GiB"
   )
-  print(f"{'trained':<14}{'millions':>10}{'state':>9}{'frozen':>9}{'batch':>9}{'temporary':>11}{'total':>9}")
+  columns = {"state": 9, "frozen": 9, "batch": 9, "temporary": 11, "total": 9}
+  print(f"{'trained':<14}{'millions':>10}" + "".join(f"{key:>{width}}" for key, width in columns.items()))
   for name, choice in CHOICES.items():
     if args.only in (None, name):
-      config = FinetuneConfig(
-        data=data,
-        dtype=args.dtype,
-        remat=not args.no_remat,
-        image_size=size,
-        accumulate=args.accumulate,
-        moment_dtype=args.moment_dtype,
-        **choice,
-      )
-      m = training_memory(model_config, config)
-      row = "".join(f"{m[key] / GIB:>{width}.2f}" for key, width in _COLUMNS)
+      m = training_memory(model_config, dataclasses.replace(config, **choice))
+      row = "".join(f"{m[key] / GIB:>{width}.2f}" for key, width in columns.items())
       print(f"{name:<14}{m['trainable'] / 1e6:>10.2f}{row}", flush=True)
   return 0
-
-
-_COLUMNS = (("state", 9), ("frozen", 9), ("batch", 9), ("temporary", 11), ("total", 9))
 
 
 if __name__ == "__main__":

@@ -7,24 +7,23 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from sam3lt_jax import parallel, storage
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.config import Profile, TextConfig
 from sam3lt_jax.data.batches import DetectionBatches
 from sam3lt_jax.data.records import Record
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.training import rules
-from sam3lt_jax.training.checkpoints import TrainCheckpoints
-from sam3lt_jax.training.detection.lora import count_parameters
-from sam3lt_jax.training.detection.setup import FinetuneConfig, Setup, batch_config, exported, prepare
+from sam3lt_jax.training.detection.setup import FinetuneConfig, batch_config, exported, prepare
 from sam3lt_jax.training.loop import fit
 from sam3lt_jax.training.outcome import write_outcome
 from sam3lt_jax.training.run_files import check_unchanged, working_in
@@ -36,43 +35,27 @@ _SHOWN = ("cgF1", "pmF1", "IL_MCC", "mean_matched_iou")
 Report = Callable[[str], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """By which measure on the validation records the best state is chosen, and why; of equals, the latest.
-
-  Attributes:
-    measure: "cgF1", "pmF1", or None: the last state is taken.
-    why: for the reader.
-  """
+class Choice(NamedTuple):
+  """By which measure on the validation records the best state is chosen ("cgF1", "pmF1"; None: the last state
+  is taken), and why; of equals, the latest."""
 
   measure: str | None
   why: str
 
-  @classmethod
-  def by(cls, scores: Mapping[str, float] | None) -> Choice:
-    """cgF1 where it is defined: it needs phrases that are absent as well as phrases that are present.
 
-    Args:
-      scores: `CgF1.compute()` of the validation records, of any model; None: there are none.
-    """
-    if scores is None:
-      return cls(None, "there are no validation images")
-    if not scores["positive_pairs"]:
-      return cls(None, "no phrase that is asked of the validation images is present in them")
-    if not scores["negative_pairs"]:
-      return cls("pmF1", "every phrase that is asked of the validation images is present, where cgF1 is 0")
-    return cls("cgF1", "the validation images are asked for phrases that are present and absent")
+def choose(scores: Mapping[str, float] | None) -> Choice:
+  """cgF1 where it is defined: it needs phrases that are absent as well as phrases that are present.
 
-  @property
-  def best(self) -> tuple[str, str] | None:
-    """As `fit` takes it."""
-    return None if self.measure is None else (f"eval_{self.measure}", "max")
-
-  def __str__(self) -> str:
-    which = (
-      "last state" if self.measure is None else f"state of the best {self.measure} (of equals, the latest)"
-    )
-    return f"the {which} will be kept: {self.why}"
+  Args:
+    scores: `CgF1.compute()` of the validation records, of any model; None: there are none.
+  """
+  if scores is None:
+    return Choice(None, "there are no validation images")
+  if not scores["positive_pairs"]:
+    return Choice(None, "no phrase that is asked of the validation images is present in them")
+  if not scores["negative_pairs"]:
+    return Choice("pmF1", "every phrase that is asked of the validation images is present, where cgF1 is 0")
+  return Choice("cgF1", "the validation images are asked for phrases that are present and absent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +144,9 @@ def finetune(
     }
     check_unchanged(directory, facts, partly=True)  # before a model is loaded: that can take minutes
     predictor = _load(source, config, profile, processor)
-    run = _Run(config, predictor, os.path.abspath(os.fspath(directory)), validation, iou_type, report)
+    run = _Run(config, predictor, validation, iou_type)
     report(
-      f"{run.trained:,} of {count_parameters(run.start['params']):,} parameters are trained"
+      f"{run.trained:,} of {optax.tree.size(run.start['params']):,} parameters are trained"
       f"{f', adapters of rank {config.lora.rank} among them' if config.lora else ''}; {len(records):,} images"
     )
     report(f"profile {predictor.model.config.profile.name}: the rules that it is trained under and will have")
@@ -178,10 +161,9 @@ def finetune(
     facts |= run.fingerprint()
     check_unchanged(directory, facts)  # `fit` does, too, but after the evaluation
     before = run.evaluate(run.start)
-    choice = Choice.by(before)
-    report(str(choice))
-    every = {"log_every": (log_every, 50), "evaluate_every": (evaluate_every, 10)}
-    every["checkpoint_every"] = (checkpoint_every, 10)
+    choice = choose(before)
+    which = f"state of the best {choice.measure} (of equals, the latest)" if choice.measure else "last state"
+    report(f"the {which} will be kept: {choice.why}")
     state = fit(
       run.first_state(),
       run.setup.step,
@@ -191,15 +173,15 @@ def finetune(
       frozen=run.setup.frozen,
       mesh=mesh,
       evaluate=None if validation is None else run.evaluate_state,
-      best=choice.best,
+      best=(f"eval_{choice.measure}", "max") if choice.measure else None,
+      take_best=True,
       fingerprint=facts,
       report=report,
-      **{
-        name: max(1, config.steps // parts) if given is None else given
-        for name, (given, parts) in every.items()
-      },
+      log_every=log_every or max(1, config.steps // 50),
+      evaluate_every=evaluate_every or max(1, config.steps // 10),
+      checkpoint_every=checkpoint_every or max(1, config.steps // 10),
     )
-    return run.finish(state, before, choice)
+    return run.finish(state, before, choice, directory, report)
 
 
 def hold_out(
@@ -210,10 +192,8 @@ def hold_out(
   Raises:
     ValueError: a share outside (0, 1), a seed below 0, or one of the two parts would be empty.
   """
-  if seed < 0:
-    raise ArgumentError("seed", f"={seed!r}; accepted: 0 or more")
-  if not 0 < share < 1:
-    raise ArgumentError("share", f"={share!r}; accepted: a number between 0 and 1")
+  check(seed >= 0, "seed", seed, "0 or more")
+  check(0 < share < 1, "share", share, "a number between 0 and 1")
   count = round(len(records) * share)
   if not 0 < count < len(records):
     raise ArgumentError("share", f"={share} of {len(records)} records leaves one of the two parts empty")
@@ -239,8 +219,9 @@ def _load(source: Any, config: FinetuneConfig, profile: Any, processor: Sam3Proc
   if not isinstance(source, tuple):
     if processor is not None:
       raise ValueError("processor is for (model, variables); a checkpoint brings its own")
+    profile = profile and rules.fitting(profile, rules.saved_config(source))
     predictor = Predictor.from_pretrained(
-      source, profile=profile and rules.fitting(profile, source), dtype=config.dtype, param_dtype="float32",
+      source, profile=profile, dtype=config.dtype, param_dtype="float32",
       image_size=config.image_size, fuse=False, compile_ahead=False,
     )  # fmt: skip
     predictor.processor.vocabulary = None  # it is to learn other words
@@ -253,19 +234,18 @@ def _load(source: Any, config: FinetuneConfig, profile: Any, processor: Sam3Proc
 
 
 class _Run:
-  """A run that is ready to start; evaluates and writes what it gives."""
+  """A run that is ready to start, and what evaluates its states."""
 
-  def __init__(self, config, predictor: Predictor, directory: str, validation, iou_type: str, report: Report):
-    self.config, self.directory, self.validation, self.iou_type = config, directory, validation, iou_type
-    self.report, self.processor = report, predictor.processor
+  def __init__(self, config: FinetuneConfig, predictor: Predictor, validation, iou_type: str):
+    self.config, self.validation, self.iou_type = config, validation, iou_type
     model = predictor.model
     # On the host: the devices get what the step takes, and the whole only for an evaluation.
     self.start: Variables = jax.tree.map(np.asarray, predictor.variables)
     with jax.default_device(parallel.host_device()):
-      self.setup: Setup = prepare(model, self.start, config)
-    vision = dataclasses.replace(model.config.vision, image_size=self.processor.image_size)
+      self.setup = prepare(model, self.start, config)
+    vision = dataclasses.replace(model.config.vision, image_size=predictor.processor.image_size)
     self.model = model.clone(config=model.config.replace(vision=vision), dtype=config.dtype)
-    self.trained = count_parameters(self.setup.params)
+    self.trained = optax.tree.size(self.setup.params)
     self._predictor, self._shapes = predictor, jax.eval_shape(lambda: self.start)
     predictor.use_variables(self._shapes)  # its weights give the devices' memory back
 
@@ -305,46 +285,24 @@ class _Run:
       )
     return {"model": self.model.config.to_json(), "start_crc32": digest}
 
-  def finish(self, state: TrainState, before: dict[str, float] | None, choice: Choice) -> FinetuneResult:
-    if choice.best is not None:
-      checkpoints = TrainCheckpoints(
-        os.path.join(self.directory, "checkpoints"), best=choice.best, report=self.report
-      )
-      if checkpoints.best_step() is not None:
-        state = checkpoints.restore_best(state)
+  def finish(self, state: TrainState, before, choice: Choice, directory, report: Report) -> FinetuneResult:
+    """Measures and writes the model of `state`."""
     variables = self.variables(state)
-    result = FinetuneResult(
-      model=self.model,
-      variables=variables,
-      before=before,
-      after=self.evaluate(variables),
-      choice=choice,
-      trained_parameters=self.trained,
-      written={},
-    )
+    after = self.evaluate(variables)
     if before is not None:
-      name, scores = choice.measure or "cgF1", (before, result.after)
-      then, now = (f"{x[name]:.2f}" if name == "cgF1" else f"{x[name]:.4f}" for x in scores)
-      self.report(f"{name} on held-out images: {then} before, {now} after {int(state.step)} steps")
-    return dataclasses.replace(result, written=self.write(result, int(state.step)))
-
-  def write(self, result: FinetuneResult, step: int) -> dict[str, str]:
-    """See `write_outcome`."""
-    own = self.model.config.text.vocab_size != TextConfig().vocab_size
+      name = choice.measure or "cgF1"
+      then, now = (f"{x[name]:.2f}" if name == "cgF1" else f"{x[name]:.4f}" for x in (before, after))
+      report(f"{name} on held-out images: {then} before, {now} after {int(state.step)} steps")
     numbers = {
-      "step": step,
-      "chosen_by": {"measure": result.choice.measure, "why": result.choice.why},
-      "before": result.before,
-      "after": result.after,
-      "trained_parameters": result.trained_parameters,
+      "step": int(state.step),
+      "chosen_by": choice._asdict(),
+      "before": before,
+      "after": after,
+      "trained_parameters": self.trained,
     }
-    return write_outcome(
-      self.directory,
-      result.model,
-      result.variables,
-      numbers,
-      name="finetune",
-      title="fine-tuning",
-      tokenizer=self.processor.tokenizer if own else None,
-      report=self.report,
-    )
+    own = self.model.config.text.vocab_size != TextConfig().vocab_size
+    written = write_outcome(
+      directory, self.model, variables, numbers, name="finetune", title="fine-tuning",
+      tokenizer=self._predictor.processor.tokenizer if own else None, report=report,
+    )  # fmt: skip
+    return FinetuneResult(self.model, variables, before, after, choice, self.trained, written)

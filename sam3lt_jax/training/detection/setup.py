@@ -7,6 +7,7 @@ making its weights.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from sam3lt_jax.checkpoints.engine import flatten, unflatten
 from sam3lt_jax.data.batches import BatchConfig
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.training import freezing
 from sam3lt_jax.training.detection import lora as lora_ops
@@ -120,12 +121,11 @@ class FinetuneConfig:
       ("accumulate", self.accumulate >= 1, "1 or more calls"),
       ("seed", self.seed >= 0, "0 or more"),
     ):
-      if not good:
-        raise ArgumentError(name, f"={getattr(self, name)!r}; accepted: {accepted}")
+      check(good, name, getattr(self, name), accepted)
 
   def fingerprint(self) -> dict[str, Any]:
     """All of it as JSON can hold it."""
-    return _plain(dataclasses.asdict(self))
+    return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,12 @@ def prepare(model: Sam3LiteText, variables: Mapping[str, Any], config: FinetuneC
   trainable, frozen = split(base, config)
   paths = flatten(trainable)
   trunk_learns = any(path.startswith("vision_encoder/backbone/") for path in paths)
-  trained_model = _training_model(model, config, trunk_learns)
+  c = model.config
+  if not trunk_learns:  # dropping its branches would only add noise to features that cannot adapt
+    c = c.replace(vision=dataclasses.replace(c.vision, drop_path_rate=0.0))
+  trained_model = model.clone(
+    config=c, dtype=jnp.dtype(config.dtype), remat=config.remat, one_to_many=config.one_to_many
+  )
   optimizer = optimizer_config(config, trainable)
   tx, schedule = make_optimizer(optimizer, trainable)
   loss_fn = make_detection_loss_fn(
@@ -201,14 +206,6 @@ def prepare(model: Sam3LiteText, variables: Mapping[str, Any], config: FinetuneC
   )
 
 
-def _training_model(model: Sam3LiteText, config: FinetuneConfig, trunk_learns: bool) -> Sam3LiteText:
-  c = model.config
-  if not trunk_learns:  # dropping its branches would only add noise to features that cannot adapt
-    c = c.replace(vision=dataclasses.replace(c.vision, drop_path_rate=0.0))
-  dtype = jnp.dtype(config.dtype)
-  return model.clone(config=c, dtype=dtype, remat=config.remat, one_to_many=config.one_to_many)
-
-
 def split(params: Mapping[str, Any], config: FinetuneConfig) -> tuple[Tree, Tree]:
   """(trainable, frozen) of a model's parameters, adapters among the trainable ones.
 
@@ -224,9 +221,8 @@ def split(params: Mapping[str, Any], config: FinetuneConfig) -> tuple[Tree, Tree
     trainable, frozen = {}, dict(params)
     if config.train:
       trainable, frozen = freezing.split(params, train=_patterns(config.train))
-    adapters = _adapters(frozen, config)
-    trainable = freezing.merge(trainable, adapters)
-  return jax.tree.map(_as_float32, trainable), frozen
+    trainable = freezing.merge(trainable, _adapters(frozen, config))
+  return jax.tree.map(lambda x: _astype(x, np.float32), trainable), frozen
 
 
 def _adapters(frozen: Mapping[str, Any], config: FinetuneConfig) -> Tree:
@@ -310,24 +306,10 @@ def _cast_kernels(frozen: Tree, dtype: Any, trainable: Mapping[str, Any]) -> Tre
   adapted = {path.rpartition("/")[0] for path in trainable if re.search(_ADAPTER, path)}
 
   def cast(path, x):
-    if not path.endswith("/kernel") or path in adapted or x.dtype == dtype:
-      return x
-    if isinstance(x, jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct(x.shape, dtype)
-    return x.astype(dtype)
+    return _astype(x, dtype) if path.endswith("/kernel") and path not in adapted and x.dtype != dtype else x
 
   return unflatten({path: cast(path, x) for path, x in flatten(frozen).items()})
 
 
-def _as_float32(x: Any) -> Any:
-  if isinstance(x, jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct(x.shape, np.float32)
-  return x.astype(np.float32)
-
-
-def _plain(value: Any) -> Any:
-  if isinstance(value, Mapping):
-    return {str(k): _plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [_plain(v) for v in value]
-  return value
+def _astype(x: Any, dtype: Any) -> Any:
+  return jax.ShapeDtypeStruct(x.shape, dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)

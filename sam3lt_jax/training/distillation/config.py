@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from sam3lt_jax.config import Profile, TextConfig
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import check
 from sam3lt_jax.training.distillation.losses import DistillationLossConfig
 from sam3lt_jax.training.optimizer import OptimizerConfig
 
@@ -40,7 +40,7 @@ class DistillationConfig:
   recipe of the student, see `RECIPES`, or of S0 for a size that has none.
 
   Attributes:
-    prompts: files of phrases, see `prompts.read_prompts`.
+    prompts: files of phrases, see `sam3lt_jax.data.prompts.read_prompts`.
     out: the run's directory: metrics, checkpoints, and at the end the models.
     teacher: whose text encoder is learnt from and whose detector is kept: "sam3" or a checkpoint.
     student: "s0", "s1", "l" or a `TextConfig`, see `student.student_config`.
@@ -119,27 +119,24 @@ class DistillationConfig:
         object.__setattr__(self, name, value)
     if self.context_length is None:
       object.__setattr__(self, "context_length", Profile.named(self.profile).context_length)
-    self._check("prompts", bool(prompts), "one file of phrases or more")
-    self._check("out", bool(self.out), "a directory")
-    self._check("held_out", 0 <= self.held_out < 1, "a share in [0, 1)")
-    self._check("batch_size", self.batch_size >= 1, "1 or more phrases")
-    self._check("accumulate", self.accumulate >= 1, "1 or more steps")
-    self._check("epochs", self.epochs > 0 and math.isfinite(self.epochs), "a number above 0")
-    self._check(
-      "steps", self.steps is None or self.steps >= self.accumulate,
-      f"None, or at least the {self.accumulate} steps that make an update",
-    )  # fmt: skip
-    self._check("warmup", 0 <= self.warmup <= 1, "a share in [0, 1]")
-    self._check("lr_rows", self.lr_rows is None or self.lr_rows >= 1, "None or 1 or more phrases")
-    self._check("dropout", 0 <= self.dropout < 1, "a rate in [0, 1)")
-    for name in ("dtype", "teacher_dtype"):
-      self._check(name, getattr(self, name) in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
-    self._check("seed", self.seed >= 0, "0 or more")
+    least = f"None, or at least the {self.accumulate} steps that make an update"
+    for name, good, accepted in (
+      ("prompts", bool(prompts), "one file of phrases or more"),
+      ("out", bool(self.out), "a directory"),
+      ("held_out", 0 <= self.held_out < 1, "a share in [0, 1)"),
+      ("batch_size", self.batch_size >= 1, "1 or more phrases"),
+      ("accumulate", self.accumulate >= 1, "1 or more steps"),
+      ("epochs", 0 < self.epochs < math.inf, "a number above 0"),
+      ("steps", self.steps is None or self.steps >= self.accumulate, least),
+      ("warmup", 0 <= self.warmup <= 1, "a share in [0, 1]"),
+      ("lr_rows", self.lr_rows is None or self.lr_rows >= 1, "None or 1 or more phrases"),
+      ("dropout", 0 <= self.dropout < 1, "a rate in [0, 1)"),
+      ("dtype", self.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+      ("teacher_dtype", self.teacher_dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+      ("seed", self.seed >= 0, "0 or more"),
+    ):
+      check(good, name, getattr(self, name), accepted)
     self.optimizer(self.accumulate)  # its own checks
-
-  def _check(self, name: str, good: bool, accepted: str) -> None:
-    if not good:
-      raise ArgumentError(name, f"={getattr(self, name)!r}; accepted: {accepted}")
 
   def total_steps(self, phrases: int) -> int:
     """Calls of the step for a set of that many phrases: `steps`, or of epochs a multiple of `accumulate`."""
@@ -152,21 +149,14 @@ class DistillationConfig:
     """The optimiser of a run of `total_steps` calls of the step."""
     scale = 1.0 if self.lr_rows is None else self.batch_size * self.accumulate / self.lr_rows
     updates = max(1, total_steps // self.accumulate)
+    same = ("whole_cosine weight_decay b1 b2 eps clip_norm accumulate layer_decay ema_decay").split()
     return OptimizerConfig(
       peak_lr=scale * self.peak_lr,
       end_lr=scale * self.end_lr,
       warmup_init_lr=scale * self.warmup_init_lr,
       total_steps=updates,
       warmup_steps=round(self.warmup * updates),
-      whole_cosine=self.whole_cosine,
-      weight_decay=self.weight_decay,
-      b1=self.b1,
-      b2=self.b2,
-      eps=self.eps,
-      clip_norm=self.clip_norm,
-      accumulate=self.accumulate,
-      layer_decay=self.layer_decay,
-      ema_decay=self.ema_decay,
+      **{name: getattr(self, name) for name in same},
     )
 
   def fingerprint(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Axes: P prompts, T tokens, D feature width, Q queries, h, w mask rows and column
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,52 +15,39 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.errors import ArgumentError
-from sam3lt_jax.features import VisionFeatures
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.training.distillation import text_part
-from sam3lt_jax.training.distillation.losses import cosine_similarity
-from sam3lt_jax.training.distillation.teacher import Teacher
+from sam3lt_jax.training.distillation.losses import cosine_similarity, mean_of_prompts
 from sam3lt_jax.training.prompts import token_rows
 
 Batch = Mapping[str, np.ndarray]
-Text = tuple[np.ndarray, np.ndarray]
 
 
 def make_feature_evaluator(
-  student: Sam3LiteText, teacher: Teacher | None, batches: Sequence[Batch]
-) -> Callable[[Variables, Variables | None], dict[str, float]]:
+  student: Sam3LiteText, batches: Sequence[Batch]
+) -> Callable[[Variables], dict[str, float]]:
   """A function that measures a student on held-out phrases.
 
   Args:
     student: in the dtype to be measured. BatchNorm uses its running statistics.
-    teacher: None: batches carry `teacher_features` [P, T, D].
-    batches: input_ids, attention_mask [P, T]; all of one shape but the last.
+    batches: input_ids, attention_mask [P, T], teacher_features [P, T, D]; all of one shape but the last.
 
   Returns:
-    f(student variables, teacher variables or None) -> {"heldout_cosine": mean cosine over valid tokens of a
-    prompt, then over prompts; "heldout_cosine_min": of the worst prompt; "heldout_mse": likewise mean}.
-
-  Raises:
-    ValueError: no batches.
+    f(student variables) -> {"heldout_cosine": mean cosine over valid tokens of a prompt, then over prompts;
+    "heldout_cosine_min": of the worst prompt; "heldout_mse": likewise mean}.
   """
-  if not len(batches):
-    raise ValueError("batches: no held-out phrases to evaluate on")
 
   @jax.jit
-  def measure(variables, teacher_variables, batch):
+  def measure(variables, batch):
     ids, mask = batch["input_ids"], batch["attention_mask"].astype(bool)
     features = student.apply(variables, ids, mask, method="get_text_features").pooler_output
-    wanted = batch["teacher_features"] if teacher is None else teacher.features(teacher_variables, ids, mask)
-    features, wanted = features.astype(jnp.float32), wanted.astype(jnp.float32)
-    count = jnp.maximum(mask.sum(axis=1), 1)
-    cosine = jnp.where(mask, cosine_similarity(features, wanted), 0.0).sum(axis=1) / count
-    error = jnp.where(mask, jnp.square(features - wanted).mean(axis=-1), 0.0).sum(axis=1) / count
-    return cosine, error
+    features, wanted = features.astype(jnp.float32), batch["teacher_features"].astype(jnp.float32)
+    cosine = mean_of_prompts(cosine_similarity(features, wanted), mask)
+    return cosine, mean_of_prompts(jnp.square(features - wanted).mean(axis=-1), mask)
 
-  def evaluate(variables: Variables, teacher_variables: Variables | None = None) -> dict[str, float]:
-    rows = [measure(variables, teacher_variables, {k: v for k, v in b.items() if k != "id"}) for b in batches]
-    cosine, error = (np.concatenate([np.asarray(row[i]) for row in rows]) for i in (0, 1))
+  def evaluate(variables: Variables) -> dict[str, float]:
+    cosine, error = (np.concatenate(x) for x in zip(*(measure(variables, batch) for batch in batches)))
     return {
       "heldout_cosine": float(cosine.mean()),
       "heldout_cosine_min": float(cosine.min()),
@@ -145,21 +133,30 @@ def agreement(
   """
   if not len(images) or not len(phrases):
     raise ValueError(f"images and phrases must hold at least one each, got {len(images)} and {len(phrases)}")
-  detector = _Detector(*teacher)
+  model, variables = teacher
   if threshold is None:
-    threshold = teacher[0].config.profile.score_threshold
-  sides = [
-    (variables, _read(model, variables, phrases, tokenizer)) for model, variables in (student, teacher)
-  ]
+    threshold = model.config.profile.score_threshold
+  processor = Sam3Processor(model.config)
+  encode = jax.jit(lambda v, x: model.apply(v, x, method="get_vision_features"))
+
+  @jax.jit
+  def detect(variables, vision, tokens, mask):
+    """presence [], scores [Q], masks bool [Q, h, w] of one phrase."""
+    out = model.apply(variables, vision_embeds=vision, text_embeds=tokens, attention_mask=mask)
+    presence = jax.nn.sigmoid(out.presence_logits[0, 0])
+    return presence, jax.nn.sigmoid(out.pred_logits[0]) * presence, out.pred_masks[0] > 0
+
+  sides = [(_detector_part(v), *_read(m, v, phrases, tokenizer)) for m, v in (student, teacher)]
   rows, ious, found, matched = [], [], np.zeros(2, int), 0
   for image in images:
-    vision = detector.vision(image)
+    vision = encode(_detector_part(variables), processor(images=image)["pixel_values"])
     for p in range(len(phrases)):
-      ours, theirs = (detector.detect(variables, vision, text, p) for variables, text in sides)
-      rows.append((ours["presence"], theirs["presence"], np.abs(ours["scores"] - theirs["scores"]).mean()))
-      kept = [np.flatnonzero(x["scores"] > threshold) for x in (ours, theirs)]
+      both = [jax.device_get(detect(v, vision, text[p : p + 1], mask[p : p + 1])) for v, text, mask in sides]
+      (ours, our_scores, _), (theirs, their_scores, _) = both
+      rows.append((ours, theirs, np.abs(our_scores - their_scores).mean()))
+      kept = [np.flatnonzero(scores > threshold) for _, scores, _ in both]
       found += [len(k) for k in kept]
-      pair_ious = _match(*(x["masks"][k[np.argsort(-x["scores"][k])]] for x, k in zip((ours, theirs), kept)))
+      pair_ious = _match(*(m[k[np.argsort(-scores[k])]] for (_, scores, m), k in zip(both, kept)))
       ious += pair_ious
       matched += len(pair_ious)
   table = np.array(rows, np.float64)
@@ -175,40 +172,12 @@ def agreement(
   )
 
 
-class _Detector:
-  """The teacher's model after its encoders, compiled once for both sides."""
-
-  def __init__(self, model: Sam3LiteText, variables: Variables):
-    self._processor = Sam3Processor(model.config)
-    self._encode = jax.jit(lambda v, x: model.apply(v, x, method="get_vision_features"))
-    self._variables = variables
-
-    def detect(params, vision, tokens, mask):
-      return model.apply({"params": params}, vision_embeds=vision, text_embeds=tokens, attention_mask=mask)
-
-    self._detect = jax.jit(detect)
-
-  def vision(self, image: Any) -> VisionFeatures:
-    return self._encode(_detector_part(self._variables), self._processor(images=image)["pixel_values"])
-
-  def detect(self, variables: Variables, vision: VisionFeatures, text: Text, p: int) -> dict[str, Any]:
-    """presence [], scores [Q], masks bool [Q, h, w] of phrase p."""
-    tokens, mask = (x[p : p + 1] for x in text)
-    out = self._detect(_detector_part(variables)["params"], vision, tokens, mask)
-    presence = jax.nn.sigmoid(out.presence_logits[0, 0])
-    return {
-      "presence": float(presence),
-      "scores": np.asarray(jax.nn.sigmoid(out.pred_logits[0]) * presence),
-      "masks": np.asarray(out.pred_masks[0] > 0),
-    }
-
-
 def _detector_part(variables: Variables) -> Variables:
   """Without the text part, so that both sides are of one shape."""
   return {"params": {k: v for k, v in variables["params"].items() if k not in text_part.TEXT_PARTS}}
 
 
-def _read(model: Sam3LiteText, variables: Variables, phrases: Sequence[str], tokenizer: Any) -> Text:
+def _read(model: Sam3LiteText, variables: Variables, phrases: Sequence[str], tokenizer: Any):
   """(tokens [P, T, D], mask [P, T]) of phrases, padded as the model's own profile says."""
   profile, words = model.config.profile, model.config.text.vocab_size
   tokenizer = Sam3Processor(model.config, tokenizer=tokenizer).tokenizer
@@ -223,15 +192,11 @@ def _read(model: Sam3LiteText, variables: Variables, phrases: Sequence[str], tok
 
 def _match(ours: np.ndarray, theirs: np.ndarray, least: float = 0.5) -> list[float]:
   """IoUs [K] of masks [n, h, w] and [m, h, w] paired one to one, in the order of `ours`; `least` or more."""
-  left, ious = list(range(len(theirs))), []
-  for mask in ours:
-    values = [_iou(mask, theirs[i]) for i in left]
-    if values and max(values) >= least:
-      ious.append(max(values))
-      left.pop(int(np.argmax(values)))
-  return ious
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> float:
-  union = np.logical_or(a, b).sum()
-  return float(np.logical_and(a, b).sum() / union) if union else 0.0
+  a, b = (m.reshape(len(m), math.prod(m.shape[1:])).astype(np.float32) for m in (ours, theirs))
+  both = a @ b.T
+  ious, found = both / np.maximum(a.sum(1)[:, None] + b.sum(1) - both, 1), []
+  for row in ious:
+    if row.max(initial=0) >= least:
+      found.append(float(row.max()))
+      ious[:, row.argmax()] = 0  # it is taken
+  return found

@@ -1,6 +1,7 @@
 """Losses between a student's and a teacher's token features.
 
-Axes: P prompts, T tokens, D feature width. Every sum is taken in float32, whatever the features come in.
+Axes: P prompts, T tokens, D feature width. Features are [P, T, D] of any floating dtype, masks bool or int
+[P, T], 1 = token; every sum is taken in float32, and a loss is float32 []. ValueError: other shapes.
 Source: the authors' stage-1 trainer for text encoders (efficientsam3, `train_text_encoder_stage1.py` and its
 configuration `text_improved_s0`), read for the formulas.
 """
@@ -13,6 +14,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from sam3lt_jax.errors import check
 
 _EPS = 1e-8  # under a norm, as torch.nn.functional.cosine_similarity has it
 
@@ -37,41 +40,30 @@ class DistillationLossConfig:
 
   def __post_init__(self):
     for name in ("mse", "cosine", "consistency"):
-      value = getattr(self, name)
-      if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a weight of at least 0, got {value!r}")
+      check(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a weight of 0 or more")
     if self.mse == self.cosine == 0:
       raise ValueError("mse and cosine are both 0: nothing would draw the student to its teacher")
-    if self.consistency_pool not in ("valid", "all"):
-      raise ValueError(f"consistency_pool must be 'valid' or 'all', got {self.consistency_pool!r}")
+    good = self.consistency_pool in ("valid", "all")
+    check(good, "consistency_pool", self.consistency_pool, "'valid' or 'all'")
 
 
 def masked_mse(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
   """Squared error, averaged over a prompt's valid tokens and the D channels, then over the prompts.
 
-  Args:
-    student, teacher: [P, T, D], any floating dtype.
-    mask: bool or int [P, T], 1 = token. A prompt without a valid token adds 0 to the mean over prompts.
-
-  Returns:
-    float32 [].
-
-  Raises:
-    ValueError: shapes that do not fit together.
+  A prompt without a valid token adds 0 to the mean over prompts.
   """
   student, teacher, mask = _check(student, teacher, mask)
   per_token = jnp.mean(jnp.square(student - teacher), axis=-1)
-  return _mean_of_prompts(per_token, mask).mean()
+  return mean_of_prompts(per_token, mask).mean()
 
 
 def masked_cosine(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
   """1 - cosine of every valid token, averaged over a prompt's valid tokens, then over the prompts.
 
-  Arguments and errors as of `masked_mse`; float32 [], 0 (same directions) to 2. A feature of norm 0 has
-  cosine 0 with everything.
+  0 (same directions) to 2. A feature of norm 0 has cosine 0 with everything.
   """
   student, teacher, mask = _check(student, teacher, mask)
-  return _mean_of_prompts(1.0 - cosine_similarity(student, teacher), mask).mean()
+  return mean_of_prompts(1.0 - cosine_similarity(student, teacher), mask).mean()
 
 
 def cosine_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -97,15 +89,9 @@ def shuffled_consistency(
   what "car red" means.
 
   Args:
-    features, shuffled: [P, T, D] of the prompt and of the shuffled prompt; both receive gradients.
-    mask, shuffled_mask: bool or int [P, T], 1 = token. The words may split into another number of tokens.
+    features, shuffled: of the prompt and of the shuffled prompt; both receive gradients.
+    mask, shuffled_mask: the words may split into another number of tokens.
     pool: the mean is over "valid" tokens, or over "all" T slots, padding included, as the authors take it.
-
-  Returns:
-    float32 [].
-
-  Raises:
-    ValueError: shapes that do not fit together.
   """
   features, shuffled, mask = _check(features, shuffled, mask, names=("features", "shuffled"), clean=False)
   if shuffled_mask.shape != mask.shape:
@@ -128,10 +114,9 @@ def distillation_loss(
   """mse * masked MSE + cosine * masked (1 - cosine) + consistency * shuffled-words consistency.
 
   Args:
-    student, teacher: [P, T, D] token features of the same prompts. No gradient reaches the teacher.
-    mask: bool or int [P, T], 1 = token.
-    shuffled, shuffled_mask: the student's features [P, T, D] of the shuffled prompts, and their mask [P, T];
-      may be left out where `config.consistency` is 0.
+    student, teacher: token features of the same prompts. No gradient reaches the teacher.
+    shuffled, shuffled_mask: the student's features of the shuffled prompts, and their mask; may be left out
+      where `config.consistency` is 0.
     config: the weights; None: the authors'.
 
   Returns:
@@ -139,7 +124,7 @@ def distillation_loss(
     `feature_cosine` is 1 - `cosine_loss`.
 
   Raises:
-    ValueError: shapes that do not fit together, or no shuffled features where they are weighted.
+    ValueError: no shuffled features where they are weighted.
   """
   config = config or DistillationLossConfig()
   teacher = jax.lax.stop_gradient(teacher)
@@ -167,7 +152,7 @@ def _check(a, b, mask, names=("student", "teacher"), clean=True):
   return a, b, mask
 
 
-def _mean_of_prompts(values: jax.Array, mask: jax.Array) -> jax.Array:
+def mean_of_prompts(values: jax.Array, mask: jax.Array) -> jax.Array:
   """[P, T] -> [P], the mean over valid tokens; 0 where there is none."""
   return jnp.where(mask, values, 0.0).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
 

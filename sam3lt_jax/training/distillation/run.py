@@ -10,16 +10,17 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from sam3lt_jax import locks, parallel, storage
-from sam3lt_jax.checkpoints import sources
 from sam3lt_jax.checkpoints.orbax_io import barrier
-from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
+from sam3lt_jax.config import Profile, TextConfig
+from sam3lt_jax.data.prompts import read_prompts
 from sam3lt_jax.errors import ArgumentError, renamed
 from sam3lt_jax.model import Sam3LiteText, Variables
+from sam3lt_jax.processing.processor import Sam3Processor
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
 from sam3lt_jax.training import freezing, rules
-from sam3lt_jax.training.checkpoints import TrainCheckpoints
 from sam3lt_jax.training.distillation import features as feature_files
 from sam3lt_jax.training.distillation import text_part
 from sam3lt_jax.training.distillation.config import DistillationConfig
@@ -31,18 +32,17 @@ from sam3lt_jax.training.distillation.evaluate import (
 )
 from sam3lt_jax.training.distillation.step import make_distillation_loss_fn, split_student
 from sam3lt_jax.training.distillation.student import InitReport, make_student
-from sam3lt_jax.training.distillation.teacher import ALIASES, Teacher, load_model
+from sam3lt_jax.training.distillation.teacher import Teacher, load_model
 from sam3lt_jax.training.loop import fit
 from sam3lt_jax.training.optimizer import make_optimizer
 from sam3lt_jax.training.outcome import write_outcome
-from sam3lt_jax.training.prompts import PromptSet, prompt_batches, read_prompts, split_prompts, token_rows
+from sam3lt_jax.training.prompts import prompt_batches, split_prompts, token_rows
 from sam3lt_jax.training.run_files import check_unchanged, working_in
 from sam3lt_jax.training.state import TrainState
 from sam3lt_jax.training.step import make_train_step
 
 EVALUATED_AT_MOST = 4096  # held-out phrases
 ASKED = 8  # held-out phrases asked of every picture at the end
-_BEST = ("eval_heldout_cosine", "max")
 
 Report = Callable[[str], Any]
 
@@ -111,57 +111,102 @@ def distill(
   report = report or functools.partial(print, flush=True)
   storage.check_directory(config.out, "out")
   with working_in(config.out):
-    run = _prepare(config, teacher, tokenizer, mesh, report)
-    state = run.train()
-    variables = run.student_variables(state)
-    after = run.evaluate(variables) if run.evaluate is not None else None
+    run = _Run(config, teacher, tokenizer, mesh, report)
+    variables = run.student_variables(run.train())
+    after = run.evaluate(variables) if run.held else None
     model, spliced = text_part.splice(run.student, variables, *run.whole)
     found = None
     if len(images):
       asked = list(phrases) if phrases else (run.held or run.phrases)[:ASKED]
       on_device = jax.device_put((spliced, run.whole[1]), jax.local_devices()[0])
       found = agreement(
-        (model, on_device[0]), (run.whole[0], on_device[1]), images, asked, tokenizer=run.own_tokenizer
+        (model, on_device[0]), (run.whole[0], on_device[1]), images, asked, tokenizer=tokenizer
       )
-    result = DistillationResult(
-      model=model,
-      variables=spliced,
-      init=run.init,
-      before=run.before,
-      after=after,
-      agreement=found,
-      teacher_parameters=_count(run.teacher.variables),
-      student_parameters=_count(variables),
-      written={},
+    sizes = [optax.tree.size(x["params"]) for x in (run.teacher.variables, variables)]
+    numbers = {
+      "before": run.before,
+      "after": after,
+      "agreement": None if found is None else dataclasses.asdict(found),
+      "teacher_text_parameters": sizes[0],
+      "student_text_parameters": sizes[1],
+      "init": str(run.init),
+    }
+    written = write_outcome(
+      config.out, model, spliced, numbers,
+      name="distillation", title="distillation", tokenizer=tokenizer, report=report,
+    )  # fmt: skip
+    return DistillationResult(model, spliced, run.init, run.before, after, found, *sizes, written)
+
+
+class _Run:
+  """A run that is ready to start: all of it read, loaded and checked, cheapest first."""
+
+  def __init__(self, config: DistillationConfig, teacher, tokenizer, mesh, report: Report):
+    self.config = c = config
+    self.report = report
+    if c.features is not None:
+      storage.check_directory(c.features, "features")
+      feature_files.check_target(c.features)
+    profile = Profile.named(c.profile)
+    prompts = read_prompts(c.prompts, profile)
+    self.phrases, self.held = _split(c, prompts.phrases, profile)
+    report(
+      f"{len(prompts.phrases):,} phrases, {len(self.held):,} of them held out;"
+      f" {prompts.duplicates:,} duplicates"
     )
-    return dataclasses.replace(result, written=_write(config, result, run.own_tokenizer, report))
-
-
-@dataclasses.dataclass
-class _Distillation:
-  """A run that is ready to start."""
-
-  config: DistillationConfig
-  whole: tuple[Sam3LiteText, Variables]
-  teacher: Teacher
-  student: Sam3LiteText
-  init: InitReport
-  start: Variables
-  phrases: list[str]
-  held: list[str]
-  batches: Any
-  evaluate: Callable[..., dict[str, float]] | None
-  before: dict[str, float] | None
-  own_tokenizer: ClipTokenizer | None
-  mesh: jax.sharding.Mesh
-  report: Report
-
-  def __post_init__(self):
+    self.mesh = parallel.make_mesh() if mesh is None else mesh
+    parallel.check_divides(c.batch_size, self.mesh.shape["data"])
+    self.total = c.total_steps(len(self.phrases))
+    self.facts = c.fingerprint() | {
+      "total_steps": self.total,
+      "phrases": len(self.phrases),
+      "phrases_sha256": feature_files.phrases_digest(self.phrases),
+    }
+    check_unchanged(c.out, self.facts, partly=True)
+    self.whole = teacher
+    if teacher is None:
+      with renamed("source", "teacher"):
+        self.whole = load_model(c.teacher, dtype=c.teacher_dtype, device=parallel.host_device())
+    self.teacher = Teacher.of(*self.whole, context_length=c.context_length, name=c.teacher)
+    if tokenizer is None:
+      profile = rules.fitting(profile, self.whole[0].config)
+    else:  # a vocabulary of its own has its own padding
+      own = {name: getattr(tokenizer.profile, name) for name in ("pad_token_id", "text_cleaning")}
+      profile = dataclasses.replace(profile, **own)
+    self.student, self.start, self.init = make_student(
+      c.student, c.init, teacher=self.whole[0].config, profile=profile, context_length=c.context_length,
+      seed=c.seed,
+    )  # fmt: skip
+    report(f"student: {self.init}; profile {self.student.config.profile.name}, {c.context_length} tokens")
+    self.facts |= {
+      "teacher_identity": self.teacher.identity(),
+      "student_text": dataclasses.asdict(self.student.config.text),
+    }
+    # `fit` does, too, but after the features are exported and the start is evaluated.
+    check_unchanged(c.out, self.facts)
+    words = tokenizer or Sam3Processor(self.student.config).tokenizer
+    self.batches = prompt_batches(
+      self.phrases, words, c.batch_size, c.context_length, c.seed, word_shuffle=c.loss.consistency > 0,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    everything = [*self.phrases, *self.held]
+    _check_vocabulary(words, everything, self.student, c.context_length)
+    if c.features is not None:
+      stored = _stored_features(c, self.teacher, everything, words, report)
+      self.batches = self.batches.map(lambda batch: batch | {"teacher_features": stored[batch["id"]]})
+    self.before = None
+    if self.held:
+      self.evaluate, mean = _evaluator(self.student, self.teacher, self.held, words)
+      self.before = self.evaluate(jax.tree.map(np.asarray, self.start)) | {"mean_feature_cosine": mean}
+      report(
+        f"before training: cosine with the teacher on held-out phrases {self.before['heldout_cosine']:.4f}"
+        f" (of the mean feature, whatever the phrase: {mean:.4f})"
+      )
     self.params, self.frozen, self.stats = split_student(self.start)
 
   def train(self) -> TrainState:
     """The state after the last step, or, where phrases are held out, the best evaluated."""
-    c, total = self.config, self.config.total_steps(len(self.phrases))
+    c, total = self.config, self.total
     tx, schedule = make_optimizer(c.optimizer(total), self.params)
     on_the_fly = c.features is None
     loss_fn = make_distillation_loss_fn(
@@ -172,40 +217,32 @@ class _Distillation:
       dropout=c.dropout,
       dtype=c.dtype,
     )
-    step = make_train_step(loss_fn, tx, ema_decay=c.ema_decay, schedule=schedule)
-    key = jax.random.key(c.seed)
-    state = TrainState.create(self.params, tx, key, batch_stats=self.stats, ema=c.ema_decay is not None)
     frozen = {"params": self.frozen}
     if on_the_fly:
       frozen["teacher"] = self.teacher.variables
       if c.shard_teacher:
         host = jax.tree.map(np.asarray, frozen["teacher"])
         frozen["teacher"] = jax.device_put(host, parallel.fsdp_sharding(self.mesh, host))
-    state = fit(
-      state,
-      step,
+    ema = c.ema_decay is not None
+    return fit(
+      TrainState.create(self.params, tx, jax.random.key(c.seed), batch_stats=self.stats, ema=ema),
+      make_train_step(loss_fn, tx, ema_decay=c.ema_decay, schedule=schedule),
       self.batches,
       total_steps=total,
       directory=c.out,
       frozen=frozen,
       mesh=self.mesh,
       log_every=c.log_every or max(1, total // 50),
-      evaluate=None if self.evaluate is None else self.evaluate_state,
+      evaluate=(lambda state: self.evaluate(self.student_variables(state))) if self.held else None,
       evaluate_every=c.evaluate_every or max(10, total // 20),
       checkpoint_every=c.checkpoint_every or max(10, total // 10),
-      best=None if self.evaluate is None else _BEST,
-      fingerprint=self.fingerprint(),
+      best=("eval_heldout_cosine", "max") if self.held else None,
+      take_best=bool(self.held),
+      fingerprint=self.facts,
       report=self.report,
       unit="phrases",
       record_name=self.phrases.__getitem__,
     )
-    if self.evaluate is None:
-      return state
-    checkpoints = TrainCheckpoints(os.path.join(c.out, "checkpoints"), best=_BEST, report=self.report)
-    return checkpoints.restore_best(state)
-
-  def evaluate_state(self, state: TrainState) -> dict[str, float]:
-    return self.evaluate(self.student_variables(state))
 
   def student_variables(self, state: TrainState) -> Variables:
     """The whole text part on the host: what it was trained to (its average, if one is kept)."""
@@ -213,117 +250,15 @@ class _Distillation:
     variables = {"params": freezing.merge(params, jax.tree.map(np.asarray, self.frozen))}
     return variables | ({"batch_stats": stats} if stats else {})
 
-  def fingerprint(self) -> dict[str, Any]:
-    return _facts(self.config, self.phrases) | _model_facts(self.teacher, self.student)
 
-
-def _prepare(config, teacher, tokenizer, mesh, report: Report) -> _Distillation:
-  """Reads, loads and checks everything, cheapest first."""
-  c = config
-  if c.features is not None:
-    storage.check_directory(c.features, "features")
-    feature_files.check_target(c.features)
-  profile = Profile.named(c.profile)
-  prompts = read_prompts(c.prompts, profile)
-  phrases, held = _split(c, prompts, profile)
-  report(
-    f"{len(prompts.phrases):,} phrases, {len(held):,} of them held out; {prompts.duplicates:,} duplicates"
-  )
-  mesh = parallel.make_mesh() if mesh is None else mesh
-  parallel.check_divides(c.batch_size, mesh.shape["data"])
-  facts = _facts(c, phrases)
-  check_unchanged(c.out, facts, partly=True)
-  whole = teacher
-  if whole is None:
-    with renamed("source", "teacher"):
-      whole = load_model(c.teacher, dtype=c.teacher_dtype, device=parallel.host_device())
-  reader = Teacher.of(*whole, context_length=c.context_length, name=c.teacher)
-  own = tokenizer
-  if tokenizer is None and teacher is None:
-    own = _saved_tokenizer(c.teacher, profile, whole[0].config)
-  if own is not None:  # a vocabulary of its own has its own padding
-    changes = {n: getattr(own.profile, n) for n in ("pad_token_id", "text_cleaning")}
-    profile = dataclasses.replace(profile, **changes)
-  student, start, init = make_student(
-    c.student,
-    c.init,
-    teacher=whole[0].config,
-    profile=profile,
-    context_length=c.context_length,
-    seed=c.seed,
-  )
-  report(f"student: {init}; profile {student.config.profile.name}, {c.context_length} tokens")
-  # `fit` does, too, but after the features are exported and the start is evaluated.
-  check_unchanged(c.out, facts | _model_facts(reader, student))
-  words = ClipTokenizer(profile=student.config.profile) if own is None else own
-  everything = [*phrases, *held]
-  batches = prompt_batches(
-    phrases,
-    words,
-    c.batch_size,
-    c.context_length,
-    c.seed,
-    word_shuffle=c.loss.consistency > 0,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  _check_vocabulary(words, everything, student, c.context_length)
-  if c.features is not None:
-    stored = _stored_features(c, reader, everything, words, report)
-    batches = feature_files.WithTeacherFeatures(batches, stored)
-  evaluate = before = None
-  if held:
-    evaluate, mean = _evaluator(student, reader, held, words)
-    before = evaluate(jax.tree.map(np.asarray, start)) | {"mean_feature_cosine": mean}
-    report(
-      f"before training: cosine with the teacher on held-out phrases {before['heldout_cosine']:.4f}"
-      f" (of the mean feature, whatever the phrase: {mean:.4f})"
-    )
-  return _Distillation(
-    c, whole, reader, student, init, start, phrases, held, batches, evaluate, before, own, mesh, report
-  )
-
-
-def _facts(config: DistillationConfig, phrases: Sequence[str]) -> dict[str, Any]:
-  """What must not change when the run goes on, as far as it is known before anything is loaded."""
-  return config.fingerprint() | {
-    "total_steps": config.total_steps(len(phrases)),
-    "phrases": len(phrases),
-    "phrases_sha256": feature_files.phrases_digest(phrases),
-  }
-
-
-def _model_facts(teacher: Teacher, student: Sam3LiteText) -> dict[str, Any]:
-  """The rest of it."""
-  return {
-    "teacher_identity": teacher.identity(),
-    "student_text": dataclasses.asdict(student.config.text),
-  }
-
-
-def _split(config: DistillationConfig, prompts: PromptSet, profile: Profile) -> tuple[list[str], list[str]]:
-  phrases, held = split_prompts(prompts.phrases, config.held_out, config.seed, profile)
-  total = len(prompts.phrases)
+def _split(config: DistillationConfig, phrases: list[str], profile: Profile) -> tuple[list[str], list[str]]:
+  train, held = split_prompts(phrases, config.held_out, config.seed, profile)
+  said = f"={config.held_out}: none of the {len(phrases)} phrases is"
   if config.held_out and not held:
-    raise ArgumentError(
-      "held_out", f"={config.held_out}: none of the {total} phrases is held out; give more, or 0 for none"
-    )
-  if not phrases:
-    raise ArgumentError(
-      "held_out", f"={config.held_out}: all {total} phrases are held out, none is left to train"
-    )
-  return phrases, held[:EVALUATED_AT_MOST]
-
-
-def _saved_tokenizer(source: str, profile: Profile, teacher: Sam3LiteTextConfig) -> ClipTokenizer | None:
-  """The tokenizer in the teacher's directory, if there is one, under the student's profile."""
-  found = sources.locate(ALIASES.get(source.lower(), source))
-  directory = found.path if os.path.isdir(found.path) else os.path.dirname(found.path)
-  if found.kind == "random" or not os.path.isfile(os.path.join(directory, "tokenizer.json")):
-    return None
-  if teacher.text.vocab_size != TextConfig().vocab_size:  # pruned: the profiles' padding is of CLIP's table
-    profile = rules.padded_like(profile, ClipTokenizer.from_file(directory, teacher.profile))
-  return ClipTokenizer.from_file(directory, profile)
+    raise ArgumentError("held_out", f"{said} held out; give more, or 0 for none")
+  if not train:
+    raise ArgumentError("held_out", f"{said} left to train")
+  return train, held[:EVALUATED_AT_MOST]
 
 
 def _check_vocabulary(tokenizer: Any, phrases: Sequence[str], student: Sam3LiteText, length: int) -> None:
@@ -348,9 +283,7 @@ def _stored_features(config, teacher: Teacher, phrases, tokenizer, report: Repor
     with locks.exclusive(os.path.abspath(os.path.expanduser(config.features)) + ".lock", wait=1):
       feature_files.export_features(config.features, teacher, phrases, tokenizer, report=report)
   barrier("sam3lt-teacher-features")
-  stored = feature_files.TeacherFeatures(config.features)
-  stored.check(teacher.identity(), phrases, tokenizer)
-  return stored
+  return feature_files.TeacherFeatures(config.features)
 
 
 def _evaluator(student: Sam3LiteText, teacher: Teacher, held: Sequence[str], tokenizer: Any):
@@ -364,32 +297,4 @@ def _evaluator(student: Sam3LiteText, teacher: Teacher, held: Sequence[str], tok
     ids, mask = token_rows(list(held[start : start + 256]), tokenizer, teacher.context_length)
     wanted = encode(held[start : start + 256])
     batches.append({"input_ids": ids, "attention_mask": mask, "teacher_features": wanted})
-  return make_feature_evaluator(student, None, batches), mean_feature_cosine(batches)
-
-
-def _count(variables: Variables) -> int:
-  return sum(x.size for x in jax.tree.leaves(variables["params"]))
-
-
-def _write(
-  config: DistillationConfig, result: DistillationResult, tokenizer: Any, report: Report
-) -> dict[str, str]:
-  """See `write_outcome`."""
-  numbers = {
-    "before": result.before,
-    "after": result.after,
-    "agreement": None if result.agreement is None else dataclasses.asdict(result.agreement),
-    "teacher_text_parameters": result.teacher_parameters,
-    "student_text_parameters": result.student_parameters,
-    "init": str(result.init),
-  }
-  return write_outcome(
-    config.out,
-    result.model,
-    result.variables,
-    numbers,
-    name="distillation",
-    title="distillation",
-    tokenizer=tokenizer,
-    report=report,
-  )
+  return make_feature_evaluator(student, batches), mean_feature_cosine(batches)

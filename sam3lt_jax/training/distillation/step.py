@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sam3lt_jax.errors import check
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.nn.layers import Attention, Mlp
 from sam3lt_jax.nn.text_encoder import TextEmbeddings
@@ -22,14 +23,13 @@ from sam3lt_jax.training.step import LossFn
 Tree = dict[str, Any]
 
 
-def split_student(variables: Variables, freeze: tuple[str, ...] = ()) -> tuple[Tree, Tree, Tree]:
+def split_student(variables: Variables) -> tuple[Tree, Tree, Tree]:
   """(trainable, frozen, batch_stats) of a student's text part.
 
   CLIP's pooled head is always frozen: no gradient reaches it, and weight decay would wear it down.
-  `freeze` as in `freezing.split`, whose errors it raises.
   """
   params = text_part.text_variables(variables)["params"]
-  trainable, frozen = freezing.split(params, freeze=[f"{text_part.UNUSED}/", *freeze])
+  trainable, frozen = freezing.split(params, freeze=[f"{text_part.UNUSED}/"])
   return trainable, frozen, variables.get("batch_stats", {})
 
 
@@ -51,7 +51,7 @@ def make_distillation_loss_fn(
 
   Args:
     student: its configuration decides the layers; parameters come with each call, in float32.
-    teacher: computes its features in every step; None: they come with the batch (`WithTeacherFeatures`).
+    teacher: computes its features in every step; None: they come with the batch.
     config: weights of the losses; None: the authors'.
     update_batch_stats: RepMixer blocks normalise by the batch and move their statistics, as the authors train
       (the shuffled prompts do so after the prompts); False: they use the statistics given, which stay.
@@ -62,8 +62,7 @@ def make_distillation_loss_fn(
     ValueError: a rate outside [0, 1), or a student whose features have another width than the teacher's.
   """
   config = config or DistillationLossConfig()
-  if not 0 <= dropout < 1:
-    raise ValueError(f"dropout must be a rate in [0, 1), got {dropout!r}")
+  check(0 <= dropout < 1, "dropout", dropout, "a rate in [0, 1)")
   if teacher is not None:
     text_part.check_width(student.config, teacher.model.config)
   if dtype is not None:

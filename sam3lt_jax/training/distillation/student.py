@@ -21,7 +21,7 @@ from sam3lt_jax.checkpoints.errors import CheckpointMismatchError
 from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 from sam3lt_jax.checkpoints.rules import Layout
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
-from sam3lt_jax.errors import ArgumentError, renamed
+from sam3lt_jax.errors import ArgumentError, check, renamed
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.ops.resize import resize_rows
 from sam3lt_jax.training.distillation import text_part
@@ -57,7 +57,7 @@ class InitReport:
 
 
 def student_config(
-  student: str | TextConfig | Sam3LiteTextConfig,
+  student: str | TextConfig,
   teacher: Sam3LiteTextConfig,
   *,
   profile: str | Profile = "original",
@@ -67,35 +67,22 @@ def student_config(
 
   Args:
     student: "s0", "s1", "l" (also "tiny", "tiny-s1", "tiny-l") for those text encoders with the teacher's
-      vocabulary and a position table of `context_length` rows; a `TextConfig`; or a whole configuration, of
-      which the text part and the profile's fields about phrases are taken.
+      vocabulary and a position table of `context_length` rows; or a `TextConfig`.
     teacher: whose detector the student will serve.
     profile: how the student reads phrases (padding id, padding mask, positions, cleaning). The authors'
-      students were trained as "original" says. Not for a whole configuration, which has its own.
+      students were trained as "original" says.
     context_length: tokens a phrase is padded and cut to.
 
   Raises:
-    ValueError: an unknown name, another vocabulary or projected width than the teacher's, a context that does
-      not fit the position table, or folded RepMixer blocks.
+    ValueError: an unknown name, another vocabulary than the teacher's, a context that does not fit the
+      position table, or folded RepMixer blocks.
   """
-  whole = student if isinstance(student, Sam3LiteTextConfig) else None
-  if whole is not None:
-    text_part.check_width(whole, teacher)
-    text, text_profile = whole.text, whole.profile
-  elif isinstance(student, TextConfig):
-    text, text_profile = student, Profile.named(profile)
-  else:
-    name = str(student).removeprefix("random:")
-    if name not in RANDOM_CONFIGS:
-      raise ArgumentError(
-        "student", f" must be one of {', '.join(RANDOM_CONFIGS)} or a TextConfig, got {student!r}"
-      )
-    text = dataclasses.replace(
-      RANDOM_CONFIGS[name]().text,
-      vocab_size=teacher.text.vocab_size,
-      max_position_embeddings=context_length,
-    )
-    text_profile = Profile.named(profile)
+  text = student
+  if not isinstance(student, TextConfig):
+    names = f"{', '.join(RANDOM_CONFIGS)} or a TextConfig"
+    check(student in RANDOM_CONFIGS, "student", student, names)
+    own = {"vocab_size": teacher.text.vocab_size, "max_position_embeddings": context_length}
+    text = dataclasses.replace(RANDOM_CONFIGS[student]().text, **own)
   if text.vocab_size != teacher.text.vocab_size:
     raise ArgumentError(
       "student",
@@ -106,7 +93,7 @@ def student_config(
     raise ArgumentError(
       "student", ": config.text.fused has no BatchNorm to train; take the unfused configuration"
     )
-  changed = text_part.with_text_profile(teacher.profile, text_profile, context_length)
+  changed = text_part.with_text_profile(teacher.profile, Profile.named(profile), context_length)
   with renamed("text", "student"):
     config = teacher.replace(text=text, profile=changed)
   text_part.check_reading(config, context_length, "student")
@@ -114,14 +101,13 @@ def student_config(
 
 
 def make_student(
-  student: str | TextConfig | Sam3LiteTextConfig,
+  student: str | TextConfig,
   init: str | os.PathLike = "random",
   *,
   teacher: Sam3LiteTextConfig,
   profile: str | Profile = "original",
   context_length: int = 16,
   seed: int = 0,
-  dtype: Any = jnp.float32,
 ) -> tuple[Sam3LiteText, Variables, InitReport]:
   """A student model and the variables of its text part.
 
@@ -130,18 +116,18 @@ def make_student(
     init: "random" (from `seed`); a LiteText checkpoint that `from_pretrained` reads, in any layout; or a file
       with MobileCLIP's text encoder, its keys behind any prefix (`text_encoder.`, `module.text_encoder.`,
       ...). A projection to another width than the teacher's, or none, starts at random.
-    dtype: what layers compute in. Parameters are float32.
 
   Returns:
-    (model, variables, report): `variables` has only the text part, enough for `get_text_features`.
+    (model, variables, report): `variables` has only the text part in float32, enough for `get_text_features`.
 
   Raises:
     ValueError: see `student_config`. `CheckpointError`: an unknown source, or a file without a text encoder
       of this kind; `CheckpointMismatchError` lists tensors that do not fit.
   """
   config = student_config(student, teacher, profile=profile, context_length=context_length)
-  model = Sam3LiteText(config, dtype=dtype)
-  variables = random_text_variables(model, seed)
+  model = Sam3LiteText(config)
+  ids = jnp.zeros((1, min(4, config.text.max_position_embeddings)), jnp.int32)
+  variables = jax.jit(lambda key: model.init(key, ids, method="get_text_features"))(jax.random.key(seed))
   source = os.fspath(init)
   if source == "random":
     flat = engine.flatten(variables)
@@ -150,13 +136,6 @@ def make_student(
     loaded, notes = _load(source, model)
   variables, report = _fill(variables, loaded, source, notes, config)
   return model, variables, report
-
-
-def random_text_variables(model: Sam3LiteText, seed: int) -> Variables:
-  """Freshly initialised variables of the text part, float32."""
-  ids = jnp.zeros((1, min(4, model.config.text.max_position_embeddings)), jnp.int32)
-  init = jax.jit(lambda key: model.init(key, ids, method="get_text_features"))
-  return init(jax.random.key(seed))
 
 
 def _load(source: str, model: Sam3LiteText) -> tuple[dict[str, Any], list[str]]:

@@ -100,19 +100,3 @@ def load_model(source: str | os.PathLike, **options: Any) -> tuple[Sam3LiteText,
   """`from_pretrained`, which also knows "sam3" (facebook/sam3). Errors as there."""
   name = os.fspath(source)
   return from_pretrained(ALIASES.get(name.lower(), name), **options)
-
-
-def load_teacher(source: str | os.PathLike, *, context_length: int = 16, **options: Any) -> Teacher:
-  """The teacher in a checkpoint; everything but its text part is let go.
-
-  Args:
-    source: "sam3", or whatever `from_pretrained` takes: SAM 3 or a LiteText checkpoint in any layout.
-    context_length: tokens a phrase is padded and cut to, 16 in the authors' recipe for teacher and student.
-    options: of `from_pretrained` (config, profile, dtype, ...).
-
-  Raises:
-    ValueError: an unknown source, or a context longer than the teacher's position table.
-    ImportError, OSError: see `from_pretrained`.
-  """
-  model, variables = load_model(source, **options)
-  return Teacher.of(model, variables, context_length=context_length, name=os.fspath(source))

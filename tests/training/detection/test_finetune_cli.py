@@ -106,10 +106,10 @@ def test_options_reach_the_configuration(on_disk, asked):
 
 def test_the_measure_that_chooses_is_one_that_is_defined():
   pairs = {"positive_pairs": 3, "negative_pairs": 2}
-  assert run.Choice.by(pairs).measure == "cgF1"
-  assert run.Choice.by(pairs | {"negative_pairs": 0}).best == ("eval_pmF1", "max")
-  assert run.Choice.by(pairs | {"positive_pairs": 0}).best is None
-  assert run.Choice.by(None).best is None and "no validation images" in str(run.Choice.by(None))
+  assert run.choose(pairs).measure == "cgF1"
+  assert run.choose(pairs | {"negative_pairs": 0}).measure == "pmF1"
+  assert run.choose(pairs | {"positive_pairs": 0}).measure is None
+  assert run.choose(None) == (None, "there are no validation images")
 
 
 def test_annotations_edited_without_a_change_of_size_are_another_run(on_disk, asked):

@@ -19,6 +19,10 @@ SMALL = {
 }
 
 
+def size(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
 def test_by_hand():
   """kernel + 6 / 2 * a @ b, rank 2."""
   config = LoraConfig(rank=2, alpha=6.0, targets=("fc1",))
@@ -32,7 +36,7 @@ def test_by_hand():
     assert out["mlp"]["fc1"]["bias"] is SMALL["mlp"]["fc1"]["bias"]
     assert out["conv"]["kernel"] is SMALL["conv"]["kernel"]
   np.testing.assert_array_equal(SMALL["mlp"]["fc1"]["kernel"], [[1, 2, 3], [4, 5, 6]])  # left alone
-  assert lora.count_parameters(adapters) == 4 + 6
+  assert size(adapters) == 4 + 6
 
 
 def test_default_targets_of_the_real_model():
@@ -49,7 +53,7 @@ def test_default_targets_of_the_real_model():
   assert not any(p.startswith(("text_encoder", "geometry_encoder", "mask_decoder")) for p in paths)
   adapters = lora.init_lora(variables["params"], config, jax.random.key(0))
   kernels = flatten(variables["params"])
-  assert lora.count_parameters(adapters) == sum(2 * sum(kernels[p].shape) for p in paths)
+  assert size(adapters) == sum(2 * sum(kernels[p].shape) for p in paths)
   assert set(flatten(adapters)) == {f"{p}/{part}" for p in paths for part in "ab"}
 
 
@@ -62,7 +66,7 @@ def test_full_size_count():
   trunk = 32 * (4 * 2048 + 2 * 5760)
   fusion = 6 * (8 * 512 + 2 * 2304)
   decoder = 6 * (12 * 512 + 2 * 2304)
-  assert lora.count_parameters(adapters) == 16 * (trunk + fusion + decoder) == 11_960_320
+  assert size(adapters) == 16 * (trunk + fusion + decoder) == 11_960_320
 
 
 def test_step_zero_is_the_base_model_exactly():
@@ -169,7 +173,6 @@ def test_split_adapters():
     ({"alpha": 0.0}, "alpha=0.0; accepted: a number above 0"),
     ({"targets": ()}, r"targets=\(\); accepted: one or more"),
     ({"targets": "fc1"}, "targets='fc1'; accepted: one or more"),
-    ({"targets": ("fc1(",)}, r"targets: 'fc1\(' is no regular expression"),
   ],
 )
 def test_config_errors(kwargs, message):
@@ -180,11 +183,9 @@ def test_config_errors(kwargs, message):
 @pytest.mark.parametrize(
   "kwargs, message",
   [
-    (
-      {"targets": ("fc1", "fc3")},
-      "targets: 'fc3' finds no kernel; there are, among others: .*mlp/fc1/kernel",
-    ),
-    ({"targets": ("bias",)}, "targets: 'bias' finds no kernel"),
+    ({"targets": ("fc1", "fc3")}, "targets: 'fc3' matches no parameter; near names: .*mlp/fc1"),
+    ({"targets": ("bias",)}, "targets: 'bias' matches no parameter"),
+    ({"targets": ("fc1(",)}, r"targets: 'fc1\(' is no regular expression"),
     (
       {"targets": ("fc1", "conv")},
       r"targets: 'conv' finds kernels that are no matrices .*conv/kernel \(3, 3, 2, 2\)",
@@ -200,7 +201,7 @@ def test_target_errors(kwargs, message):
 def test_adapters_of_another_model():
   config = LoraConfig(rank=1, targets=("fc1",))
   adapters = lora.init_lora(SMALL, config, jax.random.key(0))
-  with pytest.raises(ValueError, match="lora: mlp is in the adapters and not in the parameters"):
+  with pytest.raises(ValueError, match="lora: mlp/fc1/kernel is in the adapters and not in the parameters"):
     lora.apply_lora({"conv": SMALL["conv"]}, adapters, config)
   other = {"mlp": {"fc1": {"kernel": np.zeros((2, 4))}}}
   with pytest.raises(ValueError, match=r"adapter of mlp/fc1/kernel is for \[2, 3\], the kernel is \(2, 4\)"):

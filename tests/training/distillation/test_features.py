@@ -12,7 +12,6 @@ from sam3lt_jax.training.distillation import features as f
 from sam3lt_jax.training.distillation.features import (
   FeatureError,
   TeacherFeatures,
-  WithTeacherFeatures,
   export_features,
 )
 from sam3lt_jax.training.distillation.teacher import Teacher
@@ -45,34 +44,26 @@ def test_what_is_read_is_what_the_teacher_gives(exported):
   assert got.dtype == np.float16
   np.testing.assert_allclose(got.astype(np.float32), expected()[ids].astype(np.float32), atol=2e-3, rtol=2e-3)
   assert sorted(os.listdir(exported.directory)) == [*(f.shard_name(i) for i in range(4)), "manifest.json"]
-  assert not os.path.exists(f"{exported.directory}.exporting")
   assert [s["rows"] for s in exported.manifest["shards"]] == [6, 6, 6, 4]
   with pytest.raises(IndexError, match="within 0 to 21"):
     exported[np.array([22])]
 
 
-def test_batches_get_their_features_by_id(exported):
-  batches = [{"id": np.array([3, 1]), "input_ids": np.zeros((2, 8))}]
-  batch = WithTeacherFeatures(batches, exported)[0]
-  np.testing.assert_array_equal(batch["teacher_features"], exported[np.array([3, 1])])
-  assert "teacher_features" not in batches[0]
-
-
 def test_an_interrupted_export_goes_on_with_the_shard_it_lacks(tmp_path, monkeypatch):
   written = []
 
-  def failing(path, features, start, write=f._write_shard):
+  def failing(directory, index, features, start, write=f._write_shard):
     if start == 12 and not written[2:]:
-      raise OSError(28, "No space left on device", path)
+      raise OSError(28, "No space left on device", directory)
     written.append(start)
-    return write(path, features, start)
+    return write(directory, index, features, start)
 
   monkeypatch.setattr(f, "_write_shard", failing)
   written[:] = []
   with pytest.raises(OSError, match="No space"):
     export(tmp_path / "features")
-  assert written == [0, 6] and not (tmp_path / "features").exists()
-  with pytest.raises(FeatureError, match="an unfinished export lies beside it"):
+  assert written == [0, 6]
+  with pytest.raises(FeatureError, match="holds an unfinished export; run the export again"):
     TeacherFeatures(tmp_path / "features")
   written.append("room again")
   export(tmp_path / "features")
@@ -86,36 +77,25 @@ def test_an_interrupted_export_goes_on_with_the_shard_it_lacks(tmp_path, monkeyp
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_shards_before(tmp_path):
-  """5 pages are the plan, the first shard with its note, and half of the second."""
+  """4 pages are the manifest, the first shard, and half of the second."""
   said: list[str] = []
-  with mounts.tmpfs(tmp_path / "disk", "size=20k") as small:
-    work = small / "features.exporting"
+  with mounts.tmpfs(tmp_path / "disk", "size=16k") as small:
+    work = small / "features"
     with pytest.raises(FeatureError) as e:
-      export(small / "features", rows_per_shard=11, report=said.append)
+      export(work, rows_per_shard=11, report=said.append)
     assert str(e.value) == (
       f"{work / f.shard_name(1)} is not written: no space is left on its disk; the shards before it are kept:"
       " make room and run the export again, which goes on with this one"
     )
     assert "requested and" in str(e.value.__cause__)  # numpy's, without a word of the disk
-    kept = [f.shard_name(0), f"{f.shard_name(0)}.json", "plan.json"]
-    assert sorted(os.listdir(work)) == kept  # the half of the second gives its room back
+    assert sorted(os.listdir(work)) == [
+      f.shard_name(0),
+      "manifest.json",
+    ]  # the half of the second gives its room back
     subprocess.run(["mount", "-o", "remount,size=1m", str(small)], check=True)
-    export(small / "features", rows_per_shard=11, report=said.append)
+    export(work, rows_per_shard=11, report=said.append)
     assert said == [f"teacher features: shard {n} of 2 written" for n in (1, 2)]
-    assert len(TeacherFeatures(small / "features")[np.arange(N)]) == N
-
-
-def test_a_torn_shard_of_an_unfinished_export_is_made_anew(tmp_path, monkeypatch):
-  monkeypatch.setattr(f.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-  with pytest.raises(KeyboardInterrupt):
-    export(tmp_path / "features")
-  monkeypatch.undo()
-  shard = tmp_path / "features.exporting" / f.shard_name(1)
-  whole = shard.read_bytes()
-  shard.write_bytes(whole[:-100])
-  made = export(tmp_path / "features")
-  assert (tmp_path / "features" / f.shard_name(1)).read_bytes() == whole
-  assert len(made) == N
+    assert len(TeacherFeatures(work)[np.arange(N)]) == N
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
@@ -145,18 +125,15 @@ def test_damage_is_found_named_and_mended(exported, damage):
 
 
 def test_other_phrases_teachers_and_tokenizers_are_refused(exported):
-  exported.check(tiny_teacher().identity(), PHRASES[:N], tokenizer())
-  with pytest.raises(FeatureError, match="features of 22 phrases, not 21"):
-    exported.check(phrases=PHRASES[: N - 1])
-  with pytest.raises(FeatureError, match="other phrases, or of the same in another order"):
-    exported.check(phrases=PHRASES[:N][::-1])
+  with pytest.raises(FeatureError, match="another export: phrases is 22 there and 21 here"):
+    export(exported.directory, PHRASES[: N - 1])
+  with pytest.raises(FeatureError, match="another export: phrases_sha256 is "):
+    export(exported.directory, PHRASES[:N][::-1])
   other = Teacher.of(*tiny_model(), context_length=16)
-  with pytest.raises(FeatureError, match=r"another teacher: profile.context_length is 8 there and 16 here"):
-    exported.check(other.identity())
-  with pytest.raises(FeatureError, match=r"another export: .* is 8 there and 16 here"):
+  with pytest.raises(FeatureError, match=r"another export: .*context_length is 8 there and 16 here"):
     export(exported.directory, teacher=other)
-  with pytest.raises(FeatureError, match="another tokenizer"):
-    exported.check(phrases=PHRASES[:N], tokenizer=_Reversed())
+  with pytest.raises(FeatureError, match="another export: token_ids_sha256 is "):
+    export_features(exported.directory, tiny_teacher(), PHRASES[:N], _Reversed(), **SETTINGS)
 
 
 class _Reversed:
@@ -171,7 +148,7 @@ class _Reversed:
 def test_mistakes(tmp_path, exported):
   with pytest.raises(ValueError, match="phrases must hold at least one phrase"):
     export(tmp_path / "none", phrases=[])
-  with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
+  with pytest.raises(ValueError, match="rows_per_shard=0; accepted: 1 or more"):
     export(tmp_path / "none", rows_per_shard=0)
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "notes.txt").write_text("mine")

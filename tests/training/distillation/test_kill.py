@@ -30,8 +30,8 @@ class Endless:
       time.sleep(1)
     return self.data[step]
 
-prefetch = loop.Prefetch
-loop.Prefetch = lambda data, *args: prefetch(Endless(data), *args)
+prefetch = loop.prefetch
+loop.prefetch = lambda data, *args: prefetch(Endless(data), *args)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -136,8 +136,8 @@ def test_against_torch(pool):
 @pytest.mark.parametrize(
   ("bad", "said"),
   [
-    ({"mse": -1.0}, "mse must be a weight"),
-    ({"cosine": float("nan")}, "cosine must be a weight"),
+    ({"mse": -1.0}, "mse=-1.0; accepted: a weight"),
+    ({"cosine": float("nan")}, "cosine=nan; accepted: a weight"),
     ({"mse": 0.0, "cosine": 0.0}, "both 0"),
     ({"consistency_pool": "some"}, "'valid' or 'all'"),
   ],

@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_names_the_phrases(prompts, tmp_path):
   ("changes", "said"),
   [
     ({"teacher": "sam33"}, "unknown model 'sam33'"),
-    ({"student": "s7"}, "student must be one of s0, s1, l"),
+    ({"student": "s7"}, "student='s7'; accepted: s0, s1, l"),
     ({"init": "mobileclip_s7.pt"}, "no such file"),
     ({"context_length": 20}, "context_length: the teacher's position table has 16 rows"),
     ({"held_out": 0.0001}, r"held_out=0.0001: none of the \d+ phrases is held out"),

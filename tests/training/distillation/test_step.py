@@ -149,11 +149,9 @@ def test_a_step_with_the_optimiser_moves_the_student_and_nothing_else():
 
 
 def test_mistakes():
-  with pytest.raises(ValueError, match=r"dropout must be a rate in \[0, 1\), got 1.0"):
+  with pytest.raises(ValueError, match=r"dropout=1.0; accepted: a rate"):
     make_distillation_loss_fn(STUDENT, TEACHER, dropout=1.0)
   wide = tiny.load(tiny.config())[0].config
   wide = wide.replace(detr_encoder=wide.detr_encoder.__class__(hidden_size=32, num_attention_heads=2))
   with pytest.raises(ValueError, match="projected to a width of 32, the teacher's to 16"):
     make_distillation_loss_fn(STUDENT.clone(config=wide), TEACHER)
-  with pytest.raises(ValueError, match=r"matches no parameter"):
-    split_student(VARIABLES, freeze=("text_encoder/layer_9",))

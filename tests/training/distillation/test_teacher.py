@@ -11,7 +11,7 @@ from sam3lt_jax import from_pretrained
 from sam3lt_jax.checkpoints import engine, tables
 from sam3lt_jax.config import Profile
 from sam3lt_jax.model import Sam3LiteText
-from sam3lt_jax.training.distillation.teacher import Teacher, load_teacher
+from sam3lt_jax.training.distillation.teacher import Teacher
 from tests.checkpoints.common import fixture, original_config, original_state_dict
 from tests.training.distillation.common import tiny_model
 
@@ -85,15 +85,9 @@ def test_identity_tells_weights_and_context_apart():
   assert Teacher.of(model, changed).digest == one.digest
 
 
-def test_load_and_mistakes(tmp_path):
-  teacher = load_teacher("random:tiny-s1", context_length=8, progress=False)
-  assert teacher.name == "random:tiny-s1" and teacher.context_length == 8
-  with pytest.raises(ValueError, match=r"unknown model 'sam33'"):
-    load_teacher("sam33")
-  with pytest.raises(
-    ValueError, match=r"context_length: the teacher's position table has 16 rows, .* got 17"
-  ):
-    load_teacher("random:tiny", context_length=17, progress=False)
+def test_mistakes():
+  with pytest.raises(ValueError, match=r"the teacher's position table has 16 rows, .* got 17"):
+    Teacher.of(*from_pretrained("random:tiny", progress=False), context_length=17)
   model, variables = variables_of("sam3")
   beyond = model.clone(config=model.config.replace(profile="transformers"))
   with pytest.raises(ValueError, match="pad_token_id 49407 is beyond the teacher's vocabulary of 256"):
