@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -33,6 +34,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _wo
 
 import filelock  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_collection_finish():
+  """Garbage is looked for less often, and not in what was imported: that took an eighth of the time."""
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True)
