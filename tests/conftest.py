@@ -12,6 +12,10 @@ import tempfile
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
+# Where a machine asks for no bytecode, every process that a test starts would compile the library's source
+# again, and every worker the tests': 8 s of CPU.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Before anything imports jax, torch or huggingface_hub, which read these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
