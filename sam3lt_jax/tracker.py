@@ -23,7 +23,17 @@ import jax.numpy as jnp
 from sam3lt_jax.config import NOT_A_POINT, PADDING_LABEL, TrackerConfig
 from sam3lt_jax.features import Clicks, Memory, Tracked, TrackerFeatures
 from sam3lt_jax.model_inputs import image_of_each_prompt
-from sam3lt_jax.nn.layers import Dense, Dtype, PatchConv, ReluMlp, Taps, embedding_init, repeat_rows, tap
+from sam3lt_jax.nn.layers import (
+  Dense,
+  Dtype,
+  PatchConv,
+  ReluMlp,
+  Taps,
+  embedding_init,
+  param,
+  repeat_rows,
+  tap,
+)
 from sam3lt_jax.nn.memory_attention import MemoryAttention
 from sam3lt_jax.nn.memory_encoder import MemoryEncoder
 from sam3lt_jax.nn.neck import Neck
@@ -91,7 +101,7 @@ class Sam3Tracker(nn.Module):
       )
 
   def _vector(self, name: str, *shape: int) -> jax.Array:
-    return self.param(name, embedding_init, shape, self.param_dtype)
+    return param(self, name, embedding_init, shape)
 
   def get_image_features(self, trunk_map: jax.Array) -> TrackerFeatures:
     """trunk_map: [B, h, w, D_trunk], of `Sam3LiteText.trunk_map` -> `TrackerFeatures`, for many prompts."""

@@ -1,11 +1,14 @@
 """What `sam3lt distill`, `finetune` and `demo --data` make of their options, with the bundled model."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import logging
 import re
+import shutil
 import sys
 
 import jax
@@ -195,16 +198,25 @@ def test_how_much_smaller():
 # ------------------------------------------------------------------ fine-tuning, and the data to try it on
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+  """What `demo --data` writes, drawn once; and what it says."""
+  where, said = tmp_path_factory.mktemp("scenes"), io.StringIO()
+  with contextlib.chdir(where), contextlib.redirect_stdout(said):
+    assert cli.main(["demo", "--data", "drawn", "--scenes", "4"]) == 0
+  return where / "drawn", said.getvalue()
+
+
 @pytest.fixture
-def drawn(folder, capsys):
-  assert cli.main(["demo", "--data", "drawn", "--scenes", "4"]) == 0
-  assert capsys.readouterr().out == (
-    "wrote drawn/train.json, drawn/val.json, drawn/phrases.txt (3 and 1 scenes in drawn/images)\n"
-  )
+def drawn(folder, scenes):
+  shutil.copytree(scenes[0], "drawn")
   return ["finetune", "--model", "shapes", "--annotations", "drawn/train.json", "--images", "drawn/images"]
 
 
-def test_drawn_data_is_coco(drawn, folder):
+def test_drawn_data_is_coco(drawn, folder, scenes):
+  assert scenes[1] == (
+    "wrote drawn/train.json, drawn/val.json, drawn/phrases.txt (3 and 1 scenes in drawn/images)\n"
+  )
   coco = COCO("drawn/train.json")
   assert sorted(coco.getImgIds()) == [1, 2, 3] and COCO("drawn/val.json").getImgIds() == [4]
   assert [c["name"] for c in coco.loadCats(coco.getCatIds())][:2] == ["circle", "ring"]

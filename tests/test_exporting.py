@@ -32,7 +32,7 @@ CALLS = ((1, 1), (2, 3), (3, 2))  # images and prompts
 
 @pytest.fixture(scope="module")
 def predictor():
-  return Predictor.from_pretrained("random:tiny", image_size=SIDE)
+  return Predictor.from_pretrained("random:tiny", image_size=SIDE, compile_ahead=False)
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,6 @@ for out in (sharded, mapped):
 def test_two_devices_give_what_one_gives():
   """jit over a mesh and `pmap_forward`, in a process of its own, which can have two devices."""
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-  flags += " --xla_backend_optimization_level=0"  # pmap takes no options of the compiler
   root = pathlib.Path(__file__).parent.parent
   env = os.environ | {"XLA_FLAGS": flags}
   command = [sys.executable, "-c", _TWO_DEVICES]
@@ -185,8 +184,7 @@ pictures.assert_same_results(last(photos[0], ["a dog", "a cat"], threshold=0.0),
 
 @pytest.mark.full
 def test_a_predictor_on_four_devices_finds_what_one_finds():
-  flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-  env = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": flags}
+  env = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
   command = [sys.executable, "-c", _FOUR_DEVICES]
   root = pathlib.Path(__file__).parents[1]
   done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)

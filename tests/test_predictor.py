@@ -67,6 +67,7 @@ def assert_same(a, b, atol=1e-5):
 # The same as by hand
 
 
+IDLE = {"compile_ahead": False}  # what is looked at and asked nothing
 MIXED_BATCH = dataclasses.replace(Profile.transformers(), name="mixed batch", geometry_cls="with_any_boxes")
 
 
@@ -377,12 +378,14 @@ def test_from_pretrained_with_a_tokenizer_of_its_own(tmp_path):
   (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
   model, variables = tiny.load(tiny.config("transformers", vocab_size=49408))
   save_pretrained(tmp_path / "model", model, variables, tokenizer=tmp_path)
-  loaded = Predictor.from_pretrained(tmp_path / "model")
+  loaded = Predictor.from_pretrained(tmp_path / "model", **IDLE)
   assert loaded.processor.tokenizer.encode("a cat") == bundled.encode("a dog") != bundled.encode("a cat")
   assert loaded.processor.profile == Profile.transformers()
   assert loaded.processor.image_size == loaded.model.config.vision.image_size == tiny.SIDE
   assert loaded.model.config.text.fused
-  original = Predictor.from_pretrained(tmp_path / "model", profile="original", image_size=56, fuse=False)
+  original = Predictor.from_pretrained(
+    tmp_path / "model", profile="original", image_size=56, fuse=False, **IDLE
+  )
   assert original.processor.profile == Profile.original()
   assert original.processor.tokenizer.profile == Profile.original()
   assert original.processor.image_size == 56
@@ -394,20 +397,21 @@ def test_the_saved_image_size_counts(tmp_path):
   save_pretrained(tmp_path / "model", model, variables, format="transformers")
   path = tmp_path / "model" / "processor_config.json"
   path.write_text(path.read_text().replace(str(tiny.SIDE), "56"))
-  assert Predictor.from_pretrained(tmp_path / "model").processor.image_size == 56
-  assert Predictor.from_pretrained(tmp_path / "model", image_size=28).processor.image_size == 28
+  assert Predictor.from_pretrained(tmp_path / "model", **IDLE).processor.image_size == 56
+  assert Predictor.from_pretrained(tmp_path / "model", image_size=28, **IDLE).processor.image_size == 28
 
 
 def test_from_pretrained_options():
-  loaded = Predictor.from_pretrained("random:tiny", config=CONFIG, dtype="bfloat16", box_buckets=(4,))
+  given = {"config": CONFIG, **IDLE}
+  loaded = Predictor.from_pretrained("random:tiny", **given, dtype="bfloat16", box_buckets=(4,))
   assert loaded.model.dtype == loaded.model.param_dtype == "bfloat16"
   leaves = jax.tree.leaves(loaded.variables["params"])
   assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
-  mixed = Predictor.from_pretrained("random:tiny", config=CONFIG, dtype="bfloat16", param_dtype="float32")
+  mixed = Predictor.from_pretrained("random:tiny", **given, dtype="bfloat16", param_dtype="float32")
   assert (mixed.model.dtype, mixed.model.param_dtype) == ("bfloat16", "float32")
   for size in (100, 14, 0, -28):
     with pytest.raises(ValueError, match=f"image_size must be .*got {size}"):
-      Predictor.from_pretrained("random:tiny", config=CONFIG, image_size=size)
+      Predictor.from_pretrained("random:tiny", **given, image_size=size)
 
 
 def test_another_image_size_runs(base, sibling):

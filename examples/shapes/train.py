@@ -190,7 +190,9 @@ class PortRun(FinishRun):
 def pretrain_vision(run: VisionRun, directory: str) -> tuple[Any, Any]:
   """Stage 0: the parameters of the vision encoder and of the heads that read its maps."""
   model = Sam3LiteText(models.teacher_config())
-  start = model.init_variables(jax.random.key(run.seed))["params"]["vision_encoder"]
+  # Compiled as one, what is not asked for is not drawn.
+  draw = jax.jit(lambda key: model.init_variables(key)["params"]["vision_encoder"])
+  start = draw(jax.random.key(run.seed))
   loss_fn, init = make_dense_loss_fn(model, models.mask_side())
   params = init(start, jax.random.key(run.seed))
   tx, schedule = make_optimizer(run.optimizer, params)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.nn.layers import Dense, Dtype, LayerNorm, repeat_rows
+from sam3lt_jax.nn.layers import Dense, Dtype, LayerNorm, param, repeat_rows
 from sam3lt_jax.ops import attention, positions, rope, target
 
 
@@ -28,10 +28,8 @@ class Weights(nn.Module):
   @nn.compact
   def __call__(self) -> tuple[jax.Array, jax.Array]:
     """kernel [inputs, features] and bias [features]."""
-    kernel = self.param(
-      "kernel", nn.initializers.xavier_uniform(), (self.inputs, self.features), self.param_dtype
-    )
-    return kernel, self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+    kernel = param(self, "kernel", nn.initializers.xavier_uniform(), (self.inputs, self.features))
+    return kernel, param(self, "bias", nn.initializers.zeros_init(), (self.features,))
 
 
 class RopeSelfAttention(nn.Module):

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.nn.layers import Conv, Dense, Dtype, LayerNorm, gelu
+from sam3lt_jax.nn.layers import Conv, Dense, Dtype, LayerNorm, gelu, param
 
 DOWNSAMPLINGS = 4  # each halves the mask's sides and makes its channels four times as many
 
@@ -49,7 +49,7 @@ class FuserBlock(nn.Module):
     h = LayerNorm(1e-6, name="layer_norm", **kw)(h)
     h = gelu(Dense(self.hidden, name="pointwise_conv1", **kw)(h))
     h = Dense(D, name="pointwise_conv2", **kw)(h)
-    scale = self.param("scale", nn.initializers.constant(1e-6), (D,), self.param_dtype)
+    scale = param(self, "scale", nn.initializers.constant(1e-6), (D,))
     return x + scale.astype(self.dtype) * h
 
 

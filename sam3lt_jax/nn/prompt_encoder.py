@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.nn.layers import Conv, Dtype, LayerNorm, PatchConv, embedding_init, gelu
+from sam3lt_jax.nn.layers import Conv, Dtype, LayerNorm, PatchConv, embedding_init, gelu, param
 from sam3lt_jax.ops import positions
 
 KINDS = 4  # of points, by label: 0 negative, 1 positive, 2 top-left and 3 bottom-right corner of a box
@@ -26,7 +26,7 @@ class FourierPositions(nn.Module):
 
   def setup(self):
     shape = (2, self.features // 2)
-    matrix = self.param("positional_embedding", nn.initializers.normal(1.0), shape, self.param_dtype)
+    matrix = param(self, "positional_embedding", nn.initializers.normal(1.0), shape)
     self.matrix = jax.lax.stop_gradient(matrix).astype(jnp.float32)
 
   def __call__(self, xy: jax.Array) -> jax.Array:

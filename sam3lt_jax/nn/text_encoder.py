@@ -20,6 +20,7 @@ from sam3lt_jax.nn.layers import (
   Taps,
   embedding_init,
   gelu,
+  param,
   tap,
 )
 from sam3lt_jax.ops import resize
@@ -37,13 +38,13 @@ class DepthwiseConv(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """x: [P, T, D] -> [P, T, D]."""
     K, D, T = self.kernel_size, x.shape[-1], x.shape[1]
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), (K, 1, D), self.param_dtype)
+    kernel = param(self, "kernel", nn.initializers.lecun_normal(), (K, 1, D))
     kernel = kernel.astype(self.dtype)
     # A sum of shifted products: phrases are short, and grouped convolutions are slow on XLA:CPU.
     x = jnp.pad(x.astype(self.dtype), ((0, 0), (K // 2, K // 2), (0, 0)))
     y = sum(x[:, i : i + T] * kernel[i] for i in range(K))
     if self.use_bias:
-      y = y + self.param("bias", nn.initializers.zeros_init(), (D,), self.param_dtype).astype(self.dtype)
+      y = y + param(self, "bias", nn.initializers.zeros_init(), (D,)).astype(self.dtype)
     return y
 
 
@@ -63,8 +64,8 @@ class BatchNorm(nn.Module):
   def __call__(self, x: jax.Array, running: bool) -> jax.Array:
     """x: [P, T, D] -> the same shape in dtype. `running`: normalise by the statistics kept so far."""
     D = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones_init(), (D,), self.param_dtype)
-    bias = self.param("bias", nn.initializers.zeros_init(), (D,), self.param_dtype)
+    scale = param(self, "scale", nn.initializers.ones_init(), (D,))
+    bias = param(self, "bias", nn.initializers.zeros_init(), (D,))
     kept_mean = self.variable("batch_stats", "mean", jnp.zeros, (D,), jnp.float32)
     kept_var = self.variable("batch_stats", "var", jnp.ones, (D,), jnp.float32)
     x = x.astype(jnp.float32)
@@ -120,9 +121,7 @@ class RepMixer(nn.Module):
       return DepthwiseConv(self.kernel_size, use_bias=True, name="conv", **kw)(x)
     mixed = MobileOneBlock(self.kernel_size, self.batch_norm_eps, name="mixer", **kw)(x, running)
     reference = batch_norm(self, "reference_batchnorm")(x, running)
-    scale = self.param(
-      "layer_scale", nn.initializers.constant(self.layer_scale_init), (x.shape[-1],), self.param_dtype
-    )
+    scale = param(self, "layer_scale", nn.initializers.constant(self.layer_scale_init), (x.shape[-1],))
     return x + scale.astype(self.dtype) * (mixed - reference)
 
 
@@ -170,9 +169,7 @@ class RepMixerBlock(nn.Module):
     )(x, running)
     if self.fused:
       return x + update
-    scale = self.param(
-      "layer_scale", nn.initializers.constant(self.layer_scale_init), (x.shape[-1],), self.param_dtype
-    )
+    scale = param(self, "layer_scale", nn.initializers.constant(self.layer_scale_init), (x.shape[-1],))
     return x + scale.astype(self.dtype) * update
 
 
@@ -224,9 +221,7 @@ class TextEmbeddings(nn.Module):
       param_dtype=self.param_dtype,
       name="token_embedding",
     )(input_ids)
-    table = self.param(
-      "position_embedding", embedding_init, (self.max_positions, self.features), self.param_dtype
-    )
+    table = param(self, "position_embedding", embedding_init, (self.max_positions, self.features))
     if self.position_policy == "interpolate":
       table = resize.resize_rows(table, T)
     elif self.max_positions < T:

@@ -23,6 +23,7 @@ from sam3lt_jax.nn.layers import (
   Taps,
   embedding_init,
   gelu,
+  param,
   tap,
 )
 from sam3lt_jax.nn.neck import Neck
@@ -135,7 +136,7 @@ class Embeddings(nn.Module):
     P = self.pretrain_grid
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = PatchEmbeddings(self.features, self.patch, name="patch_embeddings", **kw)(pixels)
-    table = self.param("position_embeddings", embedding_init, (1, P * P, self.features), self.param_dtype)
+    table = param(self, "position_embeddings", embedding_init, (1, P * P, self.features))
     H, W = x.shape[1:3]
     tiled = jnp.tile(table.reshape(P, P, -1), (-(-H // P), -(-W // P), 1))[:H, :W]
     return x + tiled.astype(self.dtype)

@@ -1,6 +1,7 @@
 """The page in a real browser, headless: what a visitor sees, clicks and downloads."""
 
 import base64
+import importlib.util
 import json
 import shutil
 import socket
@@ -15,13 +16,16 @@ from sam3lt_jax.processing.results import Results
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 from tests.app import common
 
-gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install 'sam3lt_jax[app]'")
 playwright = pytest.importorskip(
   "playwright.sync_api", reason="drives a browser with playwright: pip install it"
 )
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
   pytest.mark.full,
+  pytest.mark.skipif(  # not imported to see: that takes four seconds, of every worker
+    importlib.util.find_spec("gradio") is None,
+    reason="the page needs gradio: pip install 'sam3lt_jax[app]'",
+  ),
   pytest.mark.skipif(
     CHROMIUM is None, reason="needs chromium on the PATH (Debian: apt-get install chromium)"
   ),

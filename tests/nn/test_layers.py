@@ -1,5 +1,6 @@
 """Layers: the defaults on which flax and torch disagree, and torch's own layers."""
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,15 @@ def test_parameters_are_stored_and_computed_as_asked():
   variables = layer.init(jax.random.key(0), x)
   assert variables["params"]["kernel"].dtype == jnp.bfloat16
   assert layer.apply(variables, x).dtype == jnp.float32
+
+
+def test_what_is_read_is_checked_without_tracing_its_initialiser(monkeypatch):
+  monkeypatch.setattr(layers.nn.initializers, "xavier_uniform", lambda: lambda *_: pytest.fail("traced"))
+  params = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}
+  module = layers.Dense(4)
+  with pytest.raises(flax.errors.ScopeParamShapeError, match=r"shape \(2, 4\), .* shape \(3, 4\)"):
+    module.apply({"params": params}, jnp.ones((1, 2)))
+  assert module.apply({"params": params}, jnp.ones((1, 3))).shape == (1, 4)
 
 
 def test_relu_mlp_names_its_layers_and_has_no_activation_at_the_end():

@@ -70,9 +70,10 @@ def _align_geometry(stages: dict[str, np.ndarray], tokens: int) -> dict[str, np.
   return stages
 
 
+QUICK = [("s0", "one"), ("s1", None), ("l", "several")]
 CASES = [
   # Quick: every kind of boxes once, every variant once; all of them in CI.
-  pytest.param(*of, boxes, marks=() if of[0] == "s0" or boxes == "several" else pytest.mark.full)
+  pytest.param(*of, boxes, marks=() if (of[0], boxes) in QUICK else pytest.mark.full)
   for of in SIZES
   for boxes in (None, "one", "several")
 ]

@@ -61,11 +61,11 @@ def test_fit_loss():
 @pytest.mark.full
 def test_alignment_inside_the_loss():
   """It adds to the model's loss and moves the heads, which are no parameters of the model."""
-  from sam3lt_jax.model import Sam3LiteText
+  from sam3lt_jax import from_pretrained
   from sam3lt_jax.training.detection.losses import make_detection_loss_fn
 
-  model = Sam3LiteText(models.teacher_config(), one_to_many=True)
-  params = model.init_variables(jax.random.key(0))["params"]
+  model, variables = from_pretrained("random:tiny", models.teacher_config(), progress=False)
+  model, params = model.clone(one_to_many=True), variables["params"]
   both = alignment.with_heads(params, models.WIDTH)
   assert set(both) - set(params) == {alignment.HEADS}
   data = ShapesBatches(
@@ -73,11 +73,13 @@ def test_alignment_inside_the_loss():
   )
   batch = {k: v for k, v in data[0].items() if k != "id"}
 
-  def run(extra):
+  def run(of, extra):
     loss_fn = make_detection_loss_fn(model, deterministic=True, extra=extra)
-    return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(both, None, {}, batch, jax.random.key(1))
+    return jax.jit(of(loss_fn))(both, None, {}, batch, jax.random.key(1))
 
-  (plain, _), _ = run(None)
-  (loss, (metrics, _)), gradient = run(alignment.make_alignment())
+  plain, _ = run(lambda loss_fn: loss_fn, None)
+  (loss, (metrics, _)), gradient = run(
+    lambda loss_fn: jax.value_and_grad(loss_fn, has_aux=True), alignment.make_alignment()
+  )
   assert loss > plain and {"kind_accuracy", "fit_f1"} <= set(metrics)
   assert float(jnp.abs(gradient[alignment.HEADS]["kernel"]).max()) > 0

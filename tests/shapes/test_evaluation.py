@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 
 from examples.shapes import evaluation, models
 from examples.shapes.data import HELD_OUT_SEED
 from examples.shapes.evaluation import evaluate, held_out_scenes, questions_about
-from sam3lt_jax.model import Sam3LiteText
+from sam3lt_jax import from_pretrained
 from sam3lt_jax.shapes.scenes import draw_scene
 from tests import tiny
 
@@ -65,11 +64,9 @@ def test_a_negative_box_that_is_ignored(monkeypatch):
 
 @pytest.mark.full
 def test_an_untrained_model_can_be_asked():
-  model = Sam3LiteText(models.student_config())
+  drawn = from_pretrained("random:tiny", models.student_config(), progress=False)
   with tiny.hurry():
-    scores = evaluate(
-      model, model.init_variables(jax.random.key(0)), models.tokenizer(), held_out_scenes(3), threshold=0.0
-    )
+    scores = evaluate(*drawn, models.tokenizer(), held_out_scenes(3), threshold=0.0)
   # Everything is predicted for every question: present phrases are right about presence, absent ones wrong.
   total = scores["questions_present"] + scores["questions_absent"]
   assert scores["presence_accuracy"] == pytest.approx(scores["questions_present"] / total)

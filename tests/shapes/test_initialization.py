@@ -15,15 +15,12 @@ from sam3lt_jax.ops import boxes as box_ops
 @pytest.fixture(scope="module")
 def decoders():
   """(as drawn, started locally) of the shapes' teacher: 20 queries, 10 x 10 cells."""
-  init = Sam3LiteText(models.teacher_config()).init_variables
-  shapes = jax.eval_shape(init, jax.random.key(0))["params"]["detr_decoder"]
-  rng = np.random.default_rng(0)
-  # Of the size that layers draw; to draw them would compile the whole model.
-  draw = lambda x: rng.normal(size=x.shape).astype(x.dtype) / x.shape[0] ** 0.5  # noqa: E731
-  params = {"detr_decoder": jax.tree.map(draw, shapes)}
-  before = jax.tree.map(np.array, params["detr_decoder"])
-  after = start_locally(params["detr_decoder"])
-  chex.assert_trees_all_equal(before, params["detr_decoder"])  # the tree given is not touched
+  model = Sam3LiteText(models.teacher_config())
+  # Compiled as one, what is not asked for is not drawn.
+  drawn = jax.jit(lambda key: model.init_variables(key)["params"]["detr_decoder"])(jax.random.key(0))
+  before = jax.tree.map(np.array, drawn)
+  after = start_locally(drawn)
+  chex.assert_trees_all_equal(before, drawn)  # the tree given is not touched
   return before, after
 
 

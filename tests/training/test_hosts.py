@@ -25,7 +25,6 @@ def start(argv, processes=1, number=0, port=0):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(DEVICES // processes),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # they compile for longer than they run
   }
   if processes > 1:
     argv = [*argv, "--hosts"]

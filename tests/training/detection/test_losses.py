@@ -158,11 +158,17 @@ def output_with_masks() -> Sam3LiteTextOutput:
   return Sam3LiteTextOutput(masks, boxes[0], logits[0], jnp.zeros((1, 1)), jnp.zeros((1, 1, 2, 2)), taps)
 
 
+def whole(output, t, **config):
+  """`detection_loss` as one program: outside of one, each of its operations is compiled alone."""
+  config = DetectionLossConfig(**config)
+  return tiny.jit(lambda output, t: losses.detection_loss(output, t, config))(output, t)
+
+
 def test_one_to_many_rows_have_mask_losses_of_the_published_weight():
   t = targets([[LEFT]], [[True]], masks=[[[[1, 1], [0, 0]]]])
   output = output_with_masks()
-  loss, metrics = losses.detection_loss(output, t)
-  without, _ = losses.detection_loss(output, t, DetectionLossConfig(many_masks=False))
+  loss, metrics = whole(output, t)
+  without, _ = whole(output, t, many_masks=False)
   # One query is matched (IoU 1); at logits of 0 its focal loss is log(2) / 8 and its dice loss 0.4.
   expected = 2.0 * (200.0 * 0.125 * HALF + 10.0 * 0.4)
   np.testing.assert_allclose(loss - without, expected, rtol=1e-5)
@@ -182,16 +188,16 @@ def test_the_whole_is_scaled_by_the_root_of_the_number_of_prompts():
       k: jnp.repeat(x, 4, axis=0 if k == "one_to_many_masks" else 1) for k, x in output.intermediates.items()
     },
   )
-  one, _ = losses.detection_loss(output, t)
-  loss, _ = losses.detection_loss(stacked, four)
+  one, _ = whole(output, t)
+  loss, _ = whole(stacked, four)
   np.testing.assert_allclose(loss, 2 * one, rtol=1e-5)
-  plain, _ = losses.detection_loss(stacked, four, DetectionLossConfig(scale_by_prompts=False))
+  plain, _ = whole(stacked, four, scale_by_prompts=False)
   np.testing.assert_allclose(plain, one, rtol=1e-5)
   padded = dataclasses.replace(
     four, prompt_valid=jnp.arange(4) < 1, valid=four.valid & (jnp.arange(4) < 1)[:, None],
     has_mask=four.has_mask & (jnp.arange(4) < 1)[:, None],
   )  # fmt: skip
-  loss, _ = losses.detection_loss(stacked, padded)
+  loss, _ = whole(stacked, padded)
   np.testing.assert_allclose(loss, one, rtol=1e-5)  # what pads the batch is no prompt
 
 

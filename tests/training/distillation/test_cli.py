@@ -18,12 +18,17 @@ EXAMPLES = pathlib.Path(__file__).parents[3] / "examples"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """A working folder with phrases, a photo, and a teacher with a vocabulary of its own."""
+  """A working folder with phrases and a photo."""
   monkeypatch.chdir(tmp_path)
   (tmp_path / "phrases.json").write_text(json.dumps({"text_annotations": PHRASES}))
   Image.new("RGB", (60, 50), (200, 30, 30)).save("photo.png")
-  save_pretrained("teacher", *tiny_model(), tokenizer=tokenizer())
   return tmp_path
+
+
+@pytest.fixture
+def teacher(folder):
+  """A teacher with a vocabulary of its own, in the working folder."""
+  save_pretrained("teacher", *tiny_model(), tokenizer=tokenizer())
 
 
 def mistake(capsys, *argv):
@@ -41,7 +46,7 @@ COMMAND = (
 
 
 @pytest.mark.full
-def test_distill(folder, capsys):
+def test_distill(folder, teacher, capsys):
   assert cli.main([*COMMAND, "red car"]) == 0
   out, err = capsys.readouterr()
   assert err.splitlines() == ["sam3lt: running on CPU, bfloat16, attention in blocks"]
@@ -63,7 +68,7 @@ def test_distill(folder, capsys):
   assert ids.shape == (1, 8) and ids.max() < model.config.text.vocab_size
 
 
-def test_mistakes(folder, capsys):
+def test_mistakes(folder, teacher, capsys):
   given = "--prompts phrases.json --out run".split()
   assert "required" in mistake(capsys, "--out", "run")
   assert "no such photo: nix.jpg" in mistake(capsys, *given, "--eval-image", "nix.jpg")

@@ -137,8 +137,8 @@ def test_other_phrases_teachers_and_tokenizers_are_refused(exported):
 
 
 class _Reversed:
-  profile = tokenizer().profile
-  eot_token_id = tokenizer().eot_token_id
+  def __getattr__(self, name):
+    return getattr(tokenizer(), name)
 
   def __call__(self, text, **kwargs):
     ids, mask = tokenizer()(text, **kwargs)
