@@ -68,21 +68,18 @@ class ClicksRun:
 
 @dataclasses.dataclass(frozen=True)
 class ClipsRun:
-  """Numbers of the second stage, which was never run.
+  """Numbers of the second stage. Clips have `length` frames, of which some `frames` are taken in a row."""
 
-  Clips have `length` frames, of which some `frames` are taken in a row.
-  """
-
-  steps: int = 600
-  scenes: int = 300
+  steps: int = 2_000
+  scenes: int = 500
   length: int = 12
   clips: int = 3
-  frames: int = 5
+  frames: int = 7
   objects: int = 2
   seed: int = 9
   optimizer: OptimizerConfig = OptimizerConfig(
-    peak_lr=1.5e-3, total_steps=600, warmup_steps=30, end_lr=1e-5, weight_decay=1e-3, muon_rms=1.0,
-    muon_for=r"(transformer|memory_attention)/layers_", ema_decay=0.98,
+    peak_lr=1.5e-3, total_steps=2_000, warmup_steps=50, end_lr=1e-5, weight_decay=1e-3, muon_rms=1.0,
+    muon_for=r"(transformer|memory_attention)/layers_", ema_decay=0.99,
     lr_scale=((r"^(prompt_encoder|mask_decoder)/", 0.3),),
   )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 python -m examples.shapes.tracker_evaluation
 python -m examples.shapes.tracker_evaluation --picture docs/images/clicks.png --seed 1000000006
-python -m examples.shapes.tracker_evaluation --clip-picture docs/images/track.png --seed 1000000003
+python -m examples.shapes.tracker_evaluation --clip-picture docs/images/track.jpg --seed 1000000003
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _sheet(panels: list[Image.Image], columns: int, gap: int = 6) -> Image.Image
   sheet = Image.new("RGB", (columns * side - gap, -(-len(panels) // columns) * side - gap), "white")
   for i, panel in enumerate(panels):
     sheet.paste(panel, (i % columns * side, i // columns * side))
-  return sheet.quantize(128)
+  return sheet
 
 
 def _panel(image: np.ndarray, found: Results, at: tuple[float, float] | None = None) -> Image.Image:
@@ -199,11 +199,11 @@ def main() -> None:
   args = parser.parse_args()
   if args.picture:
     predictor = Predictor.from_pretrained("shapes", tracker=args.tracker, compile_ahead=False)
-    picture(predictor, args.seed).save(args.picture, optimize=True)
+    picture(predictor, args.seed).quantize(128).save(args.picture, optimize=True)
     return
   if args.clip_picture:
     video = VideoPredictor.from_pretrained("shapes", tracker=args.tracker, compile_ahead=False)
-    clip_picture(video, args.seed).save(args.clip_picture, optimize=True)
+    clip_picture(video, args.seed).save(args.clip_picture)
     return
   tracker, variables = tracker_from_pretrained(args.tracker, progress=False)
   print(json.dumps(clicks(tracker, variables, args.scenes)), flush=True)

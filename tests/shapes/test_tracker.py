@@ -11,12 +11,12 @@ import pytest
 from examples.shapes import tracker, tracker_data, tracker_evaluation
 from examples.shapes.data import HELD_OUT_SEED
 from examples.shapes.tracker_data import ClickBatches, ClipBatches, first_prompt
-from sam3lt_jax import Predictor, tracker_from_pretrained
+from sam3lt_jax import Predictor, VideoPredictor, tracker_from_pretrained
 from sam3lt_jax.nn.tracker_mask_decoder import Decoded
-from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
+from sam3lt_jax.shapes.scenes import SceneConfig, draw_clip, draw_scene
 from tests import tiny
 
-FLOORS = {"click": 0.6, "box": 0.6}
+FLOORS = {"click": 0.6, "box": 0.6, "clip": 0.5, "ids": 0.7}
 
 
 def square(top: int, left: int, side: int) -> np.ndarray:
@@ -131,6 +131,34 @@ def test_the_bundled_tracker_answers_clicks_and_outlines():
   assert np.mean(ious["click"]) > FLOORS["click"] and np.mean(ious["box"]) > FLOORS["box"]
 
 
+def test_the_bundled_tracker_follows():
+  """Objects that are clicked on once, and all that a phrase finds, on clips that nobody trained on."""
+  video = VideoPredictor.from_pretrained("shapes", tracker=True, compile_ahead=False)
+  found = tracker_evaluation.clips(video.engine, count=2, frames=12)
+  assert found["frames"] > 40 and found["J"] > FLOORS["clip"], found
+
+
+def test_the_bundled_model_keeps_its_numbers():
+  """What a phrase finds on the first frame of a clip has the same id on the last one."""
+  video = VideoPredictor.from_pretrained("shapes", tracker=True, compile_ahead=False)
+  same = []
+  for seed in (HELD_OUT_SEED, HELD_OUT_SEED + 3):
+    drawn = draw_clip(seed, 12)
+    first, *_, last = video.track([scene.image for scene in drawn], text="shape")
+    for start, end in zip(drawn[0].objects, drawn[-1].objects):
+      i, j = (number(frame, thing.mask) for frame, thing in ((first, start), (last, end)))
+      same += [i == j] if i is not None and j is not None else []
+  assert len(same) > 3 and np.mean(same) > FLOORS["ids"], same
+
+
+def number(frame, truth: np.ndarray) -> int | None:
+  """The id of what covers an object by more than half, if anything does."""
+  for i, mask in zip(frame.ids, frame.masks):
+    if (mask & truth).sum() > 0.5 * (mask | truth).sum():
+      return int(i)
+  return None
+
+
 @pytest.mark.full
 def test_both_stages(tmp_path):
   clicks, clips = tracker.ClicksRun(), tracker.ClipsRun()
@@ -139,7 +167,7 @@ def test_both_stages(tmp_path):
     clicks, **short, images=2, prompts=2, optimizer=dataclasses.replace(clicks.optimizer, **quick)
   )
   clips = dataclasses.replace(
-    clips, **short, length=4, frames=3, clips=1, optimizer=dataclasses.replace(clips.optimizer, **quick)
+    clips, **short, length=3, frames=2, clips=1, optimizer=dataclasses.replace(clips.optimizer, **quick)
   )
   with tiny.hurry():
     tracker.train(clicks, clips, str(tmp_path))
