@@ -9,6 +9,7 @@ Axes: T frames, H, W the video.
 
 from __future__ import annotations
 
+import abc
 import array
 import contextlib
 import glob
@@ -53,7 +54,7 @@ class Frame(NamedTuple):
   image: np.ndarray
 
 
-class Frames:
+class Frames(contextlib.AbstractContextManager):
   """A source of frames, see `open_frames`. Iterating reads from the start, decoding ahead in a thread.
 
   Attributes:
@@ -123,9 +124,6 @@ class Frames:
   def close(self) -> None:
     """Lets files and cameras go."""
 
-  def __enter__(self) -> Frames:
-    return self
-
   def __exit__(self, *exception: Any) -> None:
     self.close()
 
@@ -133,11 +131,19 @@ class Frames:
 
   _is_slow = False  # a frame takes long enough to be made ahead
 
-  def _frames(self, start: int) -> Iterator[Frame]:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def _frames(self, start: int) -> Iterator[Frame]: ...
 
-  def _frame(self, index: int) -> Frame | None:
-    raise NotImplementedError
+  def _frame(self, index: int) -> Frame | None: ...  # of what is not live
+
+  def _checked(self, index: int, time: float, image: np.ndarray) -> Frame:
+    if image.shape[:2] != self.size:
+      (height, width), (H, W) = image.shape[:2], self.size
+      raise FrameError(
+        f"frame {index} of {self.name} is {width}x{height} pixels and the frames before it {W}x{H}: all"
+        " frames of a clip must be of one size"
+      )
+    return Frame(index, time, image)
 
 
 def open_frames(source: Any, rate: float | None = None) -> Frames:
@@ -228,39 +234,39 @@ class _Pictures(Frames):
   def _frame(self, index: int) -> Frame | None:
     if index >= len(self._pictures):
       return None
-    image = _picture(self._pictures[index], index)
-    _check_size(self, index, image.shape[:2])
-    return Frame(index, index / self.rate, image)
+    return self._checked(index, index / self.rate, _picture(self._pictures[index], index))
 
 
-class _Iterated(Frames):
-  """An iterator of pictures, read once; in the caller's thread, as it may be anything."""
+class _Live(Frames):
+  """Frames that come once."""
 
   live = True
+  _was_read = False
 
-  def __init__(self, source: Iterable[Any], rate: float | None):
-    self._iterator, self._read = iter(source), False
-    first = next(self._iterator, None)
+  def __init__(self, name: str, rate: float, made: Iterator[tuple[float | None, np.ndarray]], none: str):
+    """made: seconds, None where the rate says them, and image of each frame. none: said if there is none."""
+    first = next(made, None)
     if first is None:
-      raise ValueError("the iterator holds no frames")
-    self._first = _picture(first, 0)
-    super().__init__("the iterator", self._first.shape[:2], rate or RATE, None)
+      raise ValueError(f"{name} {none}")
+    self._made = itertools.chain([first], made)
+    super().__init__(name, first[1].shape[:2], rate, None)
 
   def _frames(self, start: int) -> Iterator[Frame]:
-    if self._read:
-      raise ValueError("the iterator was read before, and can be read once")
-    self._read, first, self._first = True, self._first, None
-    for index, picture in enumerate(_chain(first, self._iterator)):
-      image = _picture(picture, index)
-      _check_size(self, index, image.shape[:2])
+    if self._was_read:
+      raise ValueError(f"{self.name} was read before, and can be read once")
+    self._was_read = True
+    for index, (time, image) in enumerate(self._made):
+      frame = self._checked(index, index / self.rate if time is None else time, image)
       if index >= start:
-        yield Frame(index, index / self.rate, image)
+        yield frame
 
 
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-  yield first
-  del first
-  yield from rest
+class _Iterated(_Live):
+  """An iterator of pictures, read once; in the caller's thread, as it may be anything."""
+
+  def __init__(self, source: Iterable[Any], rate: float | None):
+    made = ((None, _picture(picture, index)) for index, picture in enumerate(source))
+    super().__init__("the iterator", rate or RATE, made, "holds no frames")
 
 
 def _picture(picture: Any, index: int) -> np.ndarray:
@@ -268,15 +274,6 @@ def _picture(picture: Any, index: int) -> np.ndarray:
     return load_image(picture)
   except ValueError as e:
     raise FrameError(f"frame {index}: {e}") from e
-
-
-def _check_size(frames: Frames, index: int, size: tuple[int, int]) -> None:
-  if size != frames.size:
-    (height, width), (H, W) = size, frames.size
-    raise FrameError(
-      f"frame {index} of {frames.name} is {width}x{height} pixels and the frames before it {W}x{H}: all"
-      " frames of a clip must be of one size"
-    )
 
 
 # ---------------------------------------------------------------- video
@@ -429,14 +426,9 @@ class _Video(Frames):
     elif self._broken is not None:
       self.problem = f"{self.name} is damaged near frame {self._broken}; {count} frames were decoded"
 
-  def _made(self, index: int, frame: Any) -> Frame:
-    image = _upright(frame)
-    _check_size(self, index, image.shape[:2])
-    return Frame(index, self._times[index], image)
-
   def _frames(self, start: int) -> Iterator[Frame]:
     for index, frame in self._numbered(start):
-      yield self._made(index, frame)
+      yield self._checked(index, self._times[index], _upright(frame))
 
   def _frame(self, index: int) -> Frame | None:
     if self._cursor is None or not self._cursor[1] <= index < self._cursor[1] + _STEP:
@@ -448,7 +440,7 @@ class _Video(Frames):
       self.close()
       return None
     self._cursor = numbered, index + 1
-    return self._made(*found)
+    return self._checked(found[0], self._times[found[0]], _upright(found[1]))
 
   def close(self) -> None:
     if self._cursor is not None:
@@ -456,37 +448,26 @@ class _Video(Frames):
       self._cursor = None
 
 
-class _Stream(Frames):
+class _Stream(_Live):
   """A camera or an address: frames as they come."""
 
-  live = _is_slow = True
+  _is_slow = True
 
   def __init__(self, name: str, address: str, format: str | None = None):
     self._container = _open(address, name, format)
     try:
       stream = _video_stream(self._container, name)
-      self._decoded = self._container.decode(stream)
-      self._first = next(self._decoded, None)
-      if self._first is None:
-        raise ValueError(f"{name} sends no frames")
+      rate = float(stream.average_rate or stream.guessed_rate or RATE)
+      super().__init__(name, rate, self._pictures(stream), "sends no frames")
     except BaseException:
       self._container.close()
       raise
-    self._read = False
-    super().__init__(
-      name, _upright(self._first).shape[:2], float(stream.average_rate or stream.guessed_rate or RATE), None
-    )
 
-  def _frames(self, start: int) -> Iterator[Frame]:
-    if self._read:
-      raise ValueError(f"{self.name} was read before, and can be read once")
-    self._read, first, self._first = True, self._first, None
-    begin = first.time or 0.0
-    for index, frame in enumerate(_chain(first, self._decoded)):
-      image = _upright(frame)
-      _check_size(self, index, image.shape[:2])
-      if index >= start:
-        yield Frame(index, index / self.rate if frame.time is None else frame.time - begin, image)
+  def _pictures(self, stream: Any) -> Iterator[tuple[float | None, np.ndarray]]:
+    begin = None
+    for frame in self._container.decode(stream):
+      begin = frame.time or 0.0 if begin is None else begin
+      yield None if frame.time is None else frame.time - begin, _upright(frame)
 
   def close(self) -> None:
     self._container.close()

@@ -88,11 +88,13 @@ class Overlay:
         video = out.add_stream_from_template(first.streams.video[0])
       video.time_base = Fraction(1, TICKS)
       parts = [self._packets(video, times)]
-      if source is not None and (sound := _Sound.of(stack, source)):
-        if sound.codec in out.supported_codecs:
-          parts.append(sound.packets(out.add_stream_from_template(sound.stream)))
+      container = stack.enter_context(av.open(source)) if source is not None else None
+      for sound in container.streams.audio[:1] if container else ():
+        codec = sound.codec_context.name
+        if codec in out.supported_codecs:
+          parts.append(_sound(container, sound, out.add_stream_from_template(sound)))
         else:
-          said = f"its sound ({sound.codec}) cannot stand in an MP4 file and is left out"
+          said = f"its sound ({codec}) cannot stand in an MP4 file and is left out"
       for _, packet in heapq.merge(*parts, key=lambda part: part[0]):
         out.mux(packet)
     return said
@@ -112,12 +114,6 @@ class Overlay:
           packet.duration = stamps[index + 1] - stamps[index]
           yield times[index], packet
           index += 1
-
-  def remove(self) -> None:
-    """Deletes the pieces."""
-    for name in os.listdir(self._folder):
-      if _NAME.fullmatch(name):
-        os.unlink(os.path.join(self._folder, name))
 
 
 class _Encoder:
@@ -145,24 +141,12 @@ class _Encoder:
     self._container.close()
 
 
-class _Sound:
-  """The first sound of a video file, in time with its frames."""
-
-  def __init__(self, container: Any, stream: Any):
-    self._container, self.stream, self.codec = container, stream, stream.codec_context.name
-    pictures = container.streams.video[0]
-    self._start = float((pictures.start_time or 0) * pictures.time_base)
-
-  @classmethod
-  def of(cls, stack: contextlib.ExitStack, source: str) -> _Sound | None:
-    container = stack.enter_context(import_av().open(source))
-    return cls(container, container.streams.audio[0]) if container.streams.audio else None
-
-  def packets(self, out: Any) -> Iterator[tuple[float, Any]]:
-    base = self.stream.time_base
-    shift = round(self._start / base)
-    for packet in self._container.demux(self.stream):
-      if packet.size and packet.dts is not None and packet.pts is not None:
-        packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-        packet.stream = out
-        yield float(packet.dts * base), packet
+def _sound(source: Any, stream: Any, out: Any) -> Iterator[tuple[float, Any]]:
+  """The packets of a file's sound, in time with its frames, each with its seconds."""
+  pictures, base = source.streams.video[0], stream.time_base
+  shift = round(float((pictures.start_time or 0) * pictures.time_base) / base)
+  for packet in source.demux(stream):
+    if packet.size and packet.dts is not None and packet.pts is not None:
+      packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+      packet.stream = out
+      yield float(packet.dts * base), packet

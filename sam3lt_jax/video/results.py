@@ -42,30 +42,11 @@ class FrameResults:
     """`Results` with `ids`, in their order. An object keeps its id for the whole clip."""
     return self.make()
 
-  @property
-  def ids(self) -> np.ndarray:
-    """int64 [N]."""
-    return self.results.ids
-
-  @property
-  def masks(self) -> np.ndarray:
-    """bool [N, H, W]."""
-    return self.results.masks
-
-  @property
-  def boxes(self) -> np.ndarray:
-    """float32 [N, 4], (x1, y1, x2, y2) in pixels."""
-    return self.results.boxes
-
-  @property
-  def scores(self) -> np.ndarray:
-    """float32 [N], 0 to 1."""
-    return self.results.scores
-
-  @property
-  def labels(self) -> tuple[str, ...]:
-    """The phrase of each object."""
-    return self.results.labels
+  ids = property(lambda self: self.results.ids, doc="int64 [N].")
+  masks = property(lambda self: self.results.masks, doc="bool [N, H, W].")
+  boxes = property(lambda self: self.results.boxes, doc="float32 [N, 4], (x1, y1, x2, y2) in pixels.")
+  scores = property(lambda self: self.results.scores, doc="float32 [N], 0 to 1.")
+  labels = property(lambda self: self.results.labels, doc="The phrase of each object, N strings.")
 
   def __len__(self) -> int:
     return len(self.results)
@@ -83,18 +64,11 @@ def to_record(frame: FrameResults, categories: Mapping[str, int]) -> dict[str, A
 
   categories: phrase -> category id.
   """
-  annotations = []
-  for i, one in enumerate(frame.results):
-    x1, y1, x2, y2 = (float(v) for v in one.box)
-    annotations.append(
-      {
-        "id": int(frame.ids[i]),
-        "category_id": categories[one.label],
-        "score": one.score,
-        "bbox": [x1, y1, x2 - x1, y2 - y1],
-      }
-      | rle.described(one.mask)
-    )
+  keys = ("category_id", "score", "bbox", "area", "segmentation")
+  annotations = [
+    {"id": one["track_id"]} | {key: one[key] for key in keys}
+    for one in frame.results.to_coco(category_ids=categories)
+  ]
   record = {"frame": frame.index, "time": frame.time, "annotations": annotations}
   return record | ({"removed": list(frame.removed)} if frame.removed else {})
 

@@ -44,7 +44,7 @@ MASKS, ABOUT = "masks.jsonl", "track.json"
 VIS, OBJECTS, OVERLAY = "youtube_vis.json", "objects.csv", "overlay.mp4"
 _STATE = re.compile(r"state-(\d{9})")
 _SECONDS = 30.0  # of work that a kill may cost, where nothing is said
-_GROUP = 1 << 28  # bytes of masks that are sorted by object at once
+_GROUP = 1 << 28  # bytes of masks, beside one object's, that are sorted by object at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,7 +373,9 @@ def write_vis(path: str, lines: str, found: Sequence[Object], frames: int) -> No
   with storage.atomic(path, alone=True) as f:
     f.write(b"[")
     between = b"\n"
-    for group in _groups(found):
+    sums = dict(zip((one.id for one in found), itertools.accumulate(one.size for one in found)))
+    for _, group in itertools.groupby(found, lambda one: sums[one.id] // _GROUP):
+      group = list(group)
       masks: dict[int, dict[int, str]] = {one.id: {} for one in group}
       for record in records(lines):
         for one in record["annotations"]:
@@ -388,18 +390,6 @@ def write_vis(path: str, lines: str, found: Sequence[Object], frames: int) -> No
         f.write(b"]}")
         between = b",\n"
     f.write(b"\n]\n")
-
-
-def _groups(found: Sequence[Object]) -> Iterator[list[Object]]:
-  group, size = [], 0
-  for one in found:
-    if group and size + one.size > _GROUP:
-      yield group
-      group, size = [], 0
-    group.append(one)
-    size += one.size
-  if group:
-    yield group
 
 
 # ---------------------------------------------------------------- DAVIS
