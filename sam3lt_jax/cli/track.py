@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax.cli import PROGRAM
 from sam3lt_jax.cli.arguments import add_model, add_out, add_tracking, fraction, load, positive
-from sam3lt_jax.cli.progress import busy
+from sam3lt_jax.cli.progress import Progress
 from sam3lt_jax.errors import shown
 
 if TYPE_CHECKING:
@@ -67,15 +68,12 @@ def run(args: argparse.Namespace) -> int:
   stop = threading.Event()
   with storage.signals(stop.set) as caught, open_frames(source, args.rate) as frames:
     predictor = _load(args)
-    bar = _Bar()
-    try:
-      options = {name: getattr(args, name) for name in ("latency", "threshold", "max_objects")}
+    options = {name: getattr(args, name) for name in ("latency", "threshold", "max_objects")}
+    with contextlib.closing(_Bar()) as bar:
       written = write_tracks(
         predictor, frames, Files(args.out, args.overlay, args.davis, args.every), args.phrases,
         stop=stop.is_set, on_frame=bar.frame, note=bar.note, **options,
       )  # fmt: skip
-    finally:
-      bar.close()
   new = written.frames - written.before
   rate = f", {new / written.seconds:.1f} frames/s" if new and written.seconds else ""
   if written.stopped:
@@ -105,13 +103,12 @@ def _files(args: argparse.Namespace) -> list[str]:
 class _Bar:
   """Frames, of how many, and how many a second, from the first one on."""
 
-  def __init__(self):
-    self._context = self._bar = None
+  _bar: Progress | None = None
 
   def frame(self, done: int, total: int | None) -> None:
     if self._bar is None:
-      self._context = busy("tracking", total=total, unit=" frames", done=done - 1)
-      self._bar = self._context.__enter__()
+      self._bar = Progress("tracking", total, " frames", done - 1)
+      self._bar.start()
     self._bar.advance()
 
   def note(self, text: str) -> None:
@@ -119,5 +116,5 @@ class _Bar:
     print(line, file=sys.stderr) if self._bar is None else self._bar.say(line, file=sys.stderr)
 
   def close(self) -> None:
-    if self._context is not None:
-      self._context.__exit__(None, None, None)
+    if self._bar is not None:
+      self._bar.close()
