@@ -116,8 +116,8 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
     number = struct((), jnp.int32)
     clock, which = banks.Clock(number, number, number), struct((objects,), bool)
     return Program(
-      functools.partial(tracks.advance, tracker), (of_tracker, bank, features, number, clock, which),
-      (False,) * 6, donated=(1,),
+      functools.partial(tracks.advance, tracker), (of_tracker, bank, features, clock, which),
+      (False,) * 5, donated=(1,),
     )  # fmt: skip
 
   def training() -> Program:

@@ -95,14 +95,11 @@ def empty(
   )  # fmt: skip
 
 
-def grow(bank: Bank, slots: int, cond: int) -> Bank:
-  """The same with more slots or more frames with prompts; changes no result."""
-  P, Kc = bank.cond_frames.shape
+def grow(bank: Bank, slots: int) -> Bank:
+  """The same with more slots; changes no result."""
 
   def wider(name: str, x: jax.Array) -> jax.Array:
-    sides = [(0, slots - P), *[(0, 0)] * (x.ndim - 1)]
-    if name.startswith("cond_"):
-      sides[1] = (0, cond - Kc)
+    sides = [(0, slots - len(x)), *[(0, 0)] * (x.ndim - 1)]
     return jnp.pad(x, sides, constant_values=EMPTY if name.endswith("_frames") else 0)
 
   return Bank(**{name: wider(name, x) for name, x in vars(bank).items()})

@@ -90,25 +90,18 @@ class Counters:
 
   def to_json(self) -> dict[str, Any]:
     """In JSON's types; `from_json` gives the same back, the order of entries included."""
-    out: dict[str, Any] = {}
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.name == "pairs":
-        value = [[*pair, n] for pair, n in value.items()]
-      elif isinstance(value, dict):
-        value = [list(entry) for entry in value.items()]
-      out[field.name] = sorted(value) if isinstance(value, set) else value
-    return out
+    plain = {dict: lambda x: list(x.items()), set: sorted}
+    return {name: plain.get(type(x), lambda x: x)(x) for name, x in vars(self).items()}
 
   @classmethod
   def from_json(cls, data: Mapping[str, Any]) -> Counters:
     """What `to_json` made."""
     counters = cls()
-    for field in dataclasses.fields(cls):
-      value, kind = data[field.name], type(getattr(counters, field.name))
-      if field.name == "pairs":
-        value = {(a, b): n for a, b, n in value}
-      setattr(counters, field.name, kind(value))
+    for name, like in vars(counters).items():
+      value = data[name]
+      if isinstance(like, dict):  # whose keys may be pairs
+        value = {tuple(key) if isinstance(key, list) else key: x for key, x in value}
+      setattr(counters, name, type(like)(value))
     return counters
 
 
@@ -425,44 +418,30 @@ def without_overlap(masks: Sequence[np.ndarray], scores: Sequence[float], phrase
       before |= masks[k]
 
 
-class Waiting(NamedTuple):
-  """A frame that is tracked and not put out yet.
-
-  Attributes:
-    frame: its number.
-    hidden, unconfirmed: objects that were so on it.
-    content: whatever is put out of it.
-  """
-
-  frame: int
-  hidden: set[int]
-  unconfirmed: set[int]
-  content: Any
-
-
 class Delay:
   """Holds frames back, so that an object which is soon removed is never shown.
 
   Attributes:
-    waiting: the frames that are held back, the oldest first.
+    waiting: the frames that are held back, the oldest first: anything that says of itself which objects were
+      `hidden` and which `unconfirmed` on it.
   """
 
   def __init__(self, config: PhraseVideoConfig, latency: int | None = None):
     """latency: frames that are held back; None: those that the hot start takes, the newest one included."""
     self.latency = max(config.hotstart_delay - 1, 0) if latency is None else latency
     self._confirm_after = config.masklet_confirmation_consecutive_det_thresh - 1
-    self.waiting: list[Waiting] = []
+    self.waiting: list[Any] = []
 
-  def push(self, waiting: Waiting, removed: set[int]) -> list[tuple[Waiting, set[int]]]:
+  def push(self, frame: Any, removed: set[int]) -> list[tuple[Any, set[int]]]:
     """(frame, objects that are not to be shown on it) of what may now be put out. removed: by now."""
-    self.waiting.append(waiting)
+    self.waiting.append(frame)
     return [self._release(removed)] if len(self.waiting) > self.latency else []
 
-  def finish(self, removed: set[int]) -> list[tuple[Waiting, set[int]]]:
+  def finish(self, removed: set[int]) -> list[tuple[Any, set[int]]]:
     """All that is left, at the end of a clip."""
     return [self._release(removed) for _ in list(self.waiting)]
 
-  def _release(self, removed: set[int]) -> tuple[Waiting, set[int]]:
+  def _release(self, removed: set[int]) -> tuple[Any, set[int]]:
     # An object that is confirmed on one of the next frames is shown from its first on.
     later = self.waiting[min(self._confirm_after, len(self.waiting) - 1)]
     first = self.waiting.pop(0)

@@ -1,7 +1,7 @@
 """Clicks, boxes and masks on any frame of a clip, objects followed in both directions; SAM 2's names.
 
     predictor = InteractiveVideo(engine)
-    state = predictor.init_state(frames)
+    state = predictor.init_state("clip.mp4")
     predictor.add_new_points_or_box(state, frame_idx=0, obj_id=1, points=[[210, 350]], labels=[1])
     for frame_idx, obj_ids, masks in predictor.propagate_in_video(state):
       ...
@@ -33,6 +33,7 @@ from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.clicks import clicks_of
 from sam3lt_jax.tracker import ABSENT_LOGIT, MEMORY_SCALE
 from sam3lt_jax.video import bank as banks
+from sam3lt_jax.video.frames import Frames, open_frames
 from sam3lt_jax.video.tracks import Tracks, bucket, grid_of, programs_of
 
 HISTORY = 512  # frames, of which an object takes 1 MB each at 1008 px
@@ -89,17 +90,21 @@ class InferenceState:
   """A clip and its objects, in the order in which they were first named.
 
   Attributes:
-    frames: any sequence of images uint8 [H, W, 3], read when they are needed.
-    size: (H, W). history: frames of which more than prompts is kept.
+    frames: the clip's, read when they are needed.
+    history: frames of which more than prompts is kept.
   """
 
-  frames: Sequence[np.ndarray]
-  size: tuple[int, int]
+  frames: Frames
   history: int
   objects: dict[int, TrackedObject] = dataclasses.field(default_factory=dict)
   features: collections.OrderedDict[int, TrackerFeatures] = dataclasses.field(
     default_factory=collections.OrderedDict
   )
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """(H, W)."""
+    return self.frames.size
 
   @property
   def obj_ids(self) -> list[int]:
@@ -123,12 +128,11 @@ class InteractiveVideo:
     programs_of(engine)  # says early that there is no tracker
     self.profile, self._side = engine.tracker.config.profile, 4 * grid_of(engine)
 
-  def init_state(self, frames: Sequence[np.ndarray]) -> InferenceState:
-    """frames: what has a length and gives frame i as uint8 [H, W, 3]."""
-    if not len(frames):
-      raise ArgumentError("frames", " must hold at least one frame, got none")
-    height, width = frames[0].shape[:2]
-    return InferenceState(frames, (height, width), self.history)
+  def init_state(self, source: Any, rate: float | None = None) -> InferenceState:
+    """source, rate: see `open_frames`; not a live one."""
+    frames = open_frames(source, rate)
+    frames.measure()  # what a file says of itself may be wrong
+    return InferenceState(frames, self.history)
 
   # ---------------------------------------------------------------- prompts
 
@@ -194,8 +198,8 @@ class InteractiveVideo:
     tracks = self._filled(state, [obj_id] if remembers else [], t, backward)
     if not remembers:
       tracks.add([obj_id], 0)
-    clock = tracks.clock(t, backward, len(state.frames))
-    found = tracks.ask(self._encoded(state, t), 0, clock, {obj_id: clicks}, with_memory=remembers)
+    clock = tracks.clock(t, backward, state.frames.count)
+    found = tracks.ask(self._encoded(state, t), clock, {obj_id: clicks}, with_memory=remembers)
     record = self._records(tracks, found, [obj_id])[obj_id]
     record.cond, record.kept = first or not self.profile.corrections_remember, True
     thing.pending[t] = record
@@ -222,9 +226,7 @@ class InteractiveVideo:
     if self.profile.mask_prompt_of_image_side:
       asked = (asked >= 0.5).astype(np.float32)
     masks = tracks.rows({obj_id: asked}, np.zeros_like(asked))
-    found = tracks._run(
-      tracks.programs.take, self._encoded(state, t), np.int32(0), masks, tracks.mask([obj_id])
-    )
+    found = tracks._run(tracks.programs.take, self._encoded(state, t), masks, tracks.mask([obj_id]))
     record = self._records(tracks, found, [obj_id])[obj_id]
     record.mask, record.asked = _resized(given, state.size) > 0.5, asked
     record.cond = record.kept = True
@@ -308,11 +310,11 @@ class InteractiveVideo:
     if not prompted:
       raise ValueError("there is nothing to follow: add points, a box or a mask first")
     start = prompted[0] if start_frame_idx is None else self._frame(state, start_frame_idx, "start_frame_idx")
-    count = len(state.frames) if max_frame_num_to_track is None else max_frame_num_to_track
+    count = state.frames.count if max_frame_num_to_track is None else max_frame_num_to_track
     if reverse:
       order = range(start, max(start - count, 0) - 1, -1)
     else:
-      order = range(start, min(start + count, len(state.frames) - 1) + 1)
+      order = range(start, min(start + count, state.frames.count - 1) + 1)
     ids = [i for i, thing in state.objects.items() if thing.cond_frames()]
     tracks = self._filled(state, ids, start, reverse)
     for t in order:
@@ -320,13 +322,13 @@ class InteractiveVideo:
       yield t, state.obj_ids, self._shown(state, t)
 
   def _advance(self, state: InferenceState, tracks: Tracks, ids: list[int], t: int, reverse: bool) -> None:
-    clock = tracks.clock(t, reverse, len(state.frames))
+    clock = tracks.clock(t, reverse, state.frames.count)
     kept = [i for i in ids if (r := state.objects[i].records.get(t)) is not None and r.kept]
     followed = [i for i in ids if i not in kept]
     if kept:
       self._put(tracks, clock, {i: state.objects[i].records[t] for i in kept})
     if followed:
-      found = tracks.advance(self._encoded(state, t), 0, clock, followed)
+      found = tracks.advance(self._encoded(state, t), clock, followed)
       maps, quality = jax.device_get(tracks._run(tracks.programs.recall, tracks.bank, clock))
       for i, record in self._records(tracks, found, followed).items():
         slot = tracks.slots[i]
@@ -373,9 +375,10 @@ class InteractiveVideo:
       for side, logits in by_side.items():
         which = tracks.mask(logits)
         maps = tracks._run(
-          tracks.programs.encode_masks, self._encoded(state, t), np.int32(0),
+          tracks.programs.encode_masks, self._encoded(state, t),
           tracks.rows(logits, np.zeros((side, side), np.float32)),
-          tracks.rows({i: new[i].score > 0 for i in logits}, np.asarray(False)), which, which, which,
+          tracks.rows({i: new[i].score > 0 for i in logits}, np.asarray(False)), which, which,
+          which if self.profile.group_rules else None,
         )  # fmt: skip
         maps_of |= {i: m for i, m in zip(logits, jax.device_get(maps)[[tracks.slots[i] for i in logits]])}
       for i, record in new.items():
@@ -459,12 +462,7 @@ class InteractiveVideo:
 
   def _encoded(self, state: InferenceState, t: int) -> TrackerFeatures:
     if t not in state.features:
-      image = state.frames[t]
-      if image.shape[:2] != state.size:
-        raise ArgumentError(
-          "frames", f" must be of one size: frame {t} is {image.shape[:2]}, not {state.size}"
-        )
-      pixels = image_ops.resize_image(image, self.engine.processor.image_size)
+      pixels = image_ops.resize_image(state.frames[t].image, self.engine.processor.image_size)
       state.features[t] = self.engine.encode_frames([pixels])
       while len(state.features) > ENCODED:
         state.features.popitem(last=False)
@@ -483,8 +481,8 @@ class InteractiveVideo:
     return out
 
   def _frame(self, state: InferenceState, t: Any, name: str = "frame_idx") -> int:
-    if isinstance(t, bool) or not isinstance(t, (int, np.integer)) or not 0 <= t < len(state.frames):
-      raise ArgumentError(name, f" must be a frame from 0 to {len(state.frames) - 1}, got {t!r}")
+    if isinstance(t, bool) or not isinstance(t, (int, np.integer)) or not 0 <= t < state.frames.count:
+      raise ArgumentError(name, f" must be a frame from 0 to {state.frames.count - 1}, got {t!r}")
     return int(t)
 
   def _object(self, state: InferenceState, obj_id: int) -> TrackedObject:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,9 +38,9 @@ from sam3lt_jax.processing.results import Results, hold_masks
 from sam3lt_jax.programs import Program, explain_memory
 from sam3lt_jax.video import bank as banks
 from sam3lt_jax.video import decisions, phrase_step
-from sam3lt_jax.video.decisions import CLICKED, Counters, Delay, Observed, Plan, Waiting
+from sam3lt_jax.video.decisions import CLICKED, Counters, Delay, Observed, Plan
 from sam3lt_jax.video.phrase_step import Now, Orders, Seen
-from sam3lt_jax.video.tracks import Tracks, bits, of_bits
+from sam3lt_jax.video.tracks import Tracks, bits, of_bits, programs_of
 
 BORDER = 0.025  # of the frame's sides, see `suppress_det_close_to_boundary`
 COND_FRAMES = 16  # frames with prompts of an object that are kept where the pointers of all are read
@@ -71,6 +71,7 @@ class FrameObjects:
     scores: each object's first detection score, 1 once it was clicked on.
     tracker_scores: how sure the tracker is, on this frame, that each is there.
     logits: float32 [P, h, w]; rows: which of them is each object's.
+    hidden, unconfirmed: objects that are not put out, see `decisions.Plan`.
     removed: ids of objects that were put out on earlier frames and turned out to be none, or that the user
       removed.
   """
@@ -82,6 +83,8 @@ class FrameObjects:
   tracker_scores: list[float]
   logits: jax.Array
   rows: list[int]
+  hidden: set[int]
+  unconfirmed: set[int]
   removed: tuple[int, ...] = ()
 
   def only(self, keep: Sequence[int], removed: tuple[int, ...] = ()) -> FrameObjects:
@@ -104,37 +107,9 @@ _ON_DEVICE = (
 )  # fmt: skip
 
 
-class PhrasePrograms:
-  """Those of an engine for one set of thresholds, compiled once for all clips; see the functions so named."""
-
-  def __init__(self, engine: Engine, config: PhraseVideoConfig):
-    self._engine, self._config = engine, config
-    self.observe, self.commit, self.correct = (
-      self._made(f) for f in (phrase_step.observe, phrase_step.commit, phrase_step.correct)
-    )
-    self._first: dict[tuple[int, int], Program] = {}
-
-  def first_masks(self, size: tuple[int, int]) -> Program:
-    """For clips of this size."""
-    if size not in self._first:
-      self._first[size] = self._made(phrase_step.first_masks, size)
-    return self._first[size]
-
-  def _made(self, function: Any, *more: Any) -> Program:
-    engine = self._engine
-    return engine.program(function, parallel.replicated(engine.mesh), self._config, engine.tracker, *more)
-
-
-_made: weakref.WeakKeyDictionary[Any, dict[PhraseVideoConfig, PhrasePrograms]] = weakref.WeakKeyDictionary()
-
-
-def programs_of(engine: Engine, config: PhraseVideoConfig) -> PhrasePrograms:
-  """The engine's, made when first asked for."""
-  made = _made.setdefault(engine, {})
-  config = PhraseVideoConfig(**{name: getattr(config, name) for name in _ON_DEVICE})
-  if config not in made:
-    made[config] = PhrasePrograms(engine, config)
-  return made[config]
+def _program(engine: Engine, config: PhraseVideoConfig, function: Any, *more: Any) -> Program:
+  """A function of `phrase_step`, for an engine and a set of thresholds."""
+  return engine.program(function, parallel.replicated(engine.mesh), config, engine.tracker, *more)
 
 
 class PhraseTracks:
@@ -152,7 +127,6 @@ class PhraseTracks:
   Attributes:
     counters: what the decisions know; `counters.ids` are the objects that are tracked.
     tracks: what the tracker knows.
-    reverse: frames come in falling order.
     shown: phrases whose objects the user showed: they are followed whether they are detected again or not.
   """
 
@@ -163,7 +137,6 @@ class PhraseTracks:
     config: str | PhraseVideoConfig = "original",
     *,
     frames: int | None = None,
-    reverse: bool = False,
     latency: int | None = None,
     slots: int = 1,
   ):
@@ -171,7 +144,6 @@ class PhraseTracks:
     size: (H, W).
     config: thresholds.
     frames: how many the clip has; None: nobody knows.
-    reverse: frames come in falling order.
     latency: frames that results are held back; None: 14, as the hot start needs. With 0 each frame is put
       out at once, and objects that turn out to be none are named in `FrameObjects.removed`.
     slots: objects that there is room for from the start; it grows by itself.
@@ -181,8 +153,11 @@ class PhraseTracks:
     every = engine.tracker is not None and engine.tracker.config.profile.all_cond_pointers
     self.tracks = Tracks(engine, slots, COND_FRAMES if every else None)  # says early that there is no tracker
     self.config, self.size = PhraseVideoConfig.named(config), (int(size[0]), int(size[1]))
-    self._programs = programs_of(engine, self.config)
-    self._frames, self.reverse = frames, reverse
+    on_device = PhraseVideoConfig(**{name: getattr(self.config, name) for name in _ON_DEVICE})
+    made = functools.partial(programs_of, engine, _program, on_device)
+    self._observe, self._commit = made(phrase_step.observe), made(phrase_step.commit)
+    self._first_masks, self._correct = made(phrase_step.first_masks, self.size), made(phrase_step.correct)
+    self._frames = frames
     self.counters = Counters()
     self.shown: set[int] = set()
     self._delay = Delay(self.config, latency)
@@ -199,11 +174,6 @@ class PhraseTracks:
     )  # fmt: skip
     return _Last(banks.EMPTY, self.tracks._placed(none), None)
 
-  @property
-  def frame(self) -> int | None:
-    """The one that ran last."""
-    return None if self._last.waiting is None else self._last.frame
-
   # ---------------------------------------------------------------- frames
 
   def step(
@@ -218,34 +188,35 @@ class PhraseTracks:
     """
     now = self._now(frame, features, row, [f.detections for f in found])
     tracked, cleaned, seen = self._run(
-      self._programs.observe, self.tracks.bank, now, self._last.tracked, np.int32(self._last.frame)
+      self._observe, self.tracks.bank, now, self._last.tracked, np.int32(self._last.frame)
     )
     at, observed = self._observed(jax.device_get(seen), found, row)
     before, counters = self.counters.ids, copy.deepcopy(self.counters)
-    plan = decisions.decide(self.config, counters, frame, observed, self.reverse)
+    plan = decisions.decide(self.config, counters, frame, observed)
     counters.pinned |= {i for i in plan.new if counters.phrase[i] in self.shown}
     tracks, (tracked, cleaned) = self._with_room(plan.new, frame, tracked, cleaned)
     orders = self._orders(plan, at, before, tracks, counters)
     first = cleaned
     if plan.new and not self.config.new_masks_at_mask_size:
-      first = self._run(self._programs.first_masks(self.size), now, orders.new)
+      first = self._run(self._first_masks, now, orders.new)
+    # The bank is not given up: where `commit` fails, and in a fork, it stands as it was.
     arguments = tracks.bank, now, tracked, cleaned, first, orders
-    tracks.bank, tracked, masks = self._run(self._programs.commit, *arguments)
+    tracks.bank, tracked, masks = self._run(self._commit, *arguments)
     # From here on nothing fails.
     scores = dict(zip(before, sigmoid(observed.object_scores).tolist()))
     scores |= {i: counters.score[i] for i in plan.new}
-    objects = _objects(frame, [*before, *plan.new], counters, scores, masks, tracks.slots)
+    unseen = plan.hidden, plan.unconfirmed
+    objects = _objects(frame, [*before, *plan.new], counters, scores, masks, tracks.slots, *unseen)
     tracks.slots = {i: tracks.slots[i] for i in counters.ids}
-    waiting = Waiting(frame, plan.hidden, plan.unconfirmed, objects)
-    self.tracks, self.counters, self._last = tracks, counters, _Last(frame, tracked, waiting)
-    return self._released(self._delay.push(waiting, counters.removed))
+    self.tracks, self.counters, self._last = tracks, counters, _Last(frame, tracked, objects)
+    return self._released(self._delay.push(objects, counters.removed))
 
   def finish(self) -> list[FrameObjects]:
     """The frames that are held back, at the end of the clip."""
     return self._released(self._delay.finish(self.counters.removed))
 
   def _now(self, frame: int, features: TrackerFeatures, row: int, detections: Sequence[Detections]) -> Now:
-    clock = self.tracks.clock(frame, self.reverse, self._frames)
+    clock = self.tracks.clock(frame, frames=self._frames)
     return Now(features, np.int32(row), clock, tuple(detections))
 
   def _run(self, program: Program, *arguments: Any) -> Any:
@@ -306,16 +277,15 @@ class PhraseTracks:
     marked = map(tracks.mask, (renewed, plan.suppressed, plan.removed))
     return Orders(new, recondition, *marked, group, rank)
 
-  def _released(self, released: Sequence[tuple[Waiting, set[int]]]) -> list[FrameObjects]:
+  def _released(self, released: Sequence[tuple[FrameObjects, set[int]]]) -> list[FrameObjects]:
     out = []
-    for waiting, never in released:
-      objects: FrameObjects = waiting.content
+    for objects, never in released:
       gone = tuple(sorted(self.counters.removed & self._put_out))
       self._put_out.difference_update(gone)
       objects = objects.only([k for k, i in enumerate(objects.ids) if i not in never], gone)
       self._put_out.update(objects.ids)
       out.append(objects)
-    held = {i for w in self._delay.waiting for i in w.content.ids} | self._put_out
+    held = {i for w in self._delay.waiting for i in w.ids} | self._put_out
     self.counters.forget(self.counters.removed - held)
     return out
 
@@ -343,7 +313,7 @@ class PhraseTracks:
       ValueError: no frame ran, no such object, the object limit, clicks of several objects.
     """
     last = self._last
-    if last.waiting is None:
+    if last.objects is None:
       raise ValueError("clicks are about a frame: let one run first")
     if len(clicks.valid) != 1:
       raise ArgumentError("points", f" must be of one object, got {len(clicks.valid)}")
@@ -364,14 +334,13 @@ class PhraseTracks:
     rows = (tracks.rows({object_id: x[0]}, np.zeros_like(x[0])) for x in clicks[:3])
     now = self._now(last.frame, features, row, ())
     arguments = tracks.bank, now, before, Clicks(*rows), which, which & begins, kept_array
-    tracks.bank, tracked, masks = self._run(self._programs.correct, *arguments)
-    waiting = _corrected(last.waiting, object_id, counters, tracked, masks, tracks.slots[object_id])
+    tracks.bank, tracked, masks = self._run(self._correct, *arguments)
+    objects = _corrected(last.objects, object_id, counters, tracked, masks, tracks.slots[object_id])
     self.tracks, self.counters, self._clicked[object_id] = tracks, counters, kept
-    self._last = _Last(last.frame, tracked, waiting)
+    self._last = _Last(last.frame, tracked, objects)
     if self._delay.waiting:
-      self._delay.waiting[-1] = waiting
-    never = waiting.hidden | waiting.unconfirmed | counters.removed
-    objects: FrameObjects = waiting.content
+      self._delay.waiting[-1] = objects
+    never = objects.hidden | objects.unconfirmed | counters.removed
     return objects.only([k for k, i in enumerate(objects.ids) if i not in never])
 
   def remove(self, object_id: int) -> None:
@@ -406,10 +375,10 @@ class PhraseTracks:
   def state(self) -> dict[str, np.ndarray]:
     """All that is needed to go on, bit for bit, as arrays that `numpy.savez` takes."""
     waiting = list(self._delay.waiting)
-    if self._last.waiting is not None and not waiting:
-      waiting = [self._last.waiting]  # clicks may still come
+    if self._last.objects is not None and not waiting:
+      waiting = [self._last.objects]  # clicks may still come
     held = [_to_json(w) for w in waiting]
-    arrays = {f"waiting/{k}": np.asarray(w.content.masks()) for k, w in enumerate(waiting)}
+    arrays = {f"waiting/{k}": w.masks() for k, w in enumerate(waiting)}
     arrays |= {f"tracks/{k}": v for k, v in self.tracks.state().items()}
     arrays |= {f"last/{k}": bits(np.asarray(v)) for k, v in vars(self._last.tracked).items()}
     known = {
@@ -420,7 +389,7 @@ class PhraseTracks:
     return arrays | {"known": np.array(json.dumps(known))}
 
   def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-    """Goes on from what `state` gave, of a clip with the same size, thresholds and direction.
+    """Goes on from what `state` gave, of a clip with the same size and thresholds.
 
     Raises:
       ValueError: it is of another model, or is none.
@@ -481,7 +450,7 @@ class _Last(NamedTuple):
 
   frame: int
   tracked: Tracked
-  waiting: Waiting | None
+  objects: FrameObjects | None
 
 
 def _objects(
@@ -491,36 +460,35 @@ def _objects(
   tracker_scores: Mapping[int, float],
   masks: jax.Array,
   rows: Mapping[int, int],
+  hidden: set[int],
+  unconfirmed: set[int],
 ) -> FrameObjects:
   return FrameObjects(
     frame, list(ids), [counters.phrase[i] for i in ids], [counters.score[i] for i in ids],
     [tracker_scores[i] for i in ids], masks, [rows[i] for i in ids],
+    hidden, unconfirmed,
   )  # fmt: skip
 
 
 def _corrected(
-  waiting: Waiting, i: int, counters: Counters, tracked: Tracked, masks: jax.Array, slot: int
-) -> Waiting:
+  before: FrameObjects, i: int, counters: Counters, tracked: Tracked, masks: jax.Array, slot: int
+) -> FrameObjects:
   """A frame with object `i` as it is now, in its slot."""
-  before: FrameObjects = waiting.content
   scores = dict(zip(before.ids, before.tracker_scores))
   scores[i] = float(sigmoid(np.asarray(tracked.object_score_logits)[slot]))
   rows = dict(zip(before.ids, before.rows)) | {i: len(before.logits)}
   logits = jnp.concatenate([before.logits, masks[slot][None]])
   ids = [j for j in sorted(rows) if j in counters.phrase]
-  objects = _objects(before.frame, ids, counters, scores, logits, rows)
-  return Waiting(before.frame, waiting.hidden - {i}, waiting.unconfirmed - {i}, objects)
+  unseen = before.hidden - {i}, before.unconfirmed - {i}
+  return _objects(before.frame, ids, counters, scores, logits, rows, *unseen)
 
 
-def _to_json(waiting: Waiting) -> dict[str, Any]:
-  objects: FrameObjects = waiting.content
-  lists = {name: getattr(objects, name) for name in _LISTS if name != "rows"}
-  return lists | {
-    "frame": waiting.frame, "hidden": sorted(waiting.hidden), "unconfirmed": sorted(waiting.unconfirmed),
-  }  # fmt: skip
+def _to_json(objects: FrameObjects) -> dict[str, Any]:
+  """All but the masks."""
+  sets = {name: sorted(getattr(objects, name)) for name in ("hidden", "unconfirmed")}
+  return {name: getattr(objects, name) for name in ("frame", *_LISTS) if name != "rows"} | sets
 
 
-def _of_json(data: Mapping[str, Any], logits: jax.Array) -> Waiting:
-  lists = {name: data[name] for name in _LISTS if name != "rows"}
-  objects = FrameObjects(data["frame"], **lists, logits=logits, rows=list(range(len(data["ids"]))))
-  return Waiting(data["frame"], set(data["hidden"]), set(data["unconfirmed"]), objects)
+def _of_json(data: Mapping[str, Any], logits: jax.Array) -> FrameObjects:
+  sets = {name: set(data[name]) for name in ("hidden", "unconfirmed")}
+  return FrameObjects(**data | sets, logits=logits, rows=list(range(len(logits))))

@@ -35,7 +35,7 @@ from sam3lt_jax.processing.postprocess import check_threshold
 from sam3lt_jax.processing.prompts import Prompt, prompts_of
 from sam3lt_jax.video.decisions import CLICKED
 from sam3lt_jax.video.frames import Frame, FrameError, Frames, ahead, open_frames
-from sam3lt_jax.video.interactive import HISTORY, InferenceState, InteractiveVideo
+from sam3lt_jax.video.interactive import HISTORY, InteractiveVideo
 from sam3lt_jax.video.phrases import Found, FrameObjects, PhraseTracks, frame_results
 from sam3lt_jax.video.results import FrameResults
 
@@ -46,7 +46,7 @@ class VideoPredictor(InteractiveVideo):
   """Follows what phrases, example boxes and clicks ask for through videos of any length.
 
   For clicks on any frame and following in both directions it has the names of SAM 2's video predictor, see
-  `InteractiveVideo`; `init_state` takes any source of frames.
+  `InteractiveVideo`.
 
       tracker = VideoPredictor.from_pretrained("s0", tracker="facebook/sam3")
       for frame in tracker.track("clip.mp4", text=["person", "dog"]):
@@ -67,12 +67,7 @@ class VideoPredictor(InteractiveVideo):
     history: see `InteractiveVideo`.
     """
     predictor.need_tracker()
-    engine = predictor.engine
-    if engine.tracker.config.memory is None:
-      raise ArgumentError("tracker", " must have the parts that remember frames; this one is of images alone")
-    if engine.mesh.size > 1:
-      raise ArgumentError("devices", f" must be one device, as a clip runs on one, got {engine.mesh.size}")
-    super().__init__(engine, history)
+    super().__init__(predictor.engine, history)
     self.predictor, self.config = predictor, PhraseVideoConfig.named(video)
     self._digests: tuple[tuple[Any, Any], list[str]] | None = None
 
@@ -91,10 +86,6 @@ class VideoPredictor(InteractiveVideo):
     video, history: see the class.
     """
     return cls(Predictor.from_pretrained(source, tracker=tracker, **options), video, history)
-
-  def init_state(self, source: Any, rate: float | None = None) -> InferenceState:
-    """source, rate: see `open_frames`; not a live one."""
-    return super().init_state(_Images(open_frames(source, rate)))
 
   def on_device(self, device: jax.Device) -> VideoPredictor:
     """The same on another device, with a copy of the weights there."""
@@ -362,25 +353,23 @@ class Tracking:
     if not self.frames.live:
       reading = ahead(reading, 2 * self._batch)
     chunk: list[tuple[Frame, np.ndarray]] = []
+    error = None
     with contextlib.closing(reading):
-      while True:
-        try:
-          one = next(reading, None)
-        except FrameError:
-          if chunk:
+      try:
+        for frame, resized in reading:
+          if frame.index >= self._out:
+            self._images[frame.index] = frame
+          if resized is not None:
+            chunk.append((frame, resized))
+          if len(chunk) == self._batch:
             yield chunk
-          raise
-        if one is None:
-          break
-        if one[0].index >= self._out:
-          self._images[one[0].index] = one[0]
-        if one[1] is not None:
-          chunk.append(one)
-        if len(chunk) == self._batch:
-          yield chunk
-          chunk = []
+            chunk = []
+      except FrameError as e:  # what came before it is tracked first
+        error = e
     if chunk:
       yield chunk
+    if error is not None:
+      raise error
 
   def _track(self, chunk: list[tuple[Frame, np.ndarray]]) -> Iterator[list[FrameResults]]:
     engine = self._engine
@@ -437,21 +426,3 @@ def _check_frame(frames: Frames, index: Any) -> None:
     raise ArgumentError(
       "boxes_frame", f" must be a frame of {frames.name}, which has {frames.count}, got {index}"
     )
-
-
-class _Images(Sequence):
-  """The images of `Frames`, by number."""
-
-  def __init__(self, frames: Frames):
-    self._frames, self._count = frames, frames.measure()
-
-  def __len__(self) -> int:
-    return self._count
-
-  def __getitem__(self, index: int) -> np.ndarray:
-    return self._frames[index].image
-
-
-def _tuples(value: Any) -> Any:
-  """JSON's lists as the tuples that they were."""
-  return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -42,11 +42,30 @@ class FrameResults:
     """`Results` with `ids`, in their order. An object keeps its id for the whole clip."""
     return self.make()
 
-  ids = property(lambda self: self.results.ids, doc="int64 [N].")
-  masks = property(lambda self: self.results.masks, doc="bool [N, H, W].")
-  boxes = property(lambda self: self.results.boxes, doc="float32 [N, 4], (x1, y1, x2, y2) in pixels.")
-  scores = property(lambda self: self.results.scores, doc="float32 [N], 0 to 1.")
-  labels = property(lambda self: self.results.labels, doc="The phrase of each object, N strings.")
+  @property
+  def ids(self) -> np.ndarray:
+    """int64 [N]."""
+    return self.results.ids
+
+  @property
+  def masks(self) -> np.ndarray:
+    """bool [N, H, W]."""
+    return self.results.masks
+
+  @property
+  def boxes(self) -> np.ndarray:
+    """float32 [N, 4], (x1, y1, x2, y2) in pixels."""
+    return self.results.boxes
+
+  @property
+  def scores(self) -> np.ndarray:
+    """float32 [N], 0 to 1."""
+    return self.results.scores
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The phrase of each object."""
+    return self.results.labels
 
   def __len__(self) -> int:
     return len(self.results)

@@ -2,7 +2,7 @@
 
     follow -> Tracked, then remember -> Bank        a frame that nobody asked about
     prompt -> Tracked, then remember(cond=...)      clicks or a box on it
-    prompt_masks -> Bank, Tracked                   masks that are taken as they are
+    given_masks -> Tracked, then remember(cond=...) masks that are taken as they are
 
 All of them take all slots of a bank; what dead slots give means nothing. Axes as in `bank`; h, w rows and
 columns of the token grid.
@@ -44,9 +44,7 @@ def follow(
   features: of the frame, 1 row. which: bool [P], slots that are meant; None: all live ones.
   """
   which = bank.live if which is None else which & bank.live
-  image = condition(tracker, variables, bank, features, clock, which)
-  answer = lambda image: tracker.apply(variables, features, None, image, method="prompted")  # noqa: E731
-  return _by_slots(answer, which, image)
+  return prompt(tracker, variables, bank, features, clock, None, which, with_memory=True)
 
 
 def condition(
@@ -68,7 +66,7 @@ def prompt(
   bank: Bank,
   features: TrackerFeatures,
   clock: Clock,
-  clicks: Clicks,
+  clicks: Clicks | None,
   which: jax.Array,
   with_memory: bool = False,
 ) -> Tracked:
@@ -78,9 +76,7 @@ def prompt(
     clicks: one row a slot, with masks and has_mask, without image_index.
     with_memory: what is remembered of them is read too (static). False: as on a first frame.
   """
-  if not with_memory:
-    return _by_slots(lambda c: tracker.apply(variables, features, c, method="prompted"), which, clicks)
-  image = condition(tracker, variables, bank, features, clock, which)
+  image = condition(tracker, variables, bank, features, clock, which) if with_memory else None
   answer = lambda given: tracker.apply(variables, features, *given, method="prompted")  # noqa: E731
   return _by_slots(answer, which, (clicks, image))
 
@@ -92,30 +88,23 @@ def remember(
   features: TrackerFeatures,
   clock: Clock,
   tracked: Tracked,
-  *,
   which: jax.Array | None = None,
-  logits: jax.Array | None = None,
   cond: jax.Array | None = None,
   binary: jax.Array | None = None,
-  exclusive: jax.Array | None = None,
-  direct: bool = False,
 ) -> Bank:
   """The bank after a frame.
 
   Args:
     which: bool [P], slots that this frame is remembered of; None: all live ones.
-    logits: float32 [P, 4h, 4w] or of any other side, masks to remember instead of the tracked ones.
     cond: bool [P], for which of them it is a frame with a prompt; None: for none.
     binary: bool [P], whose mask was given and counts as 0s and 1s; None: as `cond`.
-    exclusive, direct: see `Sam3Tracker.mask_to_remember`.
   """
   P = len(bank.live)
   which = bank.live if which is None else which & bank.live
   cond = jnp.zeros(P, bool) if cond is None else cond
   binary = cond if binary is None else binary
-  logits = tracked.masks if logits is None else logits
   present = tracked.object_score_logits > 0
-  maps = maps_of(tracker, variables, features, logits, present, binary, which, exclusive, direct)
+  maps = maps_of(tracker, variables, features, tracked.masks, present, binary, which)
   quality = quality_of(tracked)
   if tracker.config.profile.group_rules:
     quality = banks.shared_quality(bank, quality)
@@ -133,7 +122,12 @@ def maps_of(
   exclusive: jax.Array | None = None,
   direct: bool = False,
 ) -> jax.Array:
-  """What to remember of masks on a frame: bfloat16 [P, T, C]; arguments as in `remember`."""
+  """What to remember of masks on a frame: bfloat16 [P, T, C].
+
+  Args:
+    logits: float32 [P, 4h, 4w] or of any other side. present: bool [P], whether the object is there.
+    which, binary: see `remember`. exclusive, direct: see `Sam3Tracker.mask_to_remember`.
+  """
   grid = features.image.shape[1]
 
   def encode(given):
@@ -155,39 +149,13 @@ def quality_of(tracked: Tracked) -> jax.Array:
   return there * tracked.ious
 
 
-def prompt_masks(
-  tracker: Sam3Tracker,
-  variables: Any,
-  bank: Bank,
-  features: TrackerFeatures,
-  clock: Clock,
-  masks: jax.Array,
-  which: jax.Array,
-  *,
-  logits: jax.Array | None = None,
-  exclusive: jax.Array | None = None,
-) -> tuple[Bank, Tracked]:
-  """Masks that are taken as they are, on a frame that is one with a prompt for the slots `which` (bool [P]).
-
-  Args:
-    masks: float32 [P, S, S] in [0, 1], S as `Sam3Tracker.mask_side` says; see `given_masks`.
-    logits: float32 [P, 4h, 4w] to remember; None: those of `masks`, by way of 4h in the original's profile.
-    exclusive: see `Sam3Tracker.mask_to_remember`.
-  """
-  tracked = given_masks(tracker, variables, features, masks, which)
-  if logits is None and tracker.config.profile.mask_prompt_of_image_side:
-    logits = 2 * MEMORY_SCALE * masks - MEMORY_SCALE
-  bank = remember(
-    tracker, variables, bank, features, clock, tracked, which=which, logits=logits, cond=which,
-    exclusive=exclusive,
-  )  # fmt: skip
-  return bank, tracked
-
-
 def given_masks(
   tracker: Sam3Tracker, variables: Any, features: TrackerFeatures, masks: jax.Array, which: jax.Array
 ) -> Tracked:
-  """Masks that are taken as they are, with the pointers that stand for them; see `prompt_masks`."""
+  """Masks that are taken as they are, with the pointers that stand for them.
+
+  masks: float32 [P, S, S] in [0, 1], S as `Sam3Tracker.mask_side` says. which: bool [P].
+  """
 
   def one(masks: jax.Array) -> Tracked:
     there = (masks > 0).any(axis=(1, 2))

@@ -2,68 +2,44 @@
 
     tracks = Tracks(engine)
     tracks.add([7], frame=0)
-    tracks.take_masks(features, 0, tracks.clock(0), {7: mask})
-    tracked = tracks.advance(features, 1, tracks.clock(1))   # its memory does not grow
+    tracked = tracks.ask(features, tracks.clock(0), {7: clicks})
+    tracks.keep(features, tracks.clock(0), tracked, [7])
+    tracked = tracks.advance(features, tracks.clock(1))   # its memory does not grow
 
 Axes as in `bank`.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax import parallel, storage
+from sam3lt_jax import parallel
 from sam3lt_jax.engine import Engine
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.features import Clicks, Tracked, TrackerFeatures
+from sam3lt_jax.programs import Program
 from sam3lt_jax.tracker import Sam3Tracker
 from sam3lt_jax.video import bank as banks
 from sam3lt_jax.video import step
 from sam3lt_jax.video.bank import Bank, Clock
 
 MOST_SLOTS = 1 << 12
-_FORMAT = 1  # of a saved state
 
 
 # ---------------------------------------------------------------- the programs
 
 
-def advance(tracker, variables, bank, features, row, clock, which) -> tuple[Bank, Tracked]:
+def advance(tracker, variables, bank, features, clock, which) -> tuple[Bank, Tracked]:
   """Objects `which` followed to a frame, and that remembered."""
-  frame = step.one_frame(features, row)
-  tracked = step.follow(tracker, variables, bank, frame, clock, which)
-  return step.remember(tracker, variables, bank, frame, clock, tracked, which=which), tracked
-
-
-def ask(tracker, with_memory: bool, variables, bank, features, row, clock, clicks, which) -> Tracked:
-  """`step.prompt` of one row of features."""
-  frame = step.one_frame(features, row)
-  return step.prompt(tracker, variables, bank, frame, clock, clicks, which, with_memory)
-
-
-def take(tracker, variables, features, row, masks, which) -> Tracked:
-  """`step.given_masks`, likewise."""
-  return step.given_masks(tracker, variables, step.one_frame(features, row), masks, which)
-
-
-def keep(tracker, variables, bank, features, row, clock, tracked, which, cond) -> Bank:
-  """`step.remember`, likewise."""
-  frame = step.one_frame(features, row)
-  return step.remember(tracker, variables, bank, frame, clock, tracked, which=which, cond=cond)
-
-
-def encode_masks(tracker, variables, features, row, logits, present, binary, which, exclusive) -> jax.Array:
-  """`step.maps_of`, likewise."""
-  rivals = exclusive if tracker.config.profile.group_rules else None
-  frame = step.one_frame(features, row)
-  return step.maps_of(tracker, variables, frame, logits, present, binary, which, rivals)
+  tracked = step.follow(tracker, variables, bank, features, clock, which)
+  return step.remember(tracker, variables, bank, features, clock, tracked, which), tracked
 
 
 def put(tracker, variables, bank, clock, which, maps, pointers, quality, cond) -> Bank:
@@ -79,36 +55,38 @@ def recall(tracker, variables, bank, clock) -> tuple[jax.Array, jax.Array]:
 
 
 class TrackPrograms:
-  """Those of an engine, compiled once for all clips; see the functions of the same names."""
+  """Functions of this module and of `step`, for an engine."""
 
   def __init__(self, engine: Engine):
     if engine.tracker is None or engine.tracker.config.memory is None:
-      raise ArgumentError("engine", " must have a tracker with memory to follow objects, got none")
+      this = "there is none" if engine.tracker is None else "this one is of images alone"
+      raise ArgumentError("tracker", f" must have the parts that remember frames; {this}")
     if engine.mesh.size > 1:
-      raise ArgumentError("engine", f" must be of one device to follow objects, got {engine.mesh.size}")
-    everywhere, tracker = parallel.replicated(engine.mesh), engine.tracker
-    self.advance = engine.program(advance, everywhere, tracker, donate=(0,))
-    self.ask = engine.program(ask, everywhere, tracker, False)
-    self.ask_with_memory = engine.program(ask, everywhere, tracker, True, name="ask_with_memory")
-    self.take = engine.program(take, everywhere, tracker)
-    self.keep = engine.program(keep, everywhere, tracker, donate=(0,))
-    self.encode_masks = engine.program(encode_masks, everywhere, tracker)
-    self.put = engine.program(put, everywhere, tracker, donate=(0,))
-    self.recall = engine.program(recall, everywhere, tracker)
+      raise ArgumentError("devices", f" must be one device, as a clip runs on one, got {engine.mesh.size}")
+
+    def made(function: Callable, **options: Any) -> Program:
+      return engine.program(function, parallel.replicated(engine.mesh), engine.tracker, **options)
+
+    with_memory = functools.partial(step.prompt, with_memory=True)
+    self.ask, self.ask_with_memory = made(step.prompt), made(with_memory, name="prompt_with_memory")
+    self.advance, self.keep = made(advance, donate=(0,)), made(step.remember, donate=(0,))
+    self.take, self.encode_masks = made(step.given_masks), made(step.maps_of)
+    self.put, self.recall = made(put, donate=(0,)), made(recall)
 
 
-_made: weakref.WeakKeyDictionary[Any, TrackPrograms] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[Engine, dict[tuple, Any]] = weakref.WeakKeyDictionary()
 
 
-def programs_of(engine: Engine) -> TrackPrograms:
-  """The engine's, made when first asked for.
+def programs_of(engine: Engine, make: Callable = TrackPrograms, *about: Any) -> Any:
+  """`make(engine, *about)`, once for all clips. What it gives must not hold the engine.
 
   Raises:
     ValueError: the engine has no tracker with memory, or several devices.
   """
-  if engine not in _made:
-    _made[engine] = TrackPrograms(engine)
-  return _made[engine]
+  made = _made.setdefault(engine, {})
+  if (make, *about) not in made:
+    made[make, *about] = make(engine, *about)
+  return made[make, *about]
 
 
 # ---------------------------------------------------------------- the objects
@@ -143,25 +121,17 @@ class Tracks:
     """P, how many slots there are."""
     return len(self.bank.live)
 
-  @property
-  def ids(self) -> list[int]:
-    """Of the objects, in the order in which they came."""
-    return list(self.slots)
-
   def clock(self, frame: int, reverse: bool = False, frames: int | None = None) -> Clock:
     """frames: how many the clip has; None: unknown, and taken to be many."""
     return Clock.at(frame, self.tracker.config, reverse, frames)
 
   # ---------------------------------------------------------------- slots
 
-  def add(self, ids: Iterable[int], frame: int) -> np.ndarray:
+  def add(self, ids: Iterable[int], frame: int) -> None:
     """Gives new objects their slots, which grow if they must; what is remembered of them comes later.
 
     Args:
       ids: of objects that are not there. frame: on which they first appear.
-
-    Returns:
-      The slots, int [N].
 
     Raises:
       ValueError: an id that is there already, or twice.
@@ -170,12 +140,12 @@ class Tracks:
     twice = [i for n, i in enumerate(ids) if i in self.slots or i in ids[:n]]
     if twice:
       raise ArgumentError("ids", f" must be of new objects, got {twice[0]}, which is there already")
-    self.make_room(len(self.slots) + len(ids))
+    if (slots := bucket(len(self.slots) + len(ids))) > self.size:
+      self.bank = self._placed(banks.grow(self.bank, slots))
     taken = set(self.slots.values())
     free = [s for s in range(self.size) if s not in taken][: len(ids)]
     self.slots |= dict(zip(ids, free))
     self.bank = banks.born(self.bank, self.mask(ids), np.int32(frame))
-    return np.array(free, int)
 
   def remove(self, ids: Iterable[int]) -> None:
     """Forgets objects; their slots are free. Raises ValueError for an id that is not there."""
@@ -184,19 +154,12 @@ class Tracks:
     for i in ids:
       del self.slots[i]
 
-  def make_room(self, objects: int, cond: int | None = None) -> None:
-    """Grows to at least so many slots, and so many frames with prompts each. Changes no result."""
-    Kc = self.bank.cond_frames.shape[1]
-    slots, cond = max(bucket(objects), self.size), max(bucket(cond or Kc), Kc)
-    if (slots, cond) != (self.size, Kc):
-      self.bank = self._placed(banks.grow(self.bank, slots, cond))
-
   def mask(self, ids: Iterable[int] | None = None) -> np.ndarray:
     """bool [P], the slots of these objects; None: of all."""
     which = np.zeros(self.size, bool)
     for i in self.slots if ids is None else ids:
       if i not in self.slots:
-        raise ArgumentError("ids", f" must be of {self.ids}, got {i}")
+        raise ArgumentError("ids", f" must be of {list(self.slots)}, got {i}")
       which[self.slots[i]] = True
     return which
 
@@ -209,30 +172,21 @@ class Tracks:
 
   # ---------------------------------------------------------------- a frame
 
-  def advance(
-    self, features: TrackerFeatures, row: int, clock: Clock, ids: Iterable[int] | None = None
-  ) -> Tracked:
+  def advance(self, features: TrackerFeatures, clock: Clock, ids: Iterable[int] | None = None) -> Tracked:
     """Follows objects to the clock's frame and remembers it.
 
     Args:
-      features: of `Engine.encode_frames`, or `VisionFeatures.tracker`. row: the frame's.
+      features: of the frame, 1 row, as `Engine.encode_frames` gives them.
       ids: None: all.
 
     Returns:
       `Tracked` of all slots, on the device; what other slots give means nothing.
     """
-    self.bank, tracked = self._run(
-      self.programs.advance, self.bank, features, np.int32(row), clock, self.mask(ids)
-    )
+    self.bank, tracked = self._run(self.programs.advance, self.bank, features, clock, self.mask(ids))
     return tracked
 
   def ask(
-    self,
-    features: TrackerFeatures,
-    row: int,
-    clock: Clock,
-    clicks: Mapping[int, Clicks],
-    with_memory: bool = False,
+    self, features: TrackerFeatures, clock: Clock, clicks: Mapping[int, Clicks], with_memory: bool = False
   ) -> Tracked:
     """What clicks on the clock's frame make of objects; remembers nothing, see `keep`.
 
@@ -246,35 +200,14 @@ class Tracks:
       self.rows({i: getattr(c, name)[0] for i, c in clicks.items()}, np.zeros_like(getattr(first, name)[0]))
       for name in ("points", "labels", "valid", "masks", "has_mask")
     ))  # fmt: skip
-    return self._run(program, self.bank, features, np.int32(row), clock, rows, self.mask(clicks))
+    return self._run(program, self.bank, features, clock, rows, self.mask(clicks))
 
   def keep(
-    self,
-    features: TrackerFeatures,
-    row: int,
-    clock: Clock,
-    tracked: Tracked,
-    ids: Iterable[int],
-    cond: bool = True,
+    self, features: TrackerFeatures, clock: Clock, tracked: Tracked, ids: Iterable[int], cond: bool = True
   ) -> None:
     """Remembers the clock's frame as `tracked` has it, as one with a prompt or (cond=False) without."""
     which = self.mask(ids)
-    self.bank = self._run(
-      self.programs.keep, self.bank, features, np.int32(row), clock, tracked, which, which & cond
-    )
-
-  def take_masks(
-    self, features: TrackerFeatures, row: int, clock: Clock, masks: Mapping[int, np.ndarray]
-  ) -> Tracked:
-    """Masks that are taken as they are: float32 [S, S] in [0, 1] each, see `Sam3Tracker.mask_side`.
-
-    The clock's frame becomes one with a prompt for these objects.
-    """
-    side = self.tracker.mask_side(self._grid)
-    given = self.rows(masks, np.zeros((side, side), np.float32))
-    tracked = self._run(self.programs.take, features, np.int32(row), given, self.mask(masks))
-    self.keep(features, row, clock, tracked, masks)
-    return tracked
+    self.bank = self._run(self.programs.keep, self.bank, features, clock, tracked, which, which & cond)
 
   def _run(self, program: Any, *arguments: Any) -> Any:
     return program(self.engine.tracker_variables, *arguments)
@@ -294,7 +227,7 @@ class Tracks:
     """All that is needed to go on, bit for bit, as arrays that `numpy.savez` takes."""
     arrays = {name: bits(x) for name, x in jax.device_get(vars(self.bank)).items()}
     table = np.array(list(self.slots.items()), np.int64).reshape(-1, 2)
-    return {**arrays, "slots": table, "format": np.array(_FORMAT)}
+    return arrays | {"slots": table}
 
   @classmethod
   def of_state(cls, engine: Engine, state: Mapping[str, np.ndarray]) -> Tracks:
@@ -305,11 +238,8 @@ class Tracks:
     """
     try:
       slots, cond = state["cond_frames"].shape
-      number = int(state["format"])
     except (KeyError, ValueError) as e:
       raise ArgumentError("state", f" must be what Tracks.state gave, got one without it ({e})") from None
-    if number != _FORMAT:
-      raise ArgumentError("state", f" must be of format {_FORMAT}, got {number}")
     tracks = cls(engine, slots, cond)
     found = {}
     for name, like in vars(tracks.bank).items():
@@ -322,18 +252,6 @@ class Tracks:
     tracks.bank = tracks._placed(Bank(**found))
     tracks.slots = {int(i): int(s) for i, s in state["slots"]}
     return tracks
-
-  def save(self, path: str | os.PathLike) -> None:
-    """Writes `state` to a file, whole or not at all."""
-    with storage.writing(os.fspath(path), "what was there before is kept"):
-      with storage.atomic(os.fspath(path), alone=True) as f:
-        np.savez(f, **self.state())
-
-  @classmethod
-  def load(cls, engine: Engine, path: str | os.PathLike) -> Tracks:
-    """Goes on from a file of `save`; raises ValueError as `of_state`."""
-    with np.load(path, allow_pickle=False) as data:
-      return cls.of_state(engine, dict(data))
 
 
 def grid_of(engine: Engine) -> int:

@@ -180,13 +180,13 @@ class Ours:
       i: Clicks(xy[i][None, None].astype(np.float32), one.astype(np.int32), one, *none)
       for i in range(objects)
     }
-    tracked = self._tracks.ask(self._features, 0, clock, clicks)
-    self._tracks.keep(self._features, 0, clock, tracked, range(objects))
+    tracked = self._tracks.ask(self._features, clock, clicks)
+    self._tracks.keep(self._features, clock, tracked, range(objects))
 
   def frame(self, index: int) -> float:
     clock = self._tracks.clock(index, frames=self._frames)
     start = time.perf_counter()
-    np.asarray(self._tracks.advance(self._features, 0, clock).object_score_logits)
+    np.asarray(self._tracks.advance(self._features, clock).object_score_logits)
     for leaf in vars(self._tracks.bank).values():
       leaf.block_until_ready()
     return time.perf_counter() - start

@@ -247,7 +247,7 @@ def test_as_transformers(reference, phrases, seed, monkeypatch):
   with jax.default_matmul_precision("highest"):
     for t, step in enumerate(steps):
       tracks.step(t, features[t], 0, found_of(step, phrases))
-      objects = tracks._last.waiting.content
+      objects = tracks._last.objects
       for name, expected in step.counters.items():
         assert getattr(tracks.counters, name) == expected, (t, name)
       masks = {i: m[0].numpy() for i, m in step.out.obj_id_to_mask.items()}

@@ -1,5 +1,6 @@
 """The decisions of phrase video: recorded clips of the authors' code, replayed, and rules by hand."""
 
+import collections
 import json
 
 import numpy as np
@@ -10,11 +11,12 @@ from sam3lt_jax.ops import overlap
 from sam3lt_jax.processing.masks import mask_bounds
 from sam3lt_jax.processing.postprocess import resize_masks, sigmoid
 from sam3lt_jax.video import decisions
-from sam3lt_jax.video.decisions import Counters, Delay, Observed, Waiting
+from sam3lt_jax.video.decisions import Counters, Delay, Observed
 from tests.checkpoints.common import fixture
 from tests.tiny import jit
 from tests.video import replay
 
+Waiting = collections.namedtuple("Waiting", "frame hidden unconfirmed content")
 CLIPS = replay.names("video_decisions")
 MEMORY_SIDE = 128  # of masks as the recorded memory takes them
 areas_of = jit(lambda *arrays: overlap.areas_among_others(*arrays, MEMORY_SIDE))

@@ -130,7 +130,7 @@ def mask(value):
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda v, s: v.init_state([]), "frames must hold at least one frame, got none"),
+    (lambda v, s: v.init_state([]), "the list holds no frames"),
     (lambda v, s: InteractiveVideo(engine(), history=-1), "history must be a number of frames from 0"),
     (points(24, 1, [[1, 1]], [1]), "frame_idx must be a frame from 0 to 23, got 24"),
     (points(0, 1), "give points or box, got neither"),
@@ -154,7 +154,7 @@ def test_mistakes_are_told(call, message):
 def test_frames_must_be_of_one_size():
   video = InteractiveVideo(engine())
   state = video.init_state([clip()[0], np.zeros((44, 60, 3), np.uint8)])
-  with pytest.raises(ValueError, match=r"frames must be of one size: frame 1 is \(44, 60\), not \(45, 60\)"):
+  with pytest.raises(ValueError, match="frame 1 of the list is 60x44 pixels and the frames before it 60x45"):
     video.add_new_points_or_box(state, 1, 1, [[1, 1]], [1])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from sam3lt_jax.processing.clicks import ClickArrays
 from sam3lt_jax.video import decisions
 from sam3lt_jax.video.phrases import Found, FrameObjects, PhraseTracks, frame_results
 from tests.video import replay
-from tests.video.common import engine, recorded
+from tests.video.common import StubEngine, engine, recorded
 
 CLIPS = ("default", "strict", "add_prompt_first")
 TOLERANCE = 2e-3  # of logits to 30; a stored memory may differ by one step of bfloat16
@@ -69,11 +71,11 @@ def test_recorded_clip(name, monkeypatch):
   for step, frame in enumerate(clip.frames):
     out = advance(tracks, clip, frame["frame"])
     if name == "add_prompt_first" and not step:  # is put out at once, and runs again
-      out = [tracks._delay.waiting.pop().content]
+      out = [tracks._delay.waiting.pop()]
     released += [(objects, frame["frame"]) for objects in out]
     plan, counters = plans[-1]
     replay.check_plan(plan, counters, np.array(frame["kept_detections"]), frame)
-    check_masks(tracks._last.waiting.content, plan, clip, step)
+    check_masks(tracks._last.objects, plan, clip, step)
   released += [(objects, frame["frame"]) for objects in tracks.finish()]
   assert [(o.frame, after) for o, after in released] == [
     (o["frame"], o["released_after"]) for o in clip.outputs
@@ -236,11 +238,11 @@ def test_forked_and_tried_again():
   for t in range(9, 24):
     with pytest.raises(RuntimeError, match="no room"):
       spoil = found(clip, [t])
-      tracks._programs.commit, kept = failing, tracks._programs.commit
+      tracks._commit, kept = failing, tracks._commit
       try:
         tracks.step(t, recorded((t,)), 0, [spoil])
       finally:
-        tracks._programs.commit = kept
+        tracks._commit = kept
     out += advance(tracks, clip, t)
   same(out + tracks.finish(), whole())
 
@@ -276,7 +278,7 @@ def test_a_click_corrects_an_object():
   for t in range(24):
     out += advance(tracks, clip, t)
     if t == 3:
-      before = tracks._last.waiting.content
+      before = tracks._last.objects
       objects = tracks.click(click(0.3, 0.4), recorded((t,)), 0, object_id=1)
       assert objects.frame == t and objects.ids == before.ids
       changed = abs(objects.masks() - before.masks()).max((1, 2)) > 0.01
@@ -331,6 +333,16 @@ def test_object_limit():
     assert len(tracks.counters.ids) == 2
   with pytest.raises(ValueError, match="there are 2 objects already, which is max_num_objects"):
     tracks.click(click(0.5, 0.5), recorded((7,)), 0)
+
+
+def test_an_engine_that_nobody_uses_goes_with_its_programs():
+  like = engine()
+  one = StubEngine(like.tracker, like.tracker_variables, like.processor.image_size, like.encode_frames)
+  PhraseTracks(one, replay.SIZE)
+  left = weakref.ref(one)
+  del one
+  gc.collect()
+  assert left() is None
 
 
 @pytest.mark.parametrize("latency", [-1, True, 1.5])

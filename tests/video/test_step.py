@@ -30,7 +30,7 @@ def arguments(P: int):
   features = jax.eval_shape(functools.partial(tracker.apply, method="get_image_features"), variables, trunk)
   bank = jax.eval_shape(lambda: banks.empty(tracker.config, GRID, P, dtype=jnp.bfloat16))
   clock = banks.Clock.at(5, tracker.config)
-  return tracker, (variables, bank, features, np.int32(0), clock, np.ones(P, bool))
+  return tracker, (variables, bank, features, clock, np.ones(P, bool))
 
 
 def _everything(jaxpr) -> Iterator[jax.core.ShapedArray]:
