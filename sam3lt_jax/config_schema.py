@@ -27,6 +27,10 @@ from sam3lt_jax.config import (
 )
 
 _MODEL_TYPES = ("sam3_lite_text", "sam3", "sam3_video", "sam3_lite_text_video")
+_PARTS = {
+  "geometry_encoder": GeometryEncoderConfig, "detr_encoder": DetrEncoderConfig,
+  "detr_decoder": DetrDecoderConfig, "mask_decoder": MaskDecoderConfig,
+}  # fmt: skip
 _VIT_FIELDS = (
   "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
   "image_size", "patch_size", "window_size", "global_attn_indexes", "pretrain_image_size",
@@ -92,7 +96,7 @@ def to_schema(config: Sam3LiteTextConfig) -> dict[str, Any]:
   }
   parts = {
     f"{name}_config": dataclasses.asdict(getattr(config, name)) | {"model_type": f"{prefix}_{name}"}
-    for name in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
+    for name in _PARTS
   }
   parts["mask_decoder_config"].pop("num_groups")
   return {
@@ -136,21 +140,14 @@ def from_schema(data: Mapping[str, Any], profile: str | Profile | None) -> Sam3L
   kind = "clip" if model_type in ("sam3", "sam3_video") else "mobileclip"
   text = _TRANSFORMERS_TEXT_DEFAULTS[kind] | dict(data.get("text_config") or {})
   rope = _object("rope_parameters", vit.get("rope_parameters"))
-  extra = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-  if "drop_path_rate" in ours:
-    extra["drop_path_rate"] = ours["drop_path_rate"]
-  mask = dict(data.get("mask_decoder_config") or {})
+  extra = {k: v[k] for k, v in (("rope_theta", rope), ("drop_path_rate", ours)) if k in v}
+  parts = {name: dict(data.get(f"{name}_config") or {}) for name in _PARTS}
   if "num_groups" in ours:
-    mask["num_groups"] = ours["num_groups"]
+    parts["mask_decoder"]["num_groups"] = ours["num_groups"]
   return Sam3LiteTextConfig(
     vision=_pick(VisionConfig, {**vit, **vision, **extra}, "vision_config"),
     text=_pick(TextConfig, {**text, "kind": kind, "fused": ours.get("fused", False)}, "text_config"),
-    geometry_encoder=_pick(
-      GeometryEncoderConfig, data.get("geometry_encoder_config"), "geometry_encoder_config"
-    ),
-    detr_encoder=_pick(DetrEncoderConfig, data.get("detr_encoder_config"), "detr_encoder_config"),
-    detr_decoder=_pick(DetrDecoderConfig, data.get("detr_decoder_config"), "detr_decoder_config"),
-    mask_decoder=_pick(MaskDecoderConfig, mask, "mask_decoder_config"),
+    **{name: _pick(_PARTS[name], part, f"{name}_config") for name, part in parts.items()},
     profile=profile,
   )
 
@@ -245,14 +242,11 @@ def tracker_from_schema(data: Any, memory: bool) -> TrackerConfig:
     return found
 
   own = picked(_TRACKER_FIELDS)
-  vision = _object("vision_config", data.get("vision_config"))
-  own["scale_factors"] = vision.get("scale_factors")
+  own["scale_factors"] = _object("vision_config", data.get("vision_config")).get("scale_factors")
   config = _pick(TrackerConfig, own, "tracker_config")
   extra = picked(_MEMORY_FIELDS)
   extra["rope_theta"] = _object("rope_parameters", data.get("rope_parameters")).get("rope_theta")
-  config = dataclasses.replace(
-    config, memory=_pick(MemoryConfig, extra, "tracker_config") if memory else None
-  )
+  config = config.replace(memory=_pick(MemoryConfig, extra, "tracker_config") if memory else None)
   ours = _object("sam3lt_jax", data.get("sam3lt_jax"))
   return config.replace(profile=_profile(ours["profile"], TrackerProfile)) if "profile" in ours else config
 
@@ -263,11 +257,11 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
   return value or {}
 
 
-def _pick(cls, data: Mapping[str, Any] | None, where: str):
+def _pick(cls, data: Mapping[str, Any], where: str):
   """Builds `cls` from the fields that it has; other keys of the schema do not concern us."""
   values = {}
   for field in dataclasses.fields(cls):
-    value = (data or {}).get(field.name)
+    value = data.get(field.name)
     if value is None:
       continue
     default = field.default

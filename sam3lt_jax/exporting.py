@@ -112,50 +112,37 @@ def export_parts(
     out = model.apply(engine.unflatten(w), vision, prompts, method="detect")
     return {name: getattr(out, name) for name in OUTPUTS}
 
-  maps = jax.eval_shape(vision, weights, jax.ShapeDtypeStruct((1, S, S, 3), jnp.float32))
-  tokens = jax.eval_shape(text, weights, *_text_inputs(1, T).values())
+  def text_inputs(B, P):
+    return {
+      "ids": jax.ShapeDtypeStruct((P, T), jnp.int32),
+      "mask": jax.ShapeDtypeStruct((P, T), jnp.bool_),
+    }
+
+  def vision_inputs(B, P):
+    return {"pixels": jax.ShapeDtypeStruct((B, S, S, config.vision.num_channels), jnp.float32)}
+
+  maps = jax.eval_shape(vision, weights, *vision_inputs(1, 1).values())
+  tokens = jax.eval_shape(text, weights, *text_inputs(1, 1).values())
 
   def detection_inputs(B, P):
+    examples = {
+      "boxes": jax.ShapeDtypeStruct((P, boxes, 4), jnp.float32),
+      "labels": jax.ShapeDtypeStruct((P, boxes), jnp.int32),
+    }
     return {
       **{f"map_{i}": jax.ShapeDtypeStruct((B, *m.shape[1:]), m.dtype) for i, m in enumerate(maps)},
       "tokens": jax.ShapeDtypeStruct((P, *tokens.shape[1:]), tokens.dtype),
       "mask": jax.ShapeDtypeStruct((P, T), jnp.bool_),
       "image_index": jax.ShapeDtypeStruct((P,), jnp.int32),
-    } | _box_inputs(P, boxes)
+      **(examples if boxes else {}),
+    }
 
-  def vision_inputs(B, P):
-    return {"pixels": jax.ShapeDtypeStruct((B, S, S, config.vision.num_channels), jnp.float32)}
-
-  def text_inputs(B, P):
-    return _text_inputs(P, T)
-
-  counts = _dimensions(batch, prompts)
+  b, p = jax.export.symbolic_shape("b, p")  # of one scope
+  counts = (b if batch == SYMBOLIC else batch), (p if prompts == SYMBOLIC else prompts)
   return {
     f.__name__: _export(f, weights, inputs, counts, platforms)
     for f, inputs in ((vision, vision_inputs), (text, text_inputs), (detection, detection_inputs))
   }
-
-
-def _text_inputs(P, T: int) -> dict[str, Any]:
-  return {
-    "ids": jax.ShapeDtypeStruct((P, T), jnp.int32),
-    "mask": jax.ShapeDtypeStruct((P, T), jnp.bool_),
-  }
-
-
-def _box_inputs(P, N: int) -> dict[str, Any]:
-  if not N:
-    return {}
-  return {
-    "boxes": jax.ShapeDtypeStruct((P, N, 4), jnp.float32),
-    "labels": jax.ShapeDtypeStruct((P, N), jnp.int32),
-  }
-
-
-def _dimensions(batch: Count, prompts: Count) -> tuple[Any, Any]:
-  """The two counts, symbolic ones of one scope."""
-  b, p = jax.export.symbolic_shape("b, p")
-  return (b if batch == SYMBOLIC else batch), (p if prompts == SYMBOLIC else prompts)
 
 
 def _export(
@@ -224,7 +211,10 @@ def export_model(
     OSError: the folder cannot be written.
   """
   _check(platforms, batch, prompts, boxes)
-  flatbuffers = _flatbuffers()
+  try:
+    import flatbuffers
+  except ImportError as e:
+    raise ImportError(f"jax.export writes with flatbuffers: pip install 'sam3lt_jax[jobs]' ({e})") from e
   target = os.path.abspath(os.path.expanduser(os.fspath(directory)))
   if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
     raise ValueError(f"directory must be new or empty, got {os.fspath(directory)}")
@@ -251,14 +241,6 @@ def export_model(
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
   return manifest
-
-
-def _flatbuffers():
-  try:
-    import flatbuffers
-  except ImportError as e:
-    raise ImportError(f"jax.export writes with flatbuffers: pip install 'sam3lt_jax[jobs]' ({e})") from e
-  return flatbuffers
 
 
 def _copy_flatbuffers(package, folder: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import fnmatch
 import hashlib
@@ -263,7 +264,9 @@ def _fetch(call: _Call, name: str, meta: Any, headers: Mapping[str, Any]) -> str
           )
       except Exception as e:
         raise _BrokeOff(name, os.path.getsize(part) if os.path.exists(part) else 0, size, e) from e
-      if os.path.getsize(part) == size and _matches(part, etag):
+      with open(part, "rb") as f:  # large files carry their SHA-256 as etag; git's hashes are not checked
+        same = not re.fullmatch("[0-9a-f]{64}", etag) or hashlib.file_digest(f, "sha256").hexdigest() == etag
+      if same and os.path.getsize(part) == size:
         os.replace(part, blob)
       else:
         os.remove(part)  # continued from another file's bytes, or damaged: once more from the start
@@ -291,14 +294,6 @@ def _remember(ref: str, commit: str) -> None:
     with open(f"{ref}.{os.getpid()}.tmp", "w", encoding="utf-8") as f:
       f.write(commit)
     os.replace(f.name, ref)
-
-
-def _matches(path: str, etag: str) -> bool:
-  """Large files carry their SHA-256 as etag; others (git hashes) are not checked."""
-  if not re.fullmatch("[0-9a-f]{64}", etag):
-    return True
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest() == etag
 
 
 class _BrokeOff(Exception):
@@ -358,9 +353,18 @@ def _explain(call: _Call, e: Exception, offline: bool = False) -> Exception:
   if "RemoteEntryNotFoundError" in names or names >= {"EntryNotFoundError", "HfHubHTTPError"}:
     return UnknownRepositoryError(f"{repo} has no file {call.source.file!r} at revision {revision!r}")
   if "GatedRepoError" in names or _status(e) == 403:
-    return GatedRepositoryError(_gated(call))
+    return GatedRepositoryError(
+      f"{repo} is gated, and access was not granted: accept its licence at {call.endpoint}/{repo} while "
+      "logged in, then run `hf auth login` with a token of that account (or set HF_TOKEN, or pass token=)"
+    )
   if "RepositoryNotFoundError" in names or _status(e) == 404:
-    return UnknownRepositoryError(_unknown(call))
+    near = difflib.get_close_matches(repo.lower(), [k.lower() for k in KNOWN_REPOSITORIES], n=3, cutoff=0.6)
+    near = " or ".join(repr(k) for k in KNOWN_REPOSITORIES if k.lower() in near)
+    hint = f"did you mean {near}?" if near else f"for instance {KNOWN_REPOSITORIES[0]!r}"
+    return UnknownRepositoryError(
+      f"no model repository {repo!r} at {call.endpoint}; {hint} (a private one needs a token: "
+      "`hf auth login` or HF_TOKEN)"
+    )
   if _status(e) == 401:
     return GatedRepositoryError(
       f"the hub refused the token for {repo}; make a new one with read access and run `hf auth login`, "
@@ -369,44 +373,16 @@ def _explain(call: _Call, e: Exception, offline: bool = False) -> Exception:
   if "HFValidationError" in names:
     return UnknownRepositoryError(f"source: {repo!r} is not a repository name ({_short(e)})")
   if offline or _is_unreachable(e) or "LocalEntryNotFoundError" in names:
-    return HubUnreachableError(_unreachable(call, e, offline))
-  return DownloadError(f"downloading {call.source} failed ({_short(e)})")
-
-
-def _gated(call: _Call) -> str:
-  repo = call.source.repo
-  return (
-    f"{repo} is gated, and access was not granted: accept its licence at {call.endpoint}/{repo} while logged "
-    "in, then run `hf auth login` with a token of that account (or set HF_TOKEN, or pass token=)"
-  )
-
-
-def _unknown(call: _Call) -> str:
-  import difflib
-
-  repo = call.source.repo
-  near = difflib.get_close_matches(repo.lower(), [k.lower() for k in KNOWN_REPOSITORIES], n=3, cutoff=0.6)
-  near = [k for k in KNOWN_REPOSITORIES if k.lower() in near]
-  hint = (
-    f"did you mean {' or '.join(map(repr, near))}?" if near else f"for instance {KNOWN_REPOSITORIES[0]!r}"
-  )
-  return (
-    f"no model repository {repo!r} at {call.endpoint}; {hint} (a private one needs a token: `hf auth login` "
-    "or HF_TOKEN)"
-  )
-
-
-def _unreachable(call: _Call, e: Exception, offline: bool) -> str:
-  revision = "" if call.revision is None else f" at revision {call.revision!r}"
-  if offline:
-    why = "downloads are switched off (local_files_only or HF_HUB_OFFLINE)"
-  else:
     why = f"the hub {call.endpoint} cannot be reached ({_short(e)})"
-  name = "" if call.source.file is None else f" {call.source.file}"
-  return (
-    f"{why}, and {call.source}{revision} is not complete in the cache {call.cache_dir}; fetch it where "
-    f"there is a network (`hf download {call.source.repo}{name} --local-dir DIR`) and pass what that wrote"
-  )
+    if offline:
+      why = "downloads are switched off (local_files_only or HF_HUB_OFFLINE)"
+    at = "" if call.revision is None else f" at revision {revision!r}"
+    name = "" if call.source.file is None else f" {call.source.file}"
+    return HubUnreachableError(
+      f"{why}, and {call.source}{at} is not complete in the cache {call.cache_dir}; fetch it where "
+      f"there is a network (`hf download {repo}{name} --local-dir DIR`) and pass what that wrote"
+    )
+  return DownloadError(f"downloading {call.source} failed ({_short(e)})")
 
 
 def _short(e: BaseException) -> str:

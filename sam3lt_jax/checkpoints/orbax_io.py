@@ -111,27 +111,19 @@ def _all_finite(x: jax.Array) -> bool:
 def _read(directory: str) -> Iterator[None]:
   """Reading with Orbax for this process only, whatever goes wrong being the directory's fault."""
   try:
-    with _alone():
+    with contextlib.ExitStack() as stack:
+      if jax.process_count() > 1:  # Orbax by itself waits until all processes do the same
+        from orbax.checkpoint import v1 as ocp
+
+        own = jax.process_index()
+        context = ocp.Context()
+        context.multiprocessing.primary_host = own
+        context.multiprocessing.active_processes = {own}
+        context.multiprocessing.barrier_sync_key_prefix = f"sam3lt-process-{own}"
+        stack.enter_context(context)
       yield
   except Exception as e:
     raise CheckpointError(f"{directory} is incomplete or corrupted ({reason(e)})") from e
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-  """Reading with Orbax for this process only; by itself it waits until all processes do the same."""
-  if jax.process_count() == 1:
-    yield
-    return
-  from orbax.checkpoint import v1 as ocp
-
-  own = jax.process_index()
-  context = ocp.Context()
-  context.multiprocessing.primary_host = own
-  context.multiprocessing.active_processes = {own}
-  context.multiprocessing.barrier_sync_key_prefix = f"sam3lt-process-{own}"
-  with context:
-    yield
 
 
 def compare(leaves: Mapping[str, Any], target: Mapping[str, Any], where: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from sam3lt_jax import devices
 from sam3lt_jax.checkpoints import engine, infer, orbax_io, random_init, readers, sources, tables
 from sam3lt_jax.checkpoints.errors import CheckpointError, reason
+from sam3lt_jax.checkpoints.rules import Layout
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig
 from sam3lt_jax.keywords import explained
 
@@ -79,11 +80,11 @@ def from_pretrained(
     ImportError: a `.pt` without torch.
     PermissionError, ConnectionError, OSError: from the hub, see `hub.download`.
   """
-  opened = open_checkpoint(
+  found = open_checkpoint(
     source, config, profile, dtype, param_dtype, revision=revision, token=token, cache_dir=cache_dir,
     local_files_only=local_files_only, seed=seed,
   )  # fmt: skip
-  return opened.model, opened.load(device=device, progress=progress)
+  return found.model, found.load(device=device, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +103,19 @@ class Opened:
   path: str
   random: bool
   _title: str
-  _read: Callable[[Callable[[np.ndarray], Any], Any, _Bar], dict[str, Any]]
+  _read: Callable[[Callable[[np.ndarray], Any], Any, Callable[[int], Any]], dict[str, Any]]
+  _bytes: int  # that `_read` will tell of; 0: it tells of none
 
   def load(self, device: Any = None, progress: bool = True) -> Variables:
     """Reads the weights; see `from_pretrained`."""
+    from tqdm import tqdm
+
     device = devices.find(device) if isinstance(device, str) else device
-    with _Bar(f"loading {self._title}", progress) as bar:
-      return engine.unflatten(self._read(lambda array: jax.device_put(array, device), device, bar))
+    with tqdm(
+      total=self._bytes, desc=f"loading {self._title}", unit="B", unit_scale=True, delay=_QUIET_SECONDS,
+      leave=False, disable=not (progress and self._bytes),
+    ) as bar:  # fmt: skip
+      return engine.unflatten(self._read(lambda array: jax.device_put(array, device), device, bar.update))
 
 
 def open_checkpoint(
@@ -132,27 +139,34 @@ def open_checkpoint(
     config = config.replace(profile=profile)
   found = sources.locate(source, **hub)
   path = found.path
+  tensors = None
   if found.kind == "random":
     config = config or random_init.RANDOM_CONFIGS[path]().replace(profile=profile or "original")
     model, target = build(config, **dtypes)
-
-    def read(place, device, bar):
-      bar.start(random_init.total_bytes(target))
-      return random_init.random_leaves(target, seed, place, bar.advance)
-
   elif found.kind == "orbax":
-    config = config or _own_config(path, profile)
+    config = config or _directory_config(path, profile)
+    if config is None:
+      raise CheckpointError(f"{path} has no config.json beside its variables; pass config=")
     stored = orbax_io.stored_shapes(path)
     infer.check_counts(config, {leaf: x.shape for leaf, x in stored.items()}, path)
     model, target = build(config, **dtypes)
-
-    def read(place, device, bar):
-      return orbax_io.load(path, target, device)
-
   else:
-    model, target, read = _open_tensors(path, config, profile, dtypes)
+    make = functools.partial(_of_tensors, path, config, profile, dtypes)
+    model, target, tensors = open_tensors(path, tables.detect, make)
+  return opened(source, found.kind, path, model, target, seed, tensors)
+
+
+def opened(
+  source: Any, kind: str, path: str, model: Any, target: dict[str, Any], seed: int, tensors: Any
+) -> Opened:
+  """`Opened`, of the leaves `target`; tensors: (how to read them, bytes) of PyTorch's."""
+  if kind == "random":
+    total = sum(x.size * x.dtype.itemsize for x in target.values())
+    tensors = lambda place, _, advance: random_init.random_leaves(target, seed, place, advance), total
+  elif kind == "orbax":
+    tensors = lambda place, device, advance: orbax_io.load(path, target, device), 0
   title = os.path.basename(os.fspath(source).rstrip(os.sep))
-  return Opened(model, engine.unflatten(target), path, found.kind == "random", title, read)
+  return Opened(model, engine.unflatten(target), path, kind == "random", title, *tensors)
 
 
 def build(config: Sam3LiteTextConfig, dtype: Any, param_dtype: Any) -> tuple[Sam3LiteText, dict[str, Any]]:
@@ -183,41 +197,55 @@ def _abstract_leaves(config: Sam3LiteTextConfig, param_dtype: Any) -> dict[str, 
   return engine.flatten(jax.eval_shape(model.init_variables, jax.random.key(0)))
 
 
-def _open_tensors(
-  path: str, config: Sam3LiteTextConfig | None, profile: Profile | None, dtypes: dict[str, Any]
-) -> tuple[Sam3LiteText, dict[str, Any], Callable]:
-  """(model, its leaves as shapes, how to read them) of a file or directory of PyTorch tensors."""
-  if config is not None and config.text.fused:
+def open_tensors(
+  path: str, detect: Callable[..., Any], make: Callable[..., tuple[Any, dict[str, Any]]]
+) -> tuple[Any, dict[str, Any], tuple[Callable, int]]:
+  """A file or directory of PyTorch tensors: (model, its leaves as shapes, (how to read them, bytes of them)).
+
+  Args:
+    detect: (tensors, path) -> layout.
+    make: (layout, leaf path -> shape in the file) -> (model, its leaves).
+  """
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(readable(path))
+    tensors = stack.enter_context(readers.open_tensors(path))
+    layout = detect(tensors, path)
+    filled, _ = engine.assign(layout, {key: t.shape for key, t in tensors.items()})
+    model, target = make(layout, {leaf: source.shape for leaf, source in filled.items()})
+    held = stack.pop_all()  # stays open until the weights are read
+
+  def read(place, device, advance):
+    with held:
+      return engine.load_tensors(layout, tensors, target, where=path, place=place, advance=advance)
+
+  return model, target, (read, sum(tensors[key].nbytes for key in {s.key for s in filled.values()}))
+
+
+def _of_tensors(
+  path: str,
+  config: Sam3LiteTextConfig | None,
+  profile: Profile | None,
+  dtypes: dict[str, Any],
+  layout: Layout,
+  shapes: dict[str, Any],
+) -> tuple[Sam3LiteText, dict[str, Any]]:
+  given = config is not None
+  if given and config.text.fused:
     raise CheckpointError(
       "config.text.fused: this checkpoint holds RepMixer blocks as trained; load it unfused and call "
       "model.fuse"
     )
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(readable(path))
-    tensors = stack.enter_context(readers.open_tensors(path))
-    layout = tables.detect(tensors, path)
-    filled, _ = engine.assign(layout, {key: t.shape for key, t in tensors.items()})
-    shapes = {leaf: source.shape for leaf, source in filled.items()}
-    given = config is not None
-    if config is None:
-      # An original file is complete in itself; a config.json beside it may be any other model's.
-      config = _directory_config(path, profile) if layout.name == "transformers" else None
-    if config is None:
-      config = infer.released_config(shapes, layout.text_kind, path, profile or layout.name)
-      model, target = build(config, **dtypes)
-      infer.check_released(config, shapes, {leaf: tuple(x.shape) for leaf, x in target.items()}, path)
-    else:
-      infer.check_variant(config, shapes, layout.text_kind, path, given=given)
-      infer.check_counts(config, shapes, path)
-      model, target = build(config, **dtypes)
-    opened = stack.pop_all()  # stays open until the weights are read
-
-  def read(place, device, bar):
-    with opened:
-      bar.start(sum(t.nbytes for t in tensors.values()))
-      return engine.load_tensors(layout, tensors, target, where=path, place=place, advance=bar.advance)
-
-  return model, target, read
+  if config is None and layout.name == "transformers":
+    # An original file is complete in itself; a config.json beside it may be any other model's.
+    config = _directory_config(path, profile)
+  if config is not None:
+    infer.check_variant(config, shapes, layout.text_kind, path, given=given)
+    infer.check_counts(config, shapes, path)
+    return build(config, **dtypes)
+  config = infer.released_config(shapes, layout.text_kind, path, profile or layout.name)
+  model, target = build(config, **dtypes)
+  infer.check_released(config, shapes, {leaf: tuple(x.shape) for leaf, x in target.items()}, path)
+  return model, target
 
 
 @contextlib.contextmanager
@@ -244,48 +272,12 @@ def _directory_config(path: str, profile: Profile | None) -> Sam3LiteTextConfig 
   return None if file is None else Sam3LiteTextConfig.from_json(file, profile)
 
 
-def _own_config(directory: str, profile: Profile | None) -> Sam3LiteTextConfig:
-  config = _directory_config(directory, profile)
-  if config is None:
-    raise CheckpointError(f"{directory} has no config.json beside its variables; pass config=")
-  return config
-
-
 def checked_dtypes(dtype: Any, param_dtype: Any) -> dict[str, Any]:
   """What layers compute in and parameters are stored in. Raises ValueError for another kind."""
-  return {"dtype": _dtype("dtype", dtype), "param_dtype": _dtype("param_dtype", param_dtype or jnp.float32)}
-
-
-def _dtype(name: str, value: Any) -> Any:
-  try:
-    dtype = jnp.dtype(value)
-  except TypeError:
-    dtype = None
-  if dtype is None or dtype.name not in _DTYPES:
-    raise ValueError(f"{name} must be one of {', '.join(_DTYPES)}, got {value!r}")
-  return dtype
-
-
-class _Bar:
-  """A progress bar in bytes that shows itself only when the work takes long."""
-
-  def __init__(self, description: str, enabled: bool):
-    self._description, self._enabled, self._bar = description, enabled, None
-
-  def __enter__(self) -> _Bar:
-    return self
-
-  def __exit__(self, *exc: object) -> None:
-    if self._bar is not None:
-      self._bar.close()
-
-  def start(self, total: int) -> None:
-    from tqdm import tqdm
-
-    self._bar = tqdm(
-      total=total, desc=self._description, unit="B", unit_scale=True, delay=_QUIET_SECONDS, leave=False,
-      disable=not self._enabled,
-    )  # fmt: skip
-
-  def advance(self, count: int) -> None:
-    self._bar.update(count)
+  found = {}
+  for name, value in (("dtype", dtype), ("param_dtype", param_dtype or jnp.float32)):
+    with contextlib.suppress(TypeError):
+      found[name] = jnp.dtype(value)
+    if name not in found or found[name].name not in _DTYPES:
+      raise ValueError(f"{name} must be one of {', '.join(_DTYPES)}, got {value!r}")
+  return found

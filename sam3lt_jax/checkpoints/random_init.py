@@ -90,11 +90,6 @@ def random_leaf(path: str, shape: tuple[int, ...], dtype: Any, seed: int) -> np.
   return value.astype(dtype, copy=False)
 
 
-def total_bytes(target: Mapping[str, Any]) -> int:
-  """Of all leaves, arrays or shapes."""
-  return sum(int(np.prod(x.shape, dtype=np.int64)) * np.dtype(x.dtype).itemsize for x in target.values())
-
-
 def random_leaves(
   target: Mapping[str, Any],
   seed: int,

@@ -158,36 +158,26 @@ def _open_safetensors(path: str, stack: contextlib.ExitStack) -> dict[str, LazyT
 
   _check_pointer(path)
   try:
-    file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+    stack.enter_context(safetensors.safe_open(path, framework="numpy"))
   except safetensors.SafetensorError as e:
     size = os.path.getsize(path)
     raise CheckpointError(
       f"{path} is truncated or corrupted ({e}; {size} bytes on disk); download or copy it again"
     ) from e
-  dtypes = _dtypes()
-  mapping = np.memmap(path, np.uint8, "r")
-  tensors = {}
-  for key, (start, stop) in _extents(path).items():
-    view = file.get_slice(key)
-    if view.get_dtype() not in dtypes:
-      raise CheckpointError(f"{path}: tensor {key} has dtype {view.get_dtype()}, which cannot be read")
-    shape, dtype = tuple(view.get_shape()), dtypes[view.get_dtype()]
-    tensors[key] = LazyTensor(
-      shape,
-      dtype,
-      functools.partial(_view, mapping, start, stop, shape, dtype),
-      functools.partial(_drop_pages, mapping),
-    )
-  return tensors
-
-
-def _extents(path: str) -> dict[str, tuple[int, int]]:
-  """Key -> first byte and end in a safetensors file that `safe_open` has found sound."""
+  # The library has found the header sound; of its own readers all copy.
   with open(path, "rb") as f:
     data = 8 + int.from_bytes(f.read(8), "little")
     header = json.loads(f.read(data - 8))
   header.pop("__metadata__", None)
-  return {key: tuple(data + at for at in entry["data_offsets"]) for key, entry in header.items()}
+  dtypes, mapping, tensors = _dtypes(), np.memmap(path, np.uint8, "r"), {}
+  for key, entry in header.items():
+    if entry["dtype"] not in dtypes:
+      raise CheckpointError(f"{path}: tensor {key} has dtype {entry['dtype']}, which cannot be read")
+    shape, dtype = tuple(entry["shape"]), dtypes[entry["dtype"]]
+    start, stop = (data + at for at in entry["data_offsets"])
+    read = functools.partial(_view, mapping, start, stop, shape, dtype)
+    tensors[key] = LazyTensor(shape, dtype, read, functools.partial(_drop_pages, mapping))
+  return tensors
 
 
 def _view(mapping: np.ndarray, start: int, stop: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -220,9 +210,14 @@ def _open_torch(path: str) -> dict[str, LazyTensor]:
       " pip install 'sam3lt_jax[convert]' brings it too, on Linux with gigabytes of CUDA libraries"
     ) from e
   _check_pointer(path)
-  state = _state_dict(_load_pickle(torch, path), torch, path)
+  state = _tensors(_load_pickle(torch, path), torch, _DEPTH)
+  if not state:
+    raise CheckpointError(
+      f"{path} holds no tensors: a dictionary of tensors was expected, at the top or under 'model' or "
+      "'state_dict'"
+    )
   return {
-    key: LazyTensor(tuple(t.shape), _torch_dtype(torch, t, key, path), lambda t=t: _to_numpy(torch, t))
+    key: LazyTensor(tuple(t.shape), _torch_dtype(torch, t, key, path), functools.partial(_to_numpy, torch, t))
     for key, t in state.items()
   }
 
@@ -248,18 +243,8 @@ def _load_pickle(torch: Any, path: str) -> Any:
     raise CheckpointError(f"{path} is truncated or corrupted, or no torch file ({reason(e)})") from e
 
 
-def _state_dict(loaded: Any, torch: Any, path: str) -> dict[str, Any]:
-  """The dict of tensors: the file's top level, or what lies under `model`, `state_dict` and the like."""
-  tensors = _tensors(loaded, torch, _DEPTH)
-  if not tensors:
-    raise CheckpointError(
-      f"{path} holds no tensors: a dictionary of tensors was expected, at the top or under 'model' or "
-      "'state_dict'"
-    )
-  return tensors
-
-
 def _tensors(loaded: Any, torch: Any, depth: int) -> dict[str, Any]:
+  """Those of a file's top level, or of what lies under `model`, `state_dict` and the like."""
   if not isinstance(loaded, Mapping) or depth == 0:
     return {}
   for name in _STATE:

@@ -185,16 +185,21 @@ class Layout:
 # ------------------------------------------------------------------ of one layer: torch's names and ours
 
 
+def value(source: str, target: str, transform: str = "same") -> list[Rule]:
+  return [Rule(source, target, transform)]
+
+
+def kernel(source: str, target: str, transform: str) -> list[Rule]:
+  return [Rule(f"{source}.weight", f"{target}/kernel", transform)]
+
+
 def with_bias(source: str, target: str, transform: str) -> list[Rule]:
-  return [Rule(f"{source}.weight", f"{target}/kernel", transform), Rule(f"{source}.bias", f"{target}/bias")]
+  return [*kernel(source, target, transform), Rule(f"{source}.bias", f"{target}/bias")]
 
 
-def linear(source: str, target: str) -> list[Rule]:
-  return with_bias(source, target, "linear")
-
-
-def conv(source: str, target: str) -> list[Rule]:
-  return with_bias(source, target, "conv")
+linear = functools.partial(with_bias, transform="linear")
+conv = functools.partial(with_bias, transform="conv")
+conv_transpose = functools.partial(with_bias, transform="conv_transpose")
 
 
 def norm(source: str, target: str) -> list[Rule]:
@@ -210,21 +215,27 @@ def batch_norm(source: str, target: str) -> list[Rule]:
   ]
 
 
-def embedding(source: str, target: str) -> Rule:
-  return Rule(f"{source}.weight", f"{target}/embedding")
+def embedding(source: str, target: str) -> list[Rule]:
+  return [Rule(f"{source}.weight", f"{target}/embedding")]
 
 
-def fused_qkv(weight: str, bias: str, target: str) -> list[Rule]:
-  """One tensor for query, key and value, stacked along the output axis."""
+def same(layer: Callable[..., list[Rule]], *paths: str, prefix: str = "", **options: str) -> list[Rule]:
+  """Of layers with one name in both, after `prefix`: `layers.{i}.fc` is `layers_{i}/fc`."""
+  targets = (re.sub(r"\.(\{[ij]\})", r"_\1", path).replace(".", "/") for path in paths)
+  return [r for path, target in zip(paths, targets) for r in layer(prefix + path, target, **options)]
+
+
+def fused_qkv(source: str, target: str) -> list[Rule]:
+  """One tensor for query, key and value, stacked along the output axis; its name is `source` + "weight"."""
   return [
-    Rule(weight, tuple(f"{target}/{p}_proj/kernel" for p in "qkv"), "split_linear"),
-    Rule(bias, tuple(f"{target}/{p}_proj/bias" for p in "qkv"), "split_bias"),
+    Rule(f"{source}weight", tuple(f"{target}/{p}_proj/kernel" for p in "qkv"), "split_linear"),
+    Rule(f"{source}bias", tuple(f"{target}/{p}_proj/bias" for p in "qkv"), "split_bias"),
   ]
 
 
 def torch_attention(source: str, target: str, out: str = "o_proj") -> list[Rule]:
   """torch.nn.MultiheadAttention."""
   return [
-    *fused_qkv(f"{source}.in_proj_weight", f"{source}.in_proj_bias", target),
+    *fused_qkv(f"{source}.in_proj_", target),
     *linear(f"{source}.out_proj", f"{target}/{out}"),
   ]

@@ -17,7 +17,7 @@ from sam3lt_jax import config_schema, storage
 from sam3lt_jax.checkpoints import engine, orbax_io, tables
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.checkpoints.pretrained import abstract_leaves
-from sam3lt_jax.checkpoints.readers import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
+from sam3lt_jax.checkpoints.readers import SAFETENSORS_INDEX_NAME
 from sam3lt_jax.checkpoints.tracker import FOLDER, tracker_leaves
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, TextConfig
 from sam3lt_jax.errors import warn
@@ -222,27 +222,21 @@ def write_transformers(
 
 
 def _write_shards(directory: str, entries: Mapping[str, engine.Entry], limit: int) -> None:
+  from huggingface_hub import split_state_dict_into_shards_factory
   from safetensors.numpy import save_file
 
-  shards: list[list[engine.Entry]] = [[]]
-  size = 0
-  for entry in entries.values():
-    if shards[-1] and size + entry.nbytes > limit:
-      shards.append([])
-      size = 0
-    shards[-1].append(entry)
-    size += entry.nbytes
-  names = [SAFETENSORS_NAME]
-  if len(shards) > 1:
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-  for name, shard in zip(names, shards):
+  split = split_state_dict_into_shards_factory(
+    dict(entries),
+    get_storage_size=lambda entry: entry.nbytes,
+    filename_pattern="model{suffix}.safetensors",
+    max_shard_size=limit,
+  )
+  for name, keys in split.filename_to_tensors.items():
     file = os.path.join(directory, name)
-    save_file({e.key: e.build() for e in shard}, file, metadata={"format": "pt"})
+    save_file({key: entries[key].build() for key in keys}, file, metadata={"format": "pt"})
     shutil.copymode(os.path.join(directory, "config.json"), file)  # safetensors writes for the owner alone
-  if len(shards) > 1:
-    weight_map = {e.key: name for name, shard in zip(names, shards) for e in shard}
-    total = sum(e.nbytes for e in entries.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  if split.is_sharded:
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     _write_json(os.path.join(directory, SAFETENSORS_INDEX_NAME), index)
 
 
@@ -271,16 +265,10 @@ def _write_processor(directory: str, config: Sam3LiteTextConfig) -> None:
     "rescale_factor": 1 / 255,
     "size": {"height": side, "width": side},
   }
-  processor = {
-    "image_processor": image,
-    "point_pad_value": -10,
-    "processor_class": "Sam3Processor",
-    "target_size": side,
-  }
+  named = {"processor_class": "Sam3Processor"}
+  processor = named | {"image_processor": image, "point_pad_value": -10, "target_size": side}
   _write_json(os.path.join(directory, "processor_config.json"), processor)
-  _write_json(
-    os.path.join(directory, "preprocessor_config.json"), image | {"processor_class": "Sam3Processor"}
-  )
+  _write_json(os.path.join(directory, "preprocessor_config.json"), image | named)
 
 
 def _write_tokenizer(directory: str, tokenizer: Any, config: Sam3LiteTextConfig, *, bundled: bool) -> None:
@@ -298,13 +286,15 @@ def _write_tokenizer(directory: str, tokenizer: Any, config: Sam3LiteTextConfig,
     tokenizer.save(file)
   else:
     source = os.path.expanduser(os.fspath(tokenizer))
-    folder, names = (source, _TOKENIZER_FILES) if os.path.isdir(source) else os.path.split(source)
-    names = names if isinstance(names, tuple) else (names,)
-    found = [n for n in names if os.path.isfile(os.path.join(folder, n))]
+    if os.path.isdir(source):
+      files = {os.path.join(source, n): os.path.join(directory, n) for n in _TOKENIZER_FILES}
+    else:
+      files = {source: file}
+    found = [name for name in files if os.path.isfile(name)]
     if not found:
       raise CheckpointError(f"tokenizer: {source} has no tokenizer files ({', '.join(_TOKENIZER_FILES)})")
-    for n in found:
-      shutil.copyfile(os.path.join(folder, n), file if len(names) == 1 else os.path.join(directory, n))
+    for name in found:
+      shutil.copyfile(name, files[name])
   settings = os.path.join(directory, "tokenizer_config.json")
   if not os.path.exists(settings):
     _write_json(settings, _TOKENIZER_CONFIG)

@@ -11,18 +11,30 @@ from sam3lt_jax.checkpoints.rules import (
   Rule,
   batch_norm,
   conv,
+  conv_transpose,
   embedding,
   fused_qkv,
+  kernel,
   linear,
   norm,
+  same,
   torch_attention,
   with_bias,
 )
 
 _TRUNK = "backbone.vision_backbone.trunk"
-_NECK = "backbone.vision_backbone.convs"
 _VIT = "vision_encoder/backbone"
-_FPN = "vision_encoder/neck/fpn_layers"
+
+
+def neck(source: str, target: str) -> list[Rule]:
+  """A lone transposed convolution is named dconv_2x2, two in a row dconv_2x2_0 and _1 with a GELU between."""
+  return [
+    *conv_transpose(f"{source}.{{i}}.dconv_2x2_0", f"{target}_{{i:0}}/scale_layers_0"),
+    *conv_transpose(f"{source}.{{i}}.dconv_2x2_1", f"{target}_{{i:0}}/scale_layers_2"),
+    *conv_transpose(f"{source}.{{i}}.dconv_2x2", f"{target}_{{i:[1-9]}}/scale_layers_0"),
+    *conv(f"{source}.{{i}}.conv_1x1", f"{target}_{{i}}/proj1"),
+    *conv(f"{source}.{{i}}.conv_3x3", f"{target}_{{i}}/proj2"),
+  ]
 
 
 def _numbered_mlp(source: str, target: str, count: int) -> Iterable[Rule]:
@@ -33,27 +45,16 @@ def _numbered_mlp(source: str, target: str, count: int) -> Iterable[Rule]:
 
 DETECTOR: tuple[Rule, ...] = (
   Rule(f"{_TRUNK}.pos_embed", f"{_VIT}/embeddings/position_embeddings", "drop_class_row"),
-  Rule(f"{_TRUNK}.patch_embed.proj.weight", f"{_VIT}/embeddings/patch_embeddings/projection/kernel", "conv"),
+  *kernel(f"{_TRUNK}.patch_embed.proj", f"{_VIT}/embeddings/patch_embeddings/projection", "conv"),
   *norm(f"{_TRUNK}.ln_pre", f"{_VIT}/layer_norm"),
   *norm(f"{_TRUNK}.blocks.{{i}}.norm{{n:1|2}}", f"{_VIT}/layers_{{i}}/layer_norm{{n}}"),
-  *fused_qkv(
-    f"{_TRUNK}.blocks.{{i}}.attn.qkv.weight",
-    f"{_TRUNK}.blocks.{{i}}.attn.qkv.bias",
-    f"{_VIT}/layers_{{i}}/attention",
-  ),
+  *fused_qkv(f"{_TRUNK}.blocks.{{i}}.attn.qkv.", f"{_VIT}/layers_{{i}}/attention"),
   *linear(f"{_TRUNK}.blocks.{{i}}.attn.proj", f"{_VIT}/layers_{{i}}/attention/o_proj"),
   *linear(f"{_TRUNK}.blocks.{{i}}.mlp.{{f:fc1|fc2}}", f"{_VIT}/layers_{{i}}/mlp/{{f}}"),
-  # A lone transposed convolution is named dconv_2x2, two in a row dconv_2x2_0 and _1 with a GELU between.
-  *with_bias(f"{_NECK}.{{i}}.dconv_2x2_0", f"{_FPN}_{{i:0}}/scale_layers_0", "conv_transpose"),
-  *with_bias(f"{_NECK}.{{i}}.dconv_2x2_1", f"{_FPN}_{{i:0}}/scale_layers_2", "conv_transpose"),
-  *with_bias(f"{_NECK}.{{i}}.dconv_2x2", f"{_FPN}_{{i:[1-9]}}/scale_layers_0", "conv_transpose"),
-  *conv(f"{_NECK}.{{i}}.conv_1x1", f"{_FPN}_{{i}}/proj1"),
-  *conv(f"{_NECK}.{{i}}.conv_3x3", f"{_FPN}_{{i}}/proj2"),
-  *(embedding(f"geometry_encoder.{e}", f"geometry_encoder/{e}") for e in ("label_embed", "cls_embed")),
-  *linear(
-    "geometry_encoder.{p:boxes_direct_project|boxes_pos_enc_project|final_proj}", "geometry_encoder/{p}"
-  ),
-  *conv("geometry_encoder.boxes_pool_project", "geometry_encoder/boxes_pool_project"),
+  *neck("backbone.vision_backbone.convs", "vision_encoder/neck/fpn_layers"),
+  *same(embedding, "geometry_encoder.{e:label_embed|cls_embed}"),
+  *same(linear, "geometry_encoder.{p:boxes_direct_project|boxes_pos_enc_project|final_proj}"),
+  *same(conv, "geometry_encoder.boxes_pool_project"),
   *norm("geometry_encoder.norm", "geometry_encoder/prompt_layer_norm"),
   *norm("geometry_encoder.img_pre_norm", "geometry_encoder/vision_layer_norm"),
   *norm("geometry_encoder.encode_norm", "geometry_encoder/output_layer_norm"),
@@ -96,10 +97,7 @@ DETECTOR: tuple[Rule, ...] = (
   *linear("transformer.decoder.layers.{i}.linear{n:1|2}", "detr_decoder/layers_{i}/mlp/fc{n}"),
   *norm("transformer.decoder.norm", "detr_decoder/output_layer_norm"),
   *norm("transformer.decoder.presence_token_out_norm", "detr_decoder/presence_layer_norm"),
-  *(
-    embedding(f"transformer.decoder.{e}", f"detr_decoder/{e}")
-    for e in ("query_embed", "reference_points", "presence_token")
-  ),
+  *embedding("transformer.decoder.{e:query_embed|reference_points|presence_token}", "detr_decoder/{e}"),
   *_numbered_mlp("transformer.decoder.bbox_embed", "detr_decoder/box_head", 3),
   *_numbered_mlp("transformer.decoder.presence_token_head", "detr_decoder/presence_head", 3),
   *_numbered_mlp("transformer.decoder.ref_point_head", "detr_decoder/ref_point_head", 2),
@@ -121,18 +119,14 @@ _BLOCK = f"{_TEXT}.transformer.{{i}}"
 _LAYER = "text_encoder/layers_{i}"
 MOBILECLIP: tuple[Rule, ...] = (
   Rule(f"{_TEXT}.projection_layer", "text_encoder/projection/kernel"),  # stored [in, out], like ours
-  embedding(f"{_TEXT}.embedding_layer", "text_encoder/embeddings/token_embedding"),
+  *embedding(f"{_TEXT}.embedding_layer", "text_encoder/embeddings/token_embedding"),
   Rule(
     f"{_TEXT}.positional_embedding.pos_embed.pos_embed",
     "text_encoder/embeddings/position_embedding",
     "squeeze_table",
   ),
   *norm(f"{_BLOCK}.pre_norm_mha.0", f"{_LAYER}/layer_norm1"),
-  *fused_qkv(
-    f"{_BLOCK}.pre_norm_mha.1.qkv_proj.weight",
-    f"{_BLOCK}.pre_norm_mha.1.qkv_proj.bias",
-    f"{_LAYER}/self_attn",
-  ),
+  *fused_qkv(f"{_BLOCK}.pre_norm_mha.1.qkv_proj.", f"{_LAYER}/self_attn"),
   *linear(f"{_BLOCK}.pre_norm_mha.1.out_proj", f"{_LAYER}/self_attn/out_proj"),
   *norm(f"{_BLOCK}.pre_norm_ffn.0", f"{_LAYER}/layer_norm2"),
   *linear(f"{_BLOCK}.pre_norm_ffn.1", f"{_LAYER}/mlp/fc1"),
@@ -145,16 +139,10 @@ MOBILECLIP: tuple[Rule, ...] = (
   *batch_norm(f"{_BLOCK}.token_mixer.norm.rbr_skip", f"{_LAYER}/token_mixer/reference_batchnorm"),
   *batch_norm(f"{_BLOCK}.token_mixer.mixer.rbr_skip", f"{_LAYER}/token_mixer/mixer/batchnorm_skip"),
   *batch_norm(f"{_BLOCK}.token_mixer.mixer.rbr_conv.0.bn", f"{_LAYER}/token_mixer/mixer/batchnorm_conv"),
-  Rule(
-    f"{_BLOCK}.token_mixer.mixer.rbr_conv.0.conv.weight",
-    f"{_LAYER}/token_mixer/mixer/conv/kernel",
-    "depthwise_conv",
+  *kernel(
+    f"{_BLOCK}.token_mixer.mixer.rbr_conv.0.conv", f"{_LAYER}/token_mixer/mixer/conv", "depthwise_conv"
   ),
-  Rule(
-    f"{_BLOCK}.convffn.conv.conv.weight",
-    f"{_LAYER}/conv_feed_forward/depthwise_conv/kernel",
-    "depthwise_conv",
-  ),
+  *kernel(f"{_BLOCK}.convffn.conv.conv", f"{_LAYER}/conv_feed_forward/depthwise_conv", "depthwise_conv"),
   *batch_norm(f"{_BLOCK}.convffn.conv.bn", f"{_LAYER}/conv_feed_forward/depthwise_batchnorm"),
   *with_bias(f"{_BLOCK}.convffn.{{f:fc1|fc2}}", f"{_LAYER}/conv_feed_forward/mlp/{{f}}", "conv_1x1"),
 )
@@ -163,7 +151,7 @@ _RESBLOCK = f"{_TEXT}.transformer.resblocks.{{i}}"
 CLIP: tuple[Rule, ...] = (
   Rule(f"{_TEXT}.positional_embedding", "text_encoder/embeddings/position_embedding"),
   Rule(f"{_TEXT}.text_projection", "text_encoder/projection/kernel"),  # stored [in, out], like ours
-  embedding(f"{_TEXT}.token_embedding", "text_encoder/embeddings/token_embedding"),
+  *embedding(f"{_TEXT}.token_embedding", "text_encoder/embeddings/token_embedding"),
   *torch_attention(f"{_RESBLOCK}.attn", f"{_LAYER}/self_attn", out="out_proj"),
   *norm(f"{_RESBLOCK}.ln_{{n:1|2}}", f"{_LAYER}/layer_norm{{n}}"),
   *linear(f"{_RESBLOCK}.mlp.c_fc", f"{_LAYER}/mlp/fc1"),

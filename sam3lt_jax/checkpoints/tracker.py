@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import Mapping
@@ -12,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax import devices
-from sam3lt_jax.checkpoints import engine, orbax_io, random_init, readers, sources, tables
+from sam3lt_jax.checkpoints import engine, orbax_io, random_init, sources, tables
 from sam3lt_jax.checkpoints.errors import CheckpointError, reason
-from sam3lt_jax.checkpoints.pretrained import Opened, checked_dtypes, readable, sizes_file
+from sam3lt_jax.checkpoints.pretrained import Opened, checked_dtypes, open_tensors, opened, sizes_file
+from sam3lt_jax.checkpoints.rules import Layout
 from sam3lt_jax.config import TrackerConfig, TrackerProfile, read_json
 from sam3lt_jax.keywords import explained
 
@@ -63,11 +63,11 @@ def tracker_from_pretrained(
     CheckpointError: (ValueError) there is no tracker, or SAM 3.1's; the message says where to find one.
       `CheckpointMismatchError` lists every tensor that does not fit. Others as in `from_pretrained`.
   """
-  opened = open_tracker(
+  found = open_tracker(
     source, config, profile, dtype, param_dtype, revision=revision, token=token, cache_dir=cache_dir,
     local_files_only=local_files_only, seed=seed,
   )  # fmt: skip
-  return opened.model, opened.load(device=device, progress=progress)
+  return found.model, found.load(device=device, progress=progress)
 
 
 def open_tracker(
@@ -86,16 +86,11 @@ def open_tracker(
   profile = None if profile is None else TrackerProfile.named(profile)
   found = sources.locate(source, **hub)
   path = found.path
+  tensors = None
   if found.kind == "random":
     sizes = random_init.RANDOM_CONFIGS[path]()
-    tracker, target = _build(
-      config or random_init.tracker_config(sizes), profile, sizes.vision.hidden_size, dtypes
-    )
-
-    def read(place, device, bar):
-      bar.start(random_init.total_bytes(target))
-      return random_init.random_leaves(target, seed, place, bar.advance)
-
+    config = config or random_init.tracker_config(sizes)
+    tracker, target = _build(config, profile, sizes.vision.hidden_size, dtypes)
   elif found.kind == "orbax":
     path = path if _is_tracker(path) else os.path.join(path, FOLDER)
     if not _is_tracker(path):
@@ -103,16 +98,12 @@ def open_tracker(
     stored = orbax_io.stored_shapes(path)
     config = config or _own_config(path, memory=True)
     tracker, target = _build(config, profile, stored[_TRUNK_WIDTH].shape[2], dtypes)
-
-    def read(place, device, bar):
-      return orbax_io.load(path, target, device)
-
   else:
     inner = os.path.join(path, FOLDER)
     path = inner if os.path.isdir(inner) else path
-    tracker, target, read = _open_tensors(path, config, profile, dtypes)
-  title = os.path.basename(os.fspath(source).rstrip(os.sep))
-  return Opened(tracker, engine.unflatten(target), path, found.kind == "random", title, read)
+    make = functools.partial(_of_tensors, path, config, profile, dtypes)
+    tracker, target, tensors = open_tensors(path, tables.detect_tracker, make)
+  return opened(source, found.kind, path, tracker, target, seed, tensors)
 
 
 def tracker_leaves(tracker: Sam3Tracker, trunk_width: int) -> dict[str, Any]:
@@ -135,30 +126,22 @@ def _build(
     raise CheckpointError(f"no tracker can be made of this configuration: {reason(e)}") from e
 
 
-def _open_tensors(
-  path: str, config: TrackerConfig | None, profile: TrackerProfile | None, dtypes: dict[str, Any]
-) -> tuple[Sam3Tracker, dict[str, Any], Any]:
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(readable(path))
-    tensors = stack.enter_context(readers.open_tensors(path))
-    layout = tables.detect_tracker(tensors, path)
-    filled, _ = engine.assign(layout, {key: t.shape for key, t in tensors.items()})
-    if _TRUNK_WIDTH not in filled:
-      raise CheckpointError(f"{path} holds a tracker without its neck; {tables.WHERE_TRACKERS_ARE}")
-    if config is None:
-      memory = any(leaf.startswith("params/memory_") for leaf in filled)
-      config = _own_config(path, memory) if layout.name == "transformers" else None
-      config = config or TrackerConfig()
-      config = config if memory else config.replace(memory=None)
-    tracker, target = _build(config, profile, filled[_TRUNK_WIDTH].shape[2], dtypes)
-    opened = stack.pop_all()  # stays open until the weights are read
-
-  def read(place, device, bar):
-    with opened:
-      bar.start(sum(tensors[source.key].nbytes for source in filled.values()))
-      return engine.load_tensors(layout, tensors, target, where=path, place=place, advance=bar.advance)
-
-  return tracker, target, read
+def _of_tensors(
+  path: str,
+  config: TrackerConfig | None,
+  profile: TrackerProfile | None,
+  dtypes: dict[str, Any],
+  layout: Layout,
+  shapes: dict[str, Any],
+) -> tuple[Sam3Tracker, dict[str, Any]]:
+  if _TRUNK_WIDTH not in shapes:
+    raise CheckpointError(f"{path} holds a tracker without its neck; {tables.WHERE_TRACKERS_ARE}")
+  if config is None:
+    memory = any(leaf.startswith("params/memory_") for leaf in shapes)
+    config = _own_config(path, memory) if layout.name == "transformers" else None
+    config = config or TrackerConfig()
+    config = config if memory else config.replace(memory=None)
+  return _build(config, profile, shapes[_TRUNK_WIDTH][2], dtypes)
 
 
 def _own_config(path: str, memory: bool) -> TrackerConfig | None:

@@ -71,11 +71,8 @@ def clicks_of(
   rows = [] if points is None else _point_rows(points, labels, size, points_name, labels_name, accepted)
   corners = None if boxes is None else _boxes(boxes, size, box_name)
   given = None if masks is None else _masks(masks, size, mask_side, mask_name)
-  counts = {
-    name: len(value)
-    for name, value in ((points_name, rows or None), (box_name, corners), (mask_name, given))
-    if value is not None
-  }
+  named = ((points_name, rows or None), (box_name, corners), (mask_name, given))
+  counts = {name: len(value) for name, value in named if value is not None}
   if len(set(counts.values())) > 1:
     told = ", ".join(f"{name} for {count}" for name, count in counts.items())
     raise ValueError(f"{' and '.join(counts)} must be for the same objects, one each; got {told}")
@@ -135,9 +132,7 @@ def _point_rows(
     for label in kind:
       if isinstance(label, (str, bytes)) or label not in accepted:
         raise ArgumentError(labels_name, f"{which} must be 1 (on the object) or 0 (off it), got {label!r}")
-    outside = ((xy < 0) | (xy > (size[1], size[0]))) & np.isin(kind, (0, 1))[
-      :, None
-    ]  # of padding it means nothing
+    outside = ((xy < 0) | (xy > (size[1], size[0]))) & np.isin(kind, (0, 1))[:, None]  # padding may
     if outside.any():
       k = int(np.flatnonzero(outside.any(axis=1))[0])
       raise ArgumentError(

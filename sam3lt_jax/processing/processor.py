@@ -231,7 +231,6 @@ class Sam3Processor:
     phrases = prompts.phrase_rows(text, boxes, sizes)
     if phrases is not None:
       self.check_phrases(phrases)
-    if phrases is not None:
       out["input_ids"], out["attention_mask"] = self._tokenize(phrases, truncation)
     if boxes is not None:
       labels = prompts.label_rows(input_boxes_labels, boxes)
@@ -251,20 +250,19 @@ class Sam3Processor:
     return ids, mask
 
   def _check_vocabulary(self, phrases: list[str], ids: np.ndarray) -> None:
-    if self._vocab_size is not None and ids.max() >= self._vocab_size:
-      raise ValueError(self._beyond_the_vocabulary(phrases, ids))
-
-  def _beyond_the_vocabulary(self, phrases: list[str], ids: np.ndarray) -> str:
-    if self.tokenizer.pruned:
-      row = int(np.argmax((ids >= self._vocab_size).any(axis=1)))
-      words = [w for w in phrases[row].split() if max(self.tokenizer.encode(w)) >= self._vocab_size]
-      return (
-        f"text {phrases[row]!r}: the model's vocabulary was pruned to {self._vocab_size} tokens, and"
-        f" {', '.join(map(repr, words)) or 'a part of this'} is not among them"
+    size = self._vocab_size
+    if size is None or ids.max() < size:
+      return
+    if not self.tokenizer.pruned:
+      raise ValueError(
+        f"the tokenizer gives id {ids.max()}, but the model's vocabulary has {size}; "
+        "give the tokenizer that belongs to the model: Sam3Processor(config, tokenizer=...)"
       )
-    return (
-      f"the tokenizer gives id {ids.max()}, but the model's vocabulary has {self._vocab_size}; "
-      "give the tokenizer that belongs to the model: Sam3Processor(config, tokenizer=...)"
+    phrase = phrases[int(np.argmax((ids >= size).any(axis=1)))]
+    words = [w for w in phrase.split() if max(self.tokenizer.encode(w)) >= size]
+    raise ValueError(
+      f"text {phrase!r}: the model's vocabulary was pruned to {size} tokens, and"
+      f" {', '.join(map(repr, words)) or 'a part of this'} is not among them"
     )
 
   def post_process_object_detection(

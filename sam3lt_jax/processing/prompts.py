@@ -148,19 +148,18 @@ def pad_boxes(
   out_boxes = np.full((len(boxes), most, 4), (PADDING_LABEL, PADDING_LABEL, 0, 0), np.float32)
   out_labels = np.full((len(boxes), most), PADDING_LABEL, np.int32)
   for i, (row, row_labels, size) in enumerate(zip(boxes, labels, sizes)):
-    _check_boxes(row, row_labels, "input_boxes", f"prompt {i}")
-    out_boxes[i, : len(row)], out_labels[i, : len(row)] = _normalised(
-      row, row_labels, size, "input_boxes", f"prompt {i}"
-    )
+    out_boxes[i, : len(row)] = _normalised(row, row_labels, size, "input_boxes", f"prompt {i}")
+    out_labels[i, : len(row)] = row_labels
   return out_boxes, out_labels
 
 
 def _normalised(
   row: np.ndarray, labels: np.ndarray, size: tuple[int, int], name: str, whose: str
-) -> tuple[np.ndarray, np.ndarray]:
-  """Checked boxes [N, 4] of an image of `size` to float32 (cx, cy, w, h) in units of its sides; ignored ones
-  are (-10, -10, 0, 0). Warns of those that are hardly meant.
+) -> np.ndarray:
+  """Boxes [N, 4] of an image of `size` to float32 (cx, cy, w, h) in units of its sides; ignored ones are
+  (-10, -10, 0, 0). Raises as `_check_boxes`, and warns of those that are hardly meant.
   """
+  _check_boxes(row, labels, name, whose)
   active = labels != PADDING_LABEL
   for k in np.flatnonzero(active):
     _warn(row[k], size, f"{name}: box {k} of {whose}")
@@ -168,7 +167,7 @@ def _normalised(
   low, high = corners[:, :2], corners[:, 2:]
   normalised = np.concatenate([(low + high) / 2, high - low], axis=-1)
   padding = np.asarray((PADDING_LABEL, PADDING_LABEL, 0, 0), np.float32)
-  return np.where(active[:, None], normalised, padding), labels
+  return np.where(active[:, None], normalised, padding)
 
 
 def _check_boxes(row: np.ndarray, labels: np.ndarray, name: str, whose: str) -> None:
@@ -266,8 +265,7 @@ def box_arrays(prompt: Prompt, size: tuple[int, int], slots: int) -> tuple[np.nd
     row = _boxes(plain(prompt.boxes, "boxes"), "boxes", "the image", _FLAT)
     given = [1] * count if prompt.labels is None else plain(prompt.labels, "box_labels")
     given = _labels(given, count, "box_labels", "the image")
-    _check_boxes(row, given, "boxes", "the image")
-    boxes[:count], labels[:count] = _normalised(row, given, size, "boxes", "the image")
+    boxes[:count], labels[:count] = _normalised(row, given, size, "boxes", "the image"), given
   return boxes, labels
 
 

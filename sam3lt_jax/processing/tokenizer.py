@@ -86,12 +86,6 @@ def _transformers_backend(model) -> Tokenizer:
   return backend
 
 
-def _original_split():
-  from tokenizers import Regex, pre_tokenizers
-
-  return pre_tokenizers.Split(Regex(_ORIGINAL_PATTERN), behavior="removed", invert=True)
-
-
 def clean_original(text: str) -> str:
   """The original's cleaning: ftfy, HTML entities unescaped twice, whitespace collapsed, lower case."""
   import ftfy
@@ -121,7 +115,7 @@ class ClipTokenizer:
     Raises:
       ValueError: the backend has no start and end token, or `profile.pad_token_id` is not one of its ids.
     """
-    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
 
     self.profile = profile = Profile.named(profile)
     if backend is None:
@@ -139,7 +133,7 @@ class ClipTokenizer:
       )
     if profile.text_cleaning == "original":
       # A fresh Tokenizer around the same model: "<|startoftext|>" is ordinary text to the original.
-      self._split = _original_split()
+      self._split = pre_tokenizers.Split(Regex(_ORIGINAL_PATTERN), behavior="removed", invert=True)
       backend = Tokenizer(backend.model)
       backend.pre_tokenizer = pre_tokenizers.Sequence(
         [self._split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
