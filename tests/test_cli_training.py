@@ -215,8 +215,11 @@ def drawn(folder, scenes):
 
 def test_drawn_data_is_coco(drawn, folder, scenes):
   assert scenes[1] == (
-    "wrote drawn/train.json, drawn/val.json, drawn/phrases.txt (3 and 1 scenes in drawn/images)\n"
+    "wrote drawn/train.json, drawn/val.json, drawn/phrases.txt (3 and 1 scenes in drawn/images), "
+    "and a clip of 24 frames in drawn/clip\n"
   )
+  frames = sorted((folder / "drawn" / "clip").iterdir())
+  assert len(frames) == 24 and frames[0].read_bytes() != frames[-1].read_bytes()
   coco = COCO("drawn/train.json")
   assert sorted(coco.getImgIds()) == [1, 2, 3] and COCO("drawn/val.json").getImgIds() == [4]
   assert [c["name"] for c in coco.loadCats(coco.getCatIds())][:2] == ["circle", "ring"]
