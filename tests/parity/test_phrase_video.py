@@ -4,8 +4,7 @@ Patched where the reference is wrong, as running it shows: on the frame on which
 masks with the ids that are left; a new object makes it follow all others once more and forget what their
 memory was made of; without its CUDA kernels it leaves masks uncleaned, silently.
 
-After each frame our memory is compared with the reference's and takes its values: a rounding of the last
-digit, which differs from one processor to the next, grows to whole objects otherwise (measured).
+After each frame our memory is compared with the reference's and takes its values, see `taken_over`.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from sam3lt_jax import from_pretrained, tracker_from_pretrained
 from sam3lt_jax.config import PhraseVideoConfig
 from sam3lt_jax.features import Detections
 from sam3lt_jax.processing.masks import _parts
-from sam3lt_jax.video.bank import EMPTY, Bank
 from sam3lt_jax.video.phrases import Found, PhraseTracks
 from tests.parity.test_tracker_transformers import _video_config
+from tests.parity.tracker import taken_over
 from tests.reference import import_torch_reference, randomise_
 from tests.video.common import StubEngine
 
@@ -210,28 +209,13 @@ def found_of(step: Step, phrases: int) -> list[Found]:
   return out
 
 
-def with_memory(bank: Bank, slots: dict[int, int], memory: dict[int, dict[int, dict[str, Any]]]) -> Bank:
-  """The bank with the reference's memory in it, after a comparison."""
-  arrays = {name: np.array(x) for name, x in vars(bank).items()}
-  for i, slot in slots.items():
-    for frames, maps, pointers in (
-      ("cond_frames", "cond_maps", "cond_pointers"), ("map_frames", "maps", None),
-      ("pointer_frames", None, "pointers"),
-    ):  # fmt: skip
-      for k, frame in enumerate(arrays[frames][slot]):
-        if frame == EMPTY:
-          continue
-        kept = memory[i][int(frame)]
-        if maps:
-          theirs, ours = kept["maskmem_features"][:, 0].float().numpy(), arrays[maps][slot, k]
-          near = np.abs(theirs - ours) <= STEP * np.abs(theirs) + TOLERANCE
-          assert near.all(), (i, frame)
-          arrays[maps][slot, k] = theirs
-        if pointers:
-          theirs = kept["object_pointer"][0].numpy()
-          assert np.abs(theirs - arrays[pointers][slot, k]).max() < TOLERANCE, (i, frame)
-          arrays[pointers][slot, k] = theirs
-  return jax.device_put(Bank(**arrays))
+def check(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
+  step = STEP * np.abs(theirs) if what.endswith("map") else 0
+  assert (np.abs(theirs - ours) <= step + TOLERANCE).all(), what
+
+
+def arrays_of(kept: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  return kept["maskmem_features"][:, 0].float().numpy(), kept["object_pointer"][0].numpy()
 
 
 @pytest.mark.parametrize(("phrases", "seed"), [(1, 0), (2, 6)])
@@ -258,5 +242,6 @@ def test_as_transformers(reference, phrases, seed, monkeypatch):
         clear = (abs(mask) > SMALL) | (abs(masks[i]) > SMALL)
         worst = max(worst, abs(mask - masks[i])[clear].max())
       assert worst < TOLERANCE, t
-      tracks.tracks.bank = with_memory(tracks.tracks.bank, tracks.tracks.slots, step.memory)
+      theirs = {i: {f: arrays_of(kept) for f, kept in of.items()} for i, of in step.memory.items()}
+      tracks.tracks.bank = taken_over(tracks.tracks.bank, tracks.tracks.slots, theirs, check)
   assert tracks.counters.removed and len(tracks.counters.first_frame) > 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from sam3lt_jax.checkpoints.tracker import tracker_leaves
 from sam3lt_jax.config import MemoryConfig, TrackerConfig
 from sam3lt_jax.features import Clicks, TrackerFeatures
 from sam3lt_jax.tracker import Sam3Tracker
+from sam3lt_jax.video.bank import Bank
 from tests.checkpoints.common import fixture
 
 NECK = "detector.backbone.vision_backbone.sam2_convs"
@@ -137,3 +139,31 @@ def run_all(slots: int = 6) -> dict[str, dict[str, np.ndarray]]:
     out[name] = {k: v[start:stop] for k, v in stages.items()}
     start = stop
   return out
+
+
+def taken_over(
+  bank: Bank,
+  slots: dict[int, int],
+  memory: dict[int, dict[int, tuple[np.ndarray, np.ndarray]]],
+  check: Callable[[np.ndarray, np.ndarray, str], None],
+) -> Bank:
+  """The bank with a reference's memory in it, after a comparison.
+
+  Memory is rounded to bfloat16: a rounding of the last digit, which differs from one processor to the next,
+  grows to whole objects over the frames where each side goes on from its own (measured).
+
+  slots: of objects. memory: of each, by frame, the map [T, C] and the pointer [D]; frames that are missing
+    stay as they are. check: of ours, theirs and what it is, raises where they differ.
+  """
+  arrays = {name: np.array(x) for name, x in vars(bank).items()}
+  for i, slot in slots.items():
+    for frames, *names in (
+      ("cond_frames", "cond_maps", "cond_pointers"), ("map_frames", "maps", None),
+      ("pointer_frames", None, "pointers"),
+    ):  # fmt: skip
+      for k, frame in enumerate(arrays[frames][slot]):
+        for name, theirs, kind in zip(names, memory[i].get(int(frame), ()), ("map", "pointer")):
+          if name:
+            check(arrays[name][slot, k].astype(np.float32), theirs, f"object {i}, frame {frame}, {kind}")
+            arrays[name][slot, k] = theirs
+  return jax.device_put(Bank(**arrays))
