@@ -16,11 +16,15 @@ Axes: N objects, H, W the clip, h, w the token grid, T its cells, C memory width
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
+import os
+import zipfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.engine import Engine
@@ -34,7 +38,7 @@ from sam3lt_jax.processing.clicks import clicks_of
 from sam3lt_jax.tracker import ABSENT_LOGIT, MEMORY_SCALE
 from sam3lt_jax.video import bank as banks
 from sam3lt_jax.video.frames import Frames, open_frames
-from sam3lt_jax.video.tracks import Tracks, bucket, grid_of, programs_of
+from sam3lt_jax.video.tracks import Tracks, bits, bucket, grid_of, of_bits, programs_of
 
 HISTORY = 512  # frames, of which an object takes 1 MB each at 1008 px
 MOST_POINTS = 16  # of an object on a frame; of more, the first and the last 8 count, as in the original
@@ -110,6 +114,58 @@ class InferenceState:
   def obj_ids(self) -> list[int]:
     return list(self.objects)
 
+  def fork(self) -> InferenceState:
+    """Another state of the same clip, that goes its own way from here."""
+    return InferenceState(self.frames, self.history, copy.deepcopy(self.objects))
+
+  def save(self, file: BinaryIO | str | os.PathLike) -> None:
+    """Writes the objects, with all that is remembered of them, for `init_state(source, state=file)`.
+
+    file: a path, or a file that is open for writing.
+    """
+    arrays = {}
+    for i, thing in self.objects.items():
+      for t, given in thing.prompts.items():
+        arrays |= {f"{i}/prompts/{t}/{n}": x for n, x in zip(("points", "labels"), given or (np.zeros(0),))}
+      for kind in ("records", "pending"):
+        for t, record in getattr(thing, kind).items():
+          known = {name: x for name, x in vars(record).items() if x is not None}
+          arrays |= {f"{i}/{kind}/{t}/{name}": bits(np.asarray(x)) for name, x in known.items()}
+      arrays |= {f"{i}/passed/{t}/": np.array(backward) for t, backward in thing.passed.items()}
+    np.savez(file, clip=np.array([*self.size, self.frames.count]), objects=np.array(self.obj_ids), **arrays)
+
+  def _load(self, file: Any, dtype: Any) -> None:
+    """dtype: of pointers, the tracker's."""
+    try:
+      with np.load(file, allow_pickle=False) as data:
+        state = dict(data)
+      clip, ids = state.pop("clip").tolist(), state.pop("objects").tolist()
+      self.objects = {i: TrackedObject() for i in ids}
+      given: dict[tuple, dict[str, np.ndarray]] = {}
+      for key, x in state.items():
+        i, kind, t, name = key.split("/")
+        given.setdefault((int(i), kind, int(t)), {})[name] = x
+      for (i, kind, t), fields in given.items():
+        getattr(self.objects[i], kind)[t] = _of_arrays(kind, fields, dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e:
+      raise ArgumentError("state", f"={file!r} is not what InferenceState.save wrote, or damaged") from e
+    if clip != [*self.size, self.frames.count]:
+      raise ArgumentError(
+        "state", " must be of this clip: (height, width, frames) are "
+        f"{(*self.size, self.frames.count)}, got {tuple(clip)}",
+      )  # fmt: skip
+
+
+def _of_arrays(kind: str, fields: dict[str, np.ndarray], dtype: Any) -> Any:
+  """What `InferenceState.save` made arrays of."""
+  if kind == "passed":
+    return bool(fields[""])
+  if kind == "prompts":
+    return (fields["points"], fields["labels"]) if "labels" in fields else None
+  kinds = {"memory": jnp.bfloat16, "pointer": dtype}
+  found = {name: of_bits(x, kinds[name]) if name in kinds else x for name, x in fields.items()}
+  return Record(**{name: x if x.ndim else x.item() for name, x in found.items()})
+
 
 Masks = tuple[int, list[int], np.ndarray]  # frame, ids of N objects, float32 logits [N, 1, H, W]
 
@@ -128,11 +184,21 @@ class InteractiveVideo:
     programs_of(engine)  # says early that there is no tracker
     self.profile, self._side = engine.tracker.config.profile, 4 * grid_of(engine)
 
-  def init_state(self, source: Any, rate: float | None = None) -> InferenceState:
-    """source, rate: see `open_frames`; not a live one."""
+  def init_state(self, source: Any, rate: float | None = None, state: Any = None) -> InferenceState:
+    """Args:
+    source, rate: see `open_frames`; not a live one.
+    state: a file of `InferenceState.save`, of the same clip and weights, to go on from: the same masks, bit
+      for bit, on the same kind of device.
+
+    Raises:
+      ValueError: state is of another clip, or is none.
+    """
     frames = open_frames(source, rate)
     frames.measure()  # what a file says of itself may be wrong
-    return InferenceState(frames, self.history)
+    made = InferenceState(frames, self.history)
+    if state is not None:
+      made._load(state, self.engine.tracker.dtype)
+    return made
 
   # ---------------------------------------------------------------- prompts
 

@@ -79,6 +79,39 @@ def test_a_correction_stays_and_taking_it_back_undoes_it():
     np.testing.assert_allclose(shown, before[t], rtol=0, atol=ROUNDING)
 
 
+def test_a_state_is_saved_forked_and_goes_on_bit_for_bit(tmp_path):
+  """With a mask and a correction that were not followed yet, backward as well."""
+  video, state = session([1, 2])
+  run(video, state, 0, 3)
+  mask = np.zeros((45, 60), bool)
+  mask[10:30, 20:40] = True
+  video.add_new_mask(state, 2, 3, mask)
+  video.add_new_points_or_box(state, 3, 1, [[20, 20]], [0])
+  fork = state.fork()
+  state.save(tmp_path / "at_3.npz")
+  loaded = video.init_state(clip(), state=tmp_path / "at_3.npz")
+  assert loaded.obj_ids == fork.obj_ids == [1, 2, 3]
+  for order in ((2, 4, False), (5, 3, True)):
+    wanted = run(video, state, *order)
+    for other in (fork, loaded):
+      found = run(video, other, *order)
+      assert found.keys() == wanted.keys()
+      for t, shown in wanted.items():
+        np.testing.assert_array_equal(found[t], shown)
+
+
+@pytest.mark.parametrize("content", [b"no archive", b""])
+def test_what_is_no_state_is_refused(content, tmp_path):
+  file = tmp_path / "state.npz"
+  file.write_bytes(content)
+  with pytest.raises(ValueError, match=r"state=.*is not what InferenceState.save wrote"):
+    session()[0].init_state(clip(), state=str(file))
+  video, state = session()
+  state.save(file)
+  with pytest.raises(ValueError, match=r"state must be of this clip: .*\(45, 60, 1\), got \(45, 60, 24\)"):
+    video.init_state(clip()[:1], state=file)
+
+
 def test_without_any_prompt_left_nothing_is_followed():
   video, state = session([1])
   run(video, state, 0, 2)
