@@ -1,4 +1,4 @@
-"""A user's mistake that names the argument, and how a message shows a name that came from outside."""
+"""What a user is told: a mistake by the argument's name, a package that is missing, names from outside."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def renamed(theirs: str, ours: str) -> Iterator[None]:
     if e.argument == theirs:
       e.argument = ours
     raise
+
+
+@contextlib.contextmanager
+def needed(by: str, package: str, extra: str) -> Iterator[None]:
+  """Around an import: without the package, ImportError says who needs it ("plots need") and how to get it."""
+  try:
+    yield
+  except ImportError as e:
+    raise ImportError(f"{by} the package {package}: pip install 'sam3lt_jax[{extra}]' ({e})") from e
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

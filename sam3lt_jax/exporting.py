@@ -31,6 +31,7 @@ from sam3lt_jax import __version__, export_loader
 from sam3lt_jax.checkpoints import engine
 from sam3lt_jax.config import PADDING_LABEL
 from sam3lt_jax.engine import read
+from sam3lt_jax.errors import needed
 from sam3lt_jax.features import Prompts, VisionFeatures
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.ops import target
@@ -211,10 +212,8 @@ def export_model(
     OSError: the folder cannot be written.
   """
   _check(platforms, batch, prompts, boxes)
-  try:
+  with needed("exported programs need", "flatbuffers", "jobs"):
     import flatbuffers
-  except ImportError as e:
-    raise ImportError(f"jax.export writes with flatbuffers: pip install 'sam3lt_jax[jobs]' ({e})") from e
   target = os.path.abspath(os.path.expanduser(os.fspath(directory)))
   if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
     raise ValueError(f"directory must be new or empty, got {os.fspath(directory)}")

@@ -61,7 +61,7 @@ def test_without_matplotlib(phrases, tmp_path, capsys, monkeypatch):
   out, err = capsys.readouterr()
   skipped, plots = err.splitlines()  # the first is what the library logs
   assert skipped.startswith("sam3lt: warning: ") and " skipped: " in skipped
-  assert plots.startswith("sam3lt: warning: plots need matplotlib") and "report.png" not in out
+  assert plots.startswith("sam3lt: warning: plots need the package matplotlib") and "report.png" not in out
   assert (tmp_path / "out" / "report.json").exists()
 
 

@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax.analysis.prompts import SHORT
+from sam3lt_jax.errors import needed
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -22,11 +23,9 @@ def save_plots(report: Report, path: str | os.PathLike) -> None:
     ImportError: matplotlib is not installed.
     OSError: the file cannot be written.
   """
-  try:
+  with needed("plots need", "matplotlib", "train"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
-  except ImportError as e:
-    raise ImportError("plots need matplotlib: pip install 'sam3lt_jax[train]'") from e
 
   panels = [_lengths, _contexts, _coverage, _words]
   if report["dimensions"]:

@@ -9,7 +9,7 @@ import socket
 import threading
 
 from sam3lt_jax.cli.arguments import add_model, add_tracker, count, load
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, needed
 
 _EPILOG = """\
 examples:
@@ -36,10 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   _check_free(args.host, args.port)
-  try:
+  with needed("the page needs", "gradio", "app"):
     from sam3lt_jax.app import page
-  except ImportError as e:
-    raise ImportError(f"the page needs the package gradio: pip install 'sam3lt_jax[app]' ({e})") from e
 
   made = page.Page(load(args), args.model, _example(args.model))
   address = page.launch(made.blocks, args.host, args.port)

@@ -17,7 +17,7 @@ import numpy as np
 from sam3lt_jax.config import Sam3LiteTextConfig
 from sam3lt_jax.data.examples import Example, PromptConfig, make_example
 from sam3lt_jax.data.records import Record, RecordError
-from sam3lt_jax.errors import check
+from sam3lt_jax.errors import check, needed
 from sam3lt_jax.processing.processor import Sam3Processor
 
 _log = logging.getLogger(__name__)
@@ -102,10 +102,8 @@ class DetectionBatches:
     self.dataset = self._pipeline(process_index, process_count)
 
   def _pipeline(self, process_index: int, process_count: int) -> Any:
-    try:
+    with needed("batches need", "grain", "train"):
       import grain
-    except ImportError as e:
-      raise ImportError(f"batches need the package grain: pip install 'sam3lt_jax[train]' ({e})") from e
     order = grain.MapDataset.range(len(self._records)).seed(self.config.seed)
     if self.config.shuffle:
       order = order.shuffle()

@@ -17,6 +17,7 @@ from typing import Any
 
 import sam3lt_jax
 from sam3lt_jax.config import BOX_ONLY_PHRASE
+from sam3lt_jax.errors import needed
 from sam3lt_jax.jobs import files, ledger
 from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.sources import Item, split_member
@@ -230,11 +231,9 @@ def _utf8(text: str) -> str:
 @contextlib.contextmanager
 def _parquet(path: str | os.PathLike) -> Iterator[_Add]:
   """A row an image."""
-  try:
+  with needed("Parquet needs", "pyarrow", "jobs"):
     import pyarrow as arrow
     import pyarrow.parquet as pq
-  except ImportError as e:
-    raise ImportError(f"Parquet needs the package pyarrow: pip install 'sam3lt_jax[jobs]' ({e})") from e
   mask = {"size": arrow.list_(arrow.int32()), "counts": arrow.string()}
   result = {
     "phrase": arrow.string(), "question": arrow.int32(), "score": arrow.float32(),

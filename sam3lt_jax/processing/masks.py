@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from sam3lt_jax.errors import needed
+
 FILLED = 10.0  # how far beyond the threshold a changed cell is set
 
 
@@ -67,10 +69,8 @@ def outline(mask: np.ndarray) -> np.ndarray:
   Raises:
     ImportError: contourpy is not installed.
   """
-  try:
+  with needed("polygons need", "contourpy", "viz"):
     import contourpy
-  except ImportError as e:
-    raise ImportError(f"polygons need the package contourpy: pip install 'sam3lt_jax[viz]' ({e})") from e
   import scipy.spatial
 
   bounds = mask_bounds(mask)

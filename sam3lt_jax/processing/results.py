@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
+from sam3lt_jax.errors import needed
 from sam3lt_jax.processing import masks as masks_module
 from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.arrays import to_numpy
@@ -434,10 +435,8 @@ class Results:
     Raises:
       ImportError: pandas is not installed.
     """
-    try:
+    with needed("to_pandas needs", "pandas", "viz"):
       import pandas
-    except ImportError as e:
-      raise ImportError(f"to_pandas needs the package pandas: pip install 'sam3lt_jax[viz]' ({e})") from e
     columns = {"label": list(self.labels), "score": self.scores}
     columns |= dict(zip(("x1", "y1", "x2", "y2"), self.boxes.T)) | {"area": self.areas}
     return pandas.DataFrame(columns if self.ids is None else {"id": self.ids} | columns)
@@ -449,12 +448,8 @@ class Results:
     Raises:
       ImportError: supervision is not installed.
     """
-    try:
+    with needed("to_supervision needs", "supervision", "viz"):
       import supervision
-    except ImportError as e:
-      raise ImportError(
-        f"to_supervision needs the package supervision: pip install 'sam3lt_jax[viz]' ({e})"
-      ) from e
     class_ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
     return supervision.Detections(
       xyxy=self.boxes.copy(),
@@ -560,10 +555,8 @@ class Results:
   def plot(self, ax: Any = None, image: Any = None, **options: Any):
     """Draws on matplotlib axes, the current ones by default, and returns them; the rest as in `render`."""
     if ax is None:
-      try:
+      with needed("plot needs", "matplotlib", "viz"):
         import matplotlib.pyplot as plt
-      except ImportError as e:
-        raise ImportError(f"plot needs the package matplotlib: pip install 'sam3lt_jax[viz]' ({e})") from e
       ax = plt.gca()
     ax.imshow(np.asarray(self.render(image, **options)))
     ax.set_axis_off()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sam3lt_jax.errors import needed
 from sam3lt_jax.training.run_files import read_metrics
 
 Series = dict[str, tuple[list[int], list[float]]]
@@ -63,10 +64,8 @@ def plot_run(metrics: str | os.PathLike[str], output: str | os.PathLike[str], ti
     ValueError: the file is missing or empty, or the suffix is of no format.
     ImportError: matplotlib is not installed.
   """
-  try:
+  with needed("plots need", "matplotlib", "train"):
     from matplotlib.figure import Figure
-  except ImportError as e:
-    raise ImportError("plots need matplotlib: pip install 'sam3lt_jax[train]'") from e
   series: Series = {}
   for line in read_metrics(metrics):
     step = line.pop("step")

@@ -17,7 +17,7 @@ import numpy as np
 
 from sam3lt_jax.config import BOX_ONLY_PHRASE, Profile
 from sam3lt_jax.data.prompts import clean_phrase
-from sam3lt_jax.errors import check
+from sam3lt_jax.errors import check, needed
 from sam3lt_jax.processing.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -107,10 +107,8 @@ def prompt_batches(
     ImportError: grain is not installed.
     ValueError: no phrases, or numbers out of range.
   """
-  try:
+  with needed("batches of prompts need", "grain", "train"):
     import grain
-  except ImportError as e:
-    raise ImportError("batches of prompts need grain: pip install 'sam3lt_jax[train]'") from e
 
   length = tokenizer.profile.context_length if context_length is None else context_length
   check(len(phrases) > 0, "phrases", phrases, "at least one phrase")

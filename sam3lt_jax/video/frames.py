@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from sam3lt_jax.errors import ArgumentError, shown, warn
+from sam3lt_jax.errors import ArgumentError, needed, shown, warn
 from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.images import load_image
 from sam3lt_jax.storage import is_image
@@ -281,10 +281,8 @@ def _picture(picture: Any, index: int) -> np.ndarray:
 
 def import_av() -> Any:
   """PyAV. Raises ImportError, with how to get it."""
-  try:
+  with needed("video needs", "av", "video"):
     import av
-  except ImportError as e:
-    raise ImportError(f"video needs the package av: pip install 'sam3lt_jax[video]' ({e})") from e
   return av
 
 
