@@ -2,6 +2,7 @@
 
   python -m tests.benchmarks.video                                   # 1 object at 1008 px
   python -m tests.benchmarks.video --image-size 336 --objects 1 5 20
+  python -m tests.benchmarks.video --objects 10 --held                # what is held of ten, without a time
   python -m tests.benchmarks.video --image-size 336 --objects 1 5 20 --dtype bfloat16 --json video.json
 
 Both sides have the same random weights and start every frame from features that are there: the trunk, which
@@ -38,6 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--objects", type=int, nargs="+", default=[1], help="how many are followed (default 1)")
   parser.add_argument("--frames", type=int, default=5, help="that count (default 5)")
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+  parser.add_argument("--held", action="store_true", help="only what our side holds; nothing is timed")
   parser.add_argument("--json", metavar="FILE", help="write all samples there")
   args = parser.parse_args(arguments)
   if args.image_size < PATCH or args.image_size % PATCH:
@@ -198,8 +200,12 @@ class Ours:
     return state + compiled.temp_size_in_bytes + compiled.output_size_in_bytes - compiled.alias_size_in_bytes
 
 
+def _places(objects: int) -> np.ndarray:
+  return np.random.default_rng(SEED).uniform(0.1, 0.9, (objects, 2))
+
+
 def measure(args: argparse.Namespace, objects: int, theirs: Theirs, ours: Ours) -> dict[str, Any]:
-  xy = np.random.default_rng(SEED).uniform(0.1, 0.9, (objects, 2))
+  xy = _places(objects)
   last = FULL + args.frames
   for side in (theirs, ours):
     side.start(objects, last + 1, xy)
@@ -249,6 +255,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ours = Ours(f"{folder}/tracker", args.image_size, args.dtype)
     where = machine.describe()
     devices = f"{ours.device} and {theirs.device}, {where['cpu']}, {where['cores']} cores, {where['date']}"
+    if args.held:
+      for objects in args.objects:
+        ours.start(objects, 2, _places(objects))
+        ours.frame(1)
+        print(f"{objects} objects, {args.image_size} px, {args.dtype}: {ours.held() / 1e6:.0f} MB; {devices}")
+      return 0
     for objects in args.objects:
       rows.append(measure(args, objects, theirs, ours))
       if args.json:
