@@ -148,6 +148,11 @@ class TrainCheckpoints:
     if error is not None:
       raise error
 
+  def settle(self) -> None:
+    """`wait`, until every process sees the same checkpoints: the leading one may still be renaming."""
+    self.wait()
+    barrier("sam3lt-checkpoints-settled")
+
   def check(self) -> None:
     """As `wait`, if the last save has ended or failed; returns at once if it has not."""
     if self._thread is not None and (self._error is not None or not self._thread.is_alive()):
@@ -214,8 +219,7 @@ class TrainCheckpoints:
       CheckpointMismatchError: a state of another model or optimiser; lists what differs.
       CheckpointError: no such step, or it is damaged and there is none before it.
     """
-    self.wait()
-    barrier("sam3lt-checkpoints-restore")  # the leading process may still be renaming
+    self.settle()
     if step is not None:
       if step not in self.steps():
         known = ", ".join(map(str, self.steps())) or "none"

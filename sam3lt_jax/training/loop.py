@@ -148,7 +148,7 @@ def fit(
         checkpoints.save(step, state, scores)
       if asked and not last:
         raise run.interrupted(step, asked)
-    checkpoints.wait()
+    checkpoints.settle()
     chosen = take_best and checkpoints.best_step() is not None
     return checkpoints.restore_best(like) if chosen else state
 

@@ -95,7 +95,7 @@ def test_mistakes(spliced):
   model, variables = tiny_model()
   with pytest.raises(ValueError, match="images and phrases must hold at least one each, got 0 and 1"):
     agreement(spliced, (model, variables), [], ["red car"])
-  with pytest.raises(ValueError, match="'zebra' has words beyond the model's vocabulary of 21 tokens"):
+  with pytest.raises(ValueError, match="'zebra' has words beyond the model's vocabulary of 22 tokens"):
     agreement(spliced, (model, variables), [PICTURE], ["red car", "zebra"], tokenizer=tokenizer())
   wide = model.config.replace(detr_encoder=model.config.detr_encoder.__class__(hidden_size=64))
   with pytest.raises(ValueError, match="projected to a width of 64, the teacher's to 32"):
