@@ -19,7 +19,6 @@ import collections
 import copy
 import dataclasses
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -38,7 +37,7 @@ from sam3lt_jax.processing.clicks import clicks_of
 from sam3lt_jax.tracker import ABSENT_LOGIT, MEMORY_SCALE
 from sam3lt_jax.video import bank as banks
 from sam3lt_jax.video.frames import Frames, open_frames
-from sam3lt_jax.video.tracks import Tracks, bits, bucket, grid_of, of_bits, programs_of
+from sam3lt_jax.video.tracks import Tracks, bits, bucket, grid_of, of_bits, programs_of, saved_by
 
 HISTORY = 512  # frames, of which an object takes 1 MB each at 1008 px
 MOST_POINTS = 16  # of an object on a frame; of more, the first and the last 8 count, as in the original
@@ -136,9 +135,7 @@ class InferenceState:
 
   def _load(self, file: Any, dtype: Any) -> None:
     """dtype: of pointers, the tracker's."""
-    try:
-      with np.load(file, allow_pickle=False) as data:
-        state = dict(data)
+    with saved_by("InferenceState.save", file) as state:
       clip, ids = state.pop("clip").tolist(), state.pop("objects").tolist()
       self.objects = {i: TrackedObject() for i in ids}
       given: dict[tuple, dict[str, np.ndarray]] = {}
@@ -147,8 +144,6 @@ class InferenceState:
         given.setdefault((int(i), kind, int(t)), {})[name] = x
       for (i, kind, t), fields in given.items():
         getattr(self.objects[i], kind)[t] = _of_arrays(kind, fields, dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e:
-      raise ArgumentError("state", f"={file!r} is not what InferenceState.save wrote, or damaged") from e
     if clip != [*self.size, self.frames.count]:
       raise ArgumentError(
         "state", " must be of this clip: (height, width, frames) are "

@@ -38,6 +38,7 @@ from sam3lt_jax.video.frames import Frame, FrameError, Frames, ahead, open_frame
 from sam3lt_jax.video.interactive import HISTORY, InteractiveVideo
 from sam3lt_jax.video.phrases import Found, FrameObjects, PhraseTracks, frame_results
 from sam3lt_jax.video.results import FrameResults
+from sam3lt_jax.video.tracks import saved_by
 
 SLOTS = 8  # objects that there is room for at first: every doubling compiles anew, an empty slot costs little
 
@@ -296,14 +297,8 @@ class Tracking:
     np.savez(file, tracking=np.array(json.dumps(about)), **self._tracks.state())
 
   def _resume(self, path: str | os.PathLike) -> None:
-    try:
-      with np.load(path, allow_pickle=False) as data:
-        state = dict(data)
+    with saved_by("Tracking.save", path) as state:
       about = json.loads(str(state.pop("tracking")))
-    except (ValueError, KeyError, EOFError, OSError) as e:
-      if isinstance(e, OSError) and e.errno is not None:
-        raise
-      raise ArgumentError("state", f"={os.fspath(path)!r} is not what Tracking.save wrote, or damaged") from e
     self._done, self._out, self._boxes_frame = about["done"], about["out"], about["boxes_frame"]
     self._batch = about["batch"]
     given = about["prompts"]

@@ -11,9 +11,12 @@ Axes as in `bank`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -269,6 +272,23 @@ def bucket(count: int) -> int:
 def bits(x: np.ndarray) -> np.ndarray:
   """bfloat16, which numpy cannot save, as uint16; anything else as it is."""
   return x.view(np.uint16) if x.dtype == jnp.bfloat16 else np.asarray(x)
+
+
+@contextlib.contextmanager
+def saved_by(function: str, file: Any) -> Iterator[dict[str, np.ndarray]]:
+  """The arrays of a file that `numpy.savez` wrote for `function`.
+
+  Raises:
+    ValueError: it is none, or what is inside the block does not find in it what should be there.
+  """
+  try:
+    with np.load(file, allow_pickle=False) as data:
+      yield dict(data)
+  except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as e:
+    if isinstance(e, OSError) and e.errno is not None:
+      raise
+    name = os.fspath(file) if isinstance(file, os.PathLike) else file
+    raise ArgumentError("state", f"={name!r} is not what {function} wrote, or damaged") from e
 
 
 def of_bits(x: np.ndarray, dtype: Any) -> np.ndarray:

@@ -100,7 +100,7 @@ def test_a_state_is_saved_forked_and_goes_on_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(found[t], shown)
 
 
-@pytest.mark.parametrize("content", [b"no archive", b""])
+@pytest.mark.parametrize("content", [b"no archive", b"", b"PK\x03\x04cut off"])
 def test_what_is_no_state_is_refused(content, tmp_path):
   file = tmp_path / "state.npz"
   file.write_bytes(content)

@@ -188,11 +188,13 @@ def test_sam2s_names_take_any_source(predictor, clip):
     ),
     ("boxes", {"boxes": [[9, 9, 1, 1]]}),
     ("state=.*nothing.npz.* is not what Tracking.save wrote, or damaged", {"state": "nothing.npz"}),
+    ("state=.*cut.npz.* is not what Tracking.save wrote, or damaged", {"state": "cut.npz"}),
   ],
 )
 def test_mistakes(predictor, clip, tmp_path, monkeypatch, message, options):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "nothing.npz").write_bytes(b"nothing")
+  (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04cut off")
   with pytest.raises(ValueError, match=message):
     predictor.track(clip, **{"text": "a"} | options)
 
