@@ -14,27 +14,18 @@ from tests.jobs.ledgers import TAILS, start
 
 
 def test_killed_at_random_moments(tmp_path):
-  """10 lives of a job of 75 small shards, each SIGKILLed; some wounds get a torn tail besides."""
+  """10 lives of a job of 100 small shards, each SIGKILLed; some wounds get a torn tail besides."""
   seed = random.randrange(10**6)
   print(f"seed {seed}")  # shown by pytest where the test fails
   rng = random.Random(seed)
-  number, size, log = 300, 4, tmp_path / "log"
+  number, size, log = 400, 4, tmp_path / "log"
   directory = tmp_path / "job"
   torn = at_work = 0
   for _ in range(10):
     before = log.stat().st_size if log.exists() else 0
-    # However slowly the kill comes, it meets a job at work: the life waits at the last image.
-    process = start(work.life, directory, number, size, 0, 1, 2, 0.002, log, f"{number - 1:04d}.jpg")
-    limit = time.monotonic() + 60
-    # A line of the log has 9 bytes.
-    wanted = min(before + 9 * rng.randrange(-3, 24), 9 * (number - 4))
-    while (
-      process.is_alive() and time.monotonic() < limit and (not log.exists() or log.stat().st_size <= wanted)
-    ):
-      time.sleep(0.0005)
-    time.sleep(rng.uniform(0, 0.01))
-    process.kill()
-    process.join()
+    kill = (rng.randrange(12), rng.uniform(0, 0.01))
+    process = start(work.life, directory, number, size, 0, 1, 2, 0.002, log, kill)
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL, "the job ended before it was killed"
     at_work += log.exists() and log.stat().st_size > before
     for part in directory.glob("shards/*.part"):

@@ -11,6 +11,7 @@ from sam3lt_jax import locks
 from sam3lt_jax.jobs.ledger import Busy, ShardWriter
 from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.sources import Item, open_item
+from tests.kills import kill_after
 
 FINGERPRINT = {"model": "m", "phrases": ["a", "b"]}
 
@@ -36,21 +37,17 @@ def open_plan(directory, number=20, shard_size=4, **options):
   return Plan.open(directory, make_items(number), FINGERPRINT, shard_size, **options)
 
 
-def finish(plan, process=0, count=1, batch=2, pause=0.0, log=None, last=None):
-  """Works on every shard that is missing and not in other hands; logs each id that it makes a record of.
-
-  Of the item named `last` it never makes one: it waits there until it is killed.
-  """
+def finish(plan, process=0, count=1, batch=2, pause=0.0, log=None, on_batch=lambda: None):
+  """Works on every shard that is missing and not in other hands; logs each id that it makes a record of."""
   for shard in plan.missing(process, count):
     try:
       with ShardWriter(plan, shard, process) as writer:
         todo = [item for item in shard.items if item.id not in writer.done]
         for start in range(0, len(todo), batch):
           some = todo[start : start + batch]
-          while last in [item.id for item in some]:
-            time.sleep(1)
           if log is not None:
             os.write(log, "".join(f"{item.id}\n" for item in some).encode())
+          on_batch()
           time.sleep(pause)
           writer.append([record(item) for item in some])
         writer.commit()
@@ -58,10 +55,11 @@ def finish(plan, process=0, count=1, batch=2, pause=0.0, log=None, last=None):
       continue
 
 
-def life(directory, number, shard_size, process=0, count=1, batch=2, pause=0.0, log=None, last=None):
-  """The whole life of a process."""
+def life(directory, number, shard_size, process=0, count=1, batch=2, pause=0.0, log=None, kill=None):
+  """The whole life of a process; kill = (batches, seconds): its end, so long after so many."""
   descriptor = None if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-  finish(open_plan(directory, number, shard_size), process, count, batch, pause, descriptor, last)
+  on_batch = (lambda: None) if kill is None else kill_after(*kill)
+  finish(open_plan(directory, number, shard_size), process, count, batch, pause, descriptor, on_batch)
 
 
 STEPS = ("open", "pwrite", "fsync", "ftruncate", "replace", "unlink", "close")

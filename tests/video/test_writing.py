@@ -1,13 +1,11 @@
 """What a tracked clip leaves in its folder, and that kills do not change a byte of it."""
 
-import itertools
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
-import threading
 
 import av
 import numpy as np
@@ -21,6 +19,7 @@ from sam3lt_jax.video import overlay, writing
 from sam3lt_jax.video.frames import open_frames
 from sam3lt_jax.video.writing import Files, davis_palette, write_tracks
 from tests import mounts
+from tests.kills import kill_after
 from tests.video import clips, fake
 
 
@@ -178,18 +177,8 @@ def test_done_is_done(clip, whole):
 
 
 def life(clip, out, frames, delay):
-  """A run that kills itself `delay` seconds after its `frames`-th frame: no load can make the kill late."""
-  kill = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
-  kill.daemon, written = True, itertools.count(1)
-
-  def on_frame(*_):
-    if next(written) == frames:
-      kill.start()
-
-  if frames == 0:
-    kill.start()
   overlay.PIECE = 8
-  track(clip, out, fake.Predictor(pause=0.01), every=3, on_frame=on_frame)
+  track(clip, out, fake.Predictor(pause=0.01), every=3, on_frame=kill_after(frames, delay))
 
 
 @pytest.mark.full  # a process a kill
