@@ -52,8 +52,10 @@ class RopeAttention(nn.Module):
     if kernel is not None:
       return out(kernel(q(x), k(x), v(x)))
     x = windows.partition(x, self.window) if self.window else x.reshape(B, H * W, D)
-    q, k, v = (p(x).reshape(*x.shape[:2], self.num_heads, D // self.num_heads) for p in (q, k, v))
-    q, k = (rope.apply_rope(a, *tables) for a in (q, k))
+    heads = lambda y: y.reshape(*x.shape[:2], self.num_heads, D // self.num_heads)  # noqa: E731
+    # Rounded once, behind the rotation: two thirds of the time on CPUs with AMX.
+    q, k = (rope.apply_rope(heads(p(x, rounded=False)), *tables).astype(self.dtype) for p in (q, k))
+    v = heads(v(x))
     x = out(attention.attend(q, k, v, remat=self.remat).reshape(x.shape))
     return windows.merge(x, self.window, H, W) if self.window else x.reshape(B, H, W, D)
 
