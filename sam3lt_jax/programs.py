@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sam3lt_jax.ops import attention, target
+from sam3lt_jax.ops import amx, target
 
 
 def jit(function: Callable, platform: str | None = None, dtype: Any = None, **options: Any) -> Any:
@@ -35,7 +35,7 @@ def jit(function: Callable, platform: str | None = None, dtype: Any = None, **op
   """
   if (platform or jax.default_backend()) == "cpu":
     wide = dtype is not None and np.dtype(dtype) == np.float32
-    options["compiler_options"] = _cpu_options(wide and attention.has_amx())
+    options["compiler_options"] = _cpu_options(wide and amx.available())
   return jax.jit(function, **options)
 
 

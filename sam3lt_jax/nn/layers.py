@@ -5,6 +5,7 @@ Axes: B batch, T queries, S keys, D width, N heads, H head width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax.ops import attention, target
+from sam3lt_jax.ops import amx, attention, target
 
 Dtype = Any
 # Where a module leaves its intermediates when a caller asks for them: name -> array. None: do not collect.
@@ -166,6 +167,8 @@ class Conv(nn.Module):
     x = x.astype(self.dtype)
     if self.kernel_size == 1:
       y = _dot(x, kernel[0, 0])
+    elif self.padding == "SAME" and self.stride == 1 and not self.depthwise:
+      y = amx.convolution(x, kernel, self.kernel_size // 2)
     else:
       padding = self.padding if isinstance(self.padding, str) else ((self.padding, self.padding),) * 2
       y = jax.lax.conv_general_dilated(
@@ -185,9 +188,7 @@ class Conv(nn.Module):
     kernel = kernel.astype(jnp.float32)
     sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)  # [place, tap, k]
     kernel = jnp.einsum("auk,bvl,kldf->uvdabf", sums, sums, kernel).reshape(2, 2, D, -1).astype(self.dtype)
-    y = jax.lax.conv_general_dilated(
-      x.astype(self.dtype), kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    y = amx.convolution(x.astype(self.dtype), kernel, 1)
     y = y.reshape(B, H + 1, W + 1, 2, 2, self.features)
     pairs = [jnp.stack([y[:, a : a + H, b : b + W, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
     return jnp.stack(pairs, axis=2).reshape(B, 2 * H, 2 * W, self.features)
@@ -201,7 +202,13 @@ class Conv(nn.Module):
     kernel, bias = self._params(x.shape[-1])
     q = queries.astype(self.dtype)
     turned = jnp.einsum("bqf,df->bqd", q, kernel[0, 0], preferred_element_type=jnp.float32).astype(self.dtype)
-    y = jnp.einsum("bqd,bhwd->bqhw", turned, x.astype(self.dtype), preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if (
+      target.current().has_cpu
+    ):  # which would turn x for the other one; to turn the products takes it half as long
+      y = product("bhwd,bqd->bhwq", x.astype(self.dtype), turned).transpose(0, 3, 1, 2)
+    else:
+      y = product("bqd,bhwd->bqhw", turned, x.astype(self.dtype))
     return y + (q @ bias).astype(jnp.float32)[:, :, None, None]
 
   @nn.compact
@@ -231,7 +238,7 @@ class LayerNorm(nn.Module):
     else:
       # In one pass, which XLA:TPU joins to the product that wrote x. A constant row may come out below zero.
       variance = jnp.maximum(jnp.mean(x * x, axis=-1, keepdims=True) - mean * mean, 0.0)
-    mean, inverse = attention.apart_on_amx(mean, jax.lax.rsqrt(variance + self.epsilon))
+    mean, inverse = amx.apart(mean, jax.lax.rsqrt(variance + self.epsilon))
     return ((x - mean) * inverse * scale + bias).astype(self.dtype)
 
 

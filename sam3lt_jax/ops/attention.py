@@ -6,14 +6,13 @@ Axes: B batch, T queries, S keys, N heads, H head width.
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.ops import kernels, target
+from sam3lt_jax.ops import amx, kernels, target
 
 # Score matrices up to this many bytes are computed in one piece; larger ones are computed head by head
 # and in blocks of queries, which XLA:CPU needs to stay in its caches and which bounds the memory everywhere.
@@ -114,8 +113,7 @@ def attend(
       plain, in_blocks = (functools.partial(_attend_with, blocked=b) for b in (False, True))
       return jax.lax.platform_dependent(q, k, v, mask, bias, cpu=in_blocks, default=plain)
   q = q * jnp.asarray(H**-0.5, q.dtype)
-  # A program that is traced for other machines must not depend on this one.
-  if blocked and mask is None and bias is None and _for_amx():
+  if blocked and mask is None and bias is None and amx.chosen():
     return _attend_by_amx(q, k, v)
   if blocked:
     return _attend_blocked(q, k, v, mask, bias)
@@ -246,78 +244,38 @@ def _attend_blocked(q, k, v, mask, bias):
   return out.transpose(1, 3, 2, 4, 0, 5).reshape(B, T, N, H)
 
 
-@functools.cache
-def has_amx() -> bool:
-  """Whether this process runs on a CPU with Intel's matrix unit for bfloat16; Linux alone says so."""
-  if jax.default_backend() != "cpu":
-    return False
-  try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:
-    return False
-  return "amx_bf16" in next((line.split() for line in lines if line.startswith("flags")), ())
-
-
-def _for_amx() -> bool:
-  """Whether the traced program will run on this process's CPU alone, and that has AMX."""
-  where = target.current()
-  return where.here and where.is_for("cpu") and has_amx()
-
-
-def apart_on_amx(*values: jax.Array) -> tuple[jax.Array, ...]:
-  """The same values; XLA:CPU does not compute what reads them in one piece with them.
-
-  Its library of kernels takes over sums with all that follows, up to the next product and the bias behind
-  it, and has every broadcast written out first: 98 MB for one bias of the image encoder.
-  """
-  return tuple(jax.lax.optimization_barrier(values)) if _for_amx() else values
-
-
 @jax.custom_jvp
 def _attend_by_amx(q, k, v):
-  """`attend` on scaled queries without mask and bias: one head of one row, one block of queries at a time.
-
-  XLA:CPU slices and transposes bfloat16 in float32, and then takes the float32 copies for the product, which
-  the matrix unit is not for. Integers it leaves alone: everything is moved as such.
-  """
+  """`attend` on scaled queries without mask and bias: one head of one row, one block of queries at a time."""
   (B, T, N, H), dtype = q.shape, q.dtype
   size = query_block(T, min(MAX_QUERY_BLOCK, max(64, AMX_BLOCK_BYTES // (4 * k.shape[1]))))
   # Leading axes are walked by lax.map: [N * B, blocks, size, H] and [N * B, S, H].
-  q, k, v = (_bits(x).transpose(2, 0, 1, 3).reshape(N * B, x.shape[1], H) for x in (q, k, v))
+  q, k, v = (amx.bits(x).transpose(2, 0, 1, 3).reshape(N * B, x.shape[1], H) for x in (q, k, v))
   q = q.reshape(N * B, T // size, size, H)
 
   def one_head(head):
     q_h, k_h, v_h = head
-    k_h, v_h = _of_bits(k_h, dtype), _of_bits(v_h, dtype)
+    k_h, v_h = amx.of_bits(k_h, dtype), amx.of_bits(v_h, dtype)
 
     def one_block(q_b):
-      logits = jnp.einsum("th,sh->ts", _of_bits(q_b, dtype), k_h, preferred_element_type=jnp.float32)
+      logits = jnp.einsum("th,sh->ts", amx.of_bits(q_b, dtype), k_h, preferred_element_type=jnp.float32)
       weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True)).astype(dtype)
       if dtype != jnp.float32:
         weights = jax.lax.optimization_barrier(weights)  # or they are written in float32 as well, for the sum
       total = weights.astype(jnp.float32).sum(axis=-1, keepdims=True)
       out = jnp.einsum("ts,sh->th", weights, v_h, preferred_element_type=jnp.float32)
-      return _bits((out / total).astype(dtype))
+      return amx.bits((out / total).astype(dtype))
 
     return jax.lax.map(one_block, q_h)
 
   out = jax.lax.map(one_head, (q, k, v))
-  return _of_bits(out.reshape(N, B, T, H).transpose(1, 2, 0, 3), dtype)
+  return amx.of_bits(out.reshape(N, B, T, H).transpose(1, 2, 0, 3), dtype)
 
 
 @_attend_by_amx.defjvp
 def _attend_by_amx_jvp(primals, tangents):
   """Integers have no derivative; the plain blocks have."""
   return jax.jvp(lambda q, k, v: _attend_blocked(q, k, v, None, None), primals, tangents)
-
-
-def _bits(x: jax.Array) -> jax.Array:
-  """16-bit numbers as integers."""
-  return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def _of_bits(x: jax.Array, dtype) -> jax.Array:
-  return jax.lax.bitcast_convert_type(x, dtype) if dtype.itemsize == 2 else x
 
 
 def _attend_by_head(q, k, v, mask, bias, dropout_rate, dropout_key):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax.nn import layers, text_encoder
-from sam3lt_jax.ops import attention
+from sam3lt_jax.ops import amx
 from tests import tiny
 
 
@@ -43,10 +43,10 @@ def test_layer_norm_is_the_same_in_two_pieces(monkeypatch):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 64)), jnp.float32)
   params = {"scale": jnp.linspace(0.5, 2, 64), "bias": jnp.linspace(-1, 1, 64)}
 
-  def result(amx):
-    monkeypatch.setattr(attention, "has_amx", lambda: amx)
+  def result(has_it):
+    monkeypatch.setattr(amx, "available", lambda: has_it)
     norm = lambda x: layers.LayerNorm().apply({"params": params}, x)  # noqa: E731, a new one: traces are kept
-    assert ("optimization_barrier" in str(jax.make_jaxpr(norm)(x))) == amx
+    assert ("optimization_barrier" in str(jax.make_jaxpr(norm)(x))) == has_it
     return norm(x), jax.grad(lambda x: jnp.sum(jnp.sin(norm(x))))(x)
 
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), result(False), result(True))
@@ -249,6 +249,20 @@ def test_group_norm_of_the_pixel_decoder_is_torchs():
   normed = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(1, 4, 4, 8)
   wanted = np.maximum(normed * params["norms_0"]["scale"] + params["norms_0"]["bias"], 0)
   np.testing.assert_allclose(run(decoder, params, maps[:1], maps[1]), wanted, atol=1e-4)
+
+
+def test_convolution_of_a_doubled_map_by_amx(monkeypatch):
+  from sam3lt_jax.nn.layers import Conv
+
+  conv, x = Conv(5, 3, dtype=jnp.bfloat16), normal(2, 3, 4, 4)
+  params = conv.init(jax.random.key(0), x)["params"]
+  double = lambda has_it: (  # noqa: E731, a new one: traces are kept
+    monkeypatch.setattr(amx, "available", lambda: has_it)
+    or conv.apply({"params": params}, x, method="of_doubled").astype(np.float32)
+  )
+  wanted = double(False)
+  assert np.abs(wanted).max() > 1
+  np.testing.assert_allclose(double(True), wanted, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4, 1)])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sam3lt_jax.ops import attention, target
+from sam3lt_jax.ops import amx, attention, target
 from tests import tiny
 
 # B, T, S, N, H. 192 queries make three blocks of 64 under the fixture below.
@@ -19,13 +19,13 @@ SHAPES = [(2, 192, 20, 3, 8), (1, 128, 128, 2, 4), (3, 5, 7, 2, 8), (1, 1, 4, 1,
 def small_blocks(monkeypatch):
   monkeypatch.setattr(attention, "MAX_QUERY_BLOCK", 64)
   monkeypatch.setattr(attention, "MAX_BLOCK_BYTES", 8000)
-  monkeypatch.setattr(attention, "has_amx", lambda: False)
+  monkeypatch.setattr(amx, "available", lambda: False)
 
 
 @pytest.fixture
-def amx(monkeypatch):
+def on_amx(monkeypatch):
   """The path of CPUs with AMX; any CPU computes it."""
-  monkeypatch.setattr(attention, "has_amx", lambda: True)
+  monkeypatch.setattr(amx, "available", lambda: True)
 
 
 def inputs(shape, *, mask=None, bias=False, seed=0, dtype=np.float32):
@@ -101,7 +101,7 @@ def test_bfloat16_keeps_its_dtype_and_a_float32_softmax(blocked):
 
 @pytest.mark.parametrize("dtype, atol", [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_amx_is_the_definition(shape, dtype, atol, amx):
+def test_amx_is_the_definition(shape, dtype, atol, on_amx):
   q, k, v, _, _ = inputs(shape, dtype=dtype)
   out = attend(q, k, v, blocked=True)
   assert out.dtype == dtype
@@ -109,7 +109,7 @@ def test_amx_is_the_definition(shape, dtype, atol, amx):
   np.testing.assert_allclose(np.asarray(out, np.float32), wanted, atol=atol)
 
 
-def test_amx_multiplies_bfloat16_and_moves_integers(amx):
+def test_amx_multiplies_bfloat16_and_moves_integers(on_amx):
   """Slices and transposes of bfloat16 become float32 on XLA:CPU, and the products with them."""
   q, k, v, _, _ = inputs(SHAPES[0], dtype=jnp.bfloat16)
   jaxpr = str(jax.make_jaxpr(functools.partial(attention.attend, blocked=True))(q, k, v))
@@ -117,15 +117,15 @@ def test_amx_multiplies_bfloat16_and_moves_integers(amx):
   assert "u16[6,3,64,8]" in jaxpr and "bf16[6,3,64,8]" not in jaxpr
 
 
-def test_amx_has_the_derivative_of_the_plain_blocks(amx):
+def test_amx_has_the_derivative_of_the_plain_blocks(on_amx):
   q, k, v, _, _ = inputs(SHAPES[0])
   loss = lambda args, blocked: jnp.sum(jnp.sin(attention.attend(*args, blocked=blocked)))  # noqa: E731
-  plain, amx = (tiny.jit(jax.grad(functools.partial(loss, blocked=b)))((q, k, v)) for b in (False, True))
-  for a, b in zip(plain, amx, strict=True):
+  plain, by_amx = (tiny.jit(jax.grad(functools.partial(loss, blocked=b)))((q, k, v)) for b in (False, True))
+  for a, b in zip(plain, by_amx, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(a).max())
 
 
-def test_amx_is_left_out_of_programs_for_other_machines(amx):
+def test_amx_is_left_out_of_programs_for_other_machines(on_amx):
   q, k, v, _, _ = inputs(SHAPES[0], dtype=jnp.bfloat16)
   with target.traced_for(("cpu",)):
     assert "u16" not in str(jax.make_jaxpr(functools.partial(attention.attend, blocked=True))(q, k, v))

@@ -1,0 +1,65 @@
+"""Convolutions as products, the way of CPUs with AMX; any CPU computes them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sam3lt_jax.nn.layers import Conv
+from sam3lt_jax.ops import amx, target
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  monkeypatch.setattr(amx, "_PATCH_BYTES", 1500)
+
+
+def normal(*shape, dtype=np.float32, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+@pytest.mark.parametrize(
+  "shape, k, padding",
+  [
+    ((1, 6, 5, 4), 3, 1),
+    ((2, 7, 3, 4), 3, 1),
+    ((1, 5, 5, 4), 2, 1),
+    ((1, 9, 1, 4), 3, 1),
+    ((3, 1, 1, 4), 3, 1),
+  ],
+)
+def test_products_are_the_convolution(shape, k, padding):
+  """Blocks of rows that divide the map and that do not, of one row, of all of it."""
+  x, kernel = normal(*shape, dtype=jnp.bfloat16), normal(k, k, 4, 6, dtype=jnp.bfloat16, seed=1)
+  got = tiny.jit(lambda x, kernel: amx._by_products(x, kernel, padding))(x, kernel)
+  wanted = amx._plain(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
+  assert got.dtype == jnp.bfloat16 and got.shape == wanted.shape
+  np.testing.assert_allclose(got.astype(np.float32), wanted, rtol=0.01, atol=0.01)
+
+
+def test_their_derivative_is_that_of_the_convolution():
+  x, kernel = normal(1, 6, 5, 4, dtype=jnp.bfloat16), normal(3, 3, 4, 6, dtype=jnp.bfloat16, seed=1)
+  loss = lambda how: lambda *xs: (how(*xs, 1).astype(jnp.float32) ** 2).sum()  # noqa: E731
+  by_products, plain = (
+    tiny.jit(jax.grad(loss(f), (0, 1)))(x, kernel) for f in (amx._by_products, amx._plain)
+  )
+  for a, b in zip(by_products, plain, strict=True):
+    assert np.abs(b).max() > 1
+    np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=0.05, atol=0.5)
+
+
+def test_which_programs_have_them(monkeypatch):
+  """Those in bfloat16 for this process's CPU, if it has the unit: no other convolution of stride 1."""
+
+  def convolutions(dtype, has_it=True, here=True, **fields):
+    monkeypatch.setattr(amx, "available", lambda: has_it)
+    conv = Conv(6, 3, dtype=dtype, **fields)
+    x = jax.ShapeDtypeStruct((1, 6, 5, 4), dtype)
+    variables = jax.eval_shape(conv.init, jax.random.key(0), x)
+    with target.traced_for(("cpu",), here=here):
+      return str(jax.make_jaxpr(lambda v, x: conv.apply(v, x))(variables, x)).count("conv_general_dilated")
+
+  assert convolutions(jnp.bfloat16) == 0
+  assert convolutions(jnp.float32) == convolutions(jnp.bfloat16, has_it=False) == 1
+  assert convolutions(jnp.bfloat16, here=False) == convolutions(jnp.bfloat16, stride=2, padding=1) == 1
