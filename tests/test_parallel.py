@@ -27,7 +27,7 @@ def start(devices, *arguments):
   )
 
 
-def result(process, timeout=120):
+def result(process, timeout=600):
   try:
     out, err = process.communicate(timeout=timeout)
   except subprocess.TimeoutExpired:

@@ -69,7 +69,7 @@ def together(tasks, devices=1):
   return [start(devices, (address, len(tasks), i), **task) for i, task in enumerate(tasks)]
 
 
-def result(process, timeout=240, returncode=0):
+def result(process, timeout=600, returncode=0):
   try:
     out, err = process.communicate(timeout=timeout)
   except subprocess.TimeoutExpired:

@@ -38,7 +38,7 @@ def start(argv, processes=1, number=0, port=0):
   return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def outputs(processes, timeout=150):
+def outputs(processes, timeout=600):
   found = []
   try:
     for process in processes:
