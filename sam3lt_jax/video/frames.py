@@ -186,7 +186,7 @@ def open_frames(source: Any, rate: float | None = None) -> Frames:
 
 def _named(source: str, rate: float | None) -> Frames:
   if _ADDRESS.match(source):
-    return _Stream(f"stream {shown(source)!r}", source)
+    return _Stream(f"stream {shown(re.sub(r'//[^/@]*@', '//', source))!r}", source)  # without a password
   if os.path.isdir(source):
     found = [os.path.join(source, name) for name in os.listdir(source) if is_image(name) and name[0] != "."]
     if not found:
@@ -314,7 +314,7 @@ class _Video(Frames):
       if not said and rate and (self._ends or container.duration):
         said = round(float(rate) * (self._ends or container.duration / 1e6))
       first = []
-      for frame in self._decoded(container, stream):
+      for frame in _decoded(container, stream):
         first.append(frame)
         if len(first) == _LOOKED_AT:
           break
@@ -344,30 +344,6 @@ class _Video(Frames):
       stream.thread_type = "AUTO"
       yield container, stream
 
-  def _decoded(
-    self, container: Any, stream: Any, broke: Callable[[int], None] = lambda packet: None
-  ) -> Iterator[Any]:
-    """What can be decoded from where the container stands; `broke` is told of each packet that cannot."""
-    av, packets = import_av(), container.demux(stream)
-    for number in itertools.count():
-      try:
-        packet = next(packets, None)  # the last one is empty: what the decoder still holds
-      except av.error.FFmpegError:
-        broke(number)
-        return
-      if packet is None:
-        return
-      if packet.is_corrupt:
-        broke(number)
-      try:
-        frames = packet.decode()
-      except av.error.EOFError:
-        return
-      except av.error.FFmpegError:
-        broke(number)
-        continue
-      yield from frames
-
   def _numbered(self, at: int) -> Iterator[tuple[int, Any]]:
     """(number, decoded frame) from number `at` on."""
     if self._stamped and 0 < at < len(self._stamps):
@@ -381,10 +357,10 @@ class _Video(Frames):
     with self._opened() as (container, stream):
       index, last = -1, None
 
-      def broke(packet: int) -> None:
+      def broke(packet: int, end: Exception | None = None) -> None:
         self._broken = packet if self._broken is None else min(packet, self._broken)
 
-      for index, frame in enumerate(self._decoded(container, stream, broke)):
+      for index, frame in enumerate(_decoded(container, stream, broke)):
         self._note(index, frame)
         last = frame
         if index >= at:
@@ -395,7 +371,7 @@ class _Video(Frames):
     """The frame with this stamp, None where it is not found, and those after it."""
     with contextlib.suppress(import_av().error.FFmpegError):  # some formats cannot be sought in
       container.seek(stamp, stream=stream)  # to a frame before it that needs no other
-    decoded = self._decoded(container, stream)
+    decoded = _decoded(container, stream)
     first = next((frame for frame in decoded if frame.pts is None or frame.pts >= stamp), None)
     return (first if first is not None and first.pts == stamp else None), decoded
 
@@ -453,6 +429,7 @@ class _Stream(_Live):
 
   def __init__(self, name: str, address: str, format: str | None = None):
     self._container = _open(address, name, format)
+    self._lock, self._is_closed = threading.Lock(), False
     try:
       stream = _video_stream(self._container, name)
       rate = float(stream.average_rate or stream.guessed_rate or RATE)
@@ -462,13 +439,23 @@ class _Stream(_Live):
       raise
 
   def _pictures(self, stream: Any) -> Iterator[tuple[float | None, np.ndarray]]:
-    begin = None
-    for frame in self._container.decode(stream):
-      begin = frame.time or 0.0 if begin is None else begin
+    ends: list[Exception | None] = [None]
+    decoded = _decoded(self._container, stream, lambda packet, end=None: ends.append(end))
+    begin, count = None, 0
+    while True:
+      with self._lock:  # who reads a closed container ends the process
+        frame = None if self._is_closed else next(decoded, None)
+      if frame is None:
+        break
+      begin, count = frame.time or 0.0 if begin is None else begin, count + 1
       yield None if frame.time is None else frame.time - begin, _upright(frame)
+    if ends[-1] is not None:
+      raise FrameError(f"{self.name} broke off after {count} frames: {ends[-1].strerror}")
 
   def close(self) -> None:
-    self._container.close()
+    with self._lock:
+      self._is_closed = True
+      self._container.close()
 
 
 def _open(address: str, name: str, format: str | None = None) -> Any:
@@ -483,6 +470,34 @@ def _open(address: str, name: str, format: str | None = None) -> Any:
       if isinstance(e, av.error.FFmpegError)
       else f"{name} cannot be opened: {e}"
     ) from e
+
+
+def _decoded(
+  container: Any, stream: Any, broke: Callable[..., None] = lambda packet, end=None: None
+) -> Iterator[Any]:
+  """What can be decoded from where the container stands.
+
+  broke: told of each packet that cannot, and of the error with which reading ended.
+  """
+  av, packets = import_av(), container.demux(stream)
+  for number in itertools.count():
+    try:
+      packet = next(packets, None)  # the last one is empty: what the decoder still holds
+    except av.error.FFmpegError as e:
+      broke(number, e)
+      return
+    if packet is None:
+      return
+    if packet.is_corrupt:
+      broke(number)
+    try:
+      frames = packet.decode()
+    except av.error.EOFError:
+      return
+    except av.error.FFmpegError:
+      broke(number)
+      continue
+    yield from frames
 
 
 def _video_stream(container: Any, name: str) -> Any:

@@ -1,6 +1,8 @@
 """Sources of frames: what each gives, and what is said of those that cannot be used."""
 
 import builtins
+import http.server
+import re
 import threading
 import warnings
 
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam3lt_jax.video.frames import ahead, natural, open_frames
+from sam3lt_jax.video import frames as video_frames
+from sam3lt_jax.video.frames import FrameError, ahead, natural, open_frames
 from tests.video import clips
 
 
@@ -192,6 +195,68 @@ def test_bad_sources(tmp_path, error, message, make):
   with pytest.raises(error, match=message) as raised:
     open_frames(make(tmp_path))
   assert "\n" not in str(raised.value)
+
+
+# ---------------------------------------------------------------- live
+
+
+@pytest.fixture
+def stream(tmp_path):
+  """100 frames by HTTP as (address, bytes sent); `cut`: the connection is lost there."""
+  noise = [np.random.default_rng(i).integers(0, 255, (96, 128, 3)).astype(np.uint8) for i in range(100)]
+  path = clips.write(tmp_path / "clip.ts", images=noise)
+  data, cuts = path.read_bytes(), []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      self.send_response(200)
+      self.send_header("Content-Type", "video/mp2t")
+      self.send_header("Content-Length", str(len(data)))
+      self.end_headers()
+      self.wfile.write(data[: cuts[0] if cuts else None])
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://me:secret@127.0.0.1:{server.server_port}/clip", path, cuts
+    server.shutdown()
+
+
+def test_an_address(stream):
+  address, path, _ = stream
+  with open_frames(address) as frames:
+    assert frames.live and frames.count is None and frames.rate == clips.RATE and "secret" not in frames.name
+    for got, wanted in zip(frames, open_frames(path), strict=True):
+      assert got.index == wanted.index and got.image.tobytes() == wanted.image.tobytes()
+      assert abs(got.time - wanted.time) < 1e-6
+    with pytest.raises(ValueError, match="was read before, and can be read once"):
+      next(iter(frames))
+
+
+def test_a_lost_connection_keeps_what_came(stream):
+  address, path, cuts = stream
+  cuts.append(path.stat().st_size // 2)
+  found = []
+  with open_frames(address) as frames, pytest.raises(FrameError) as raised:
+    found.extend(frames)  # keeps what it was given
+  assert 40 < len(found) < 60
+  assert re.fullmatch(rf"stream '.*' broke off after {len(found)} frames: .*\w", str(raised.value))
+
+
+def test_a_camera_may_be_closed_while_it_is_read(monkeypatch):
+  """FFmpeg's test picture in place of a device. The thread that decodes ahead is in the middle of a frame."""
+  monkeypatch.setattr(video_frames, "_camera", lambda number: ("testsrc=size=64x48:rate=10", "lavfi"))
+  for _ in range(5):
+    frames = open_frames(0)
+    read = iter(frames)
+    first = [next(read) for _ in range(3)]
+    assert [(frame.index, frame.time, frame.image.shape) for frame in first] == [
+      (0, 0.0, (48, 64, 3)), (1, 0.1, (48, 64, 3)), (2, 0.2, (48, 64, 3)),
+    ]  # fmt: skip
+    frames.close()
+    assert len(list(read)) < 20  # what was decoded; then it ends
 
 
 def test_a_rate_must_be_positive():
