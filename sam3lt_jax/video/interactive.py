@@ -113,6 +113,9 @@ class InferenceState:
   def obj_ids(self) -> list[int]:
     return list(self.objects)
 
+  def records(self) -> list[Record]:
+    return [r for thing in self.objects.values() for r in (*thing.records.values(), *thing.pending.values())]
+
   def fork(self) -> InferenceState:
     """Another state of the same clip, that goes its own way from here."""
     return InferenceState(self.frames, self.history, copy.deepcopy(self.objects))
@@ -186,13 +189,25 @@ class InteractiveVideo:
       for bit, on the same kind of device.
 
     Raises:
-      ValueError: state is of another clip, or is none.
+      ValueError: state is of another clip or of a tracker of another size, or is none.
     """
     frames = open_frames(source, rate)
     frames.measure()  # what a file says of itself may be wrong
     made = InferenceState(frames, self.history)
     if state is not None:
       made._load(state, self.engine.tracker.dtype)
+      config = self.engine.tracker.config
+      wanted = {
+        "logits": (self._side, self._side), "pointer": (config.hidden_size,),
+        "memory": ((self._side // 4) ** 2, config.memory.hidden_size),
+      }  # fmt: skip
+      for record in made.records():
+        for name, shape in wanted.items():
+          found = getattr(record, name)
+          if found is not None and found.shape != shape:
+            raise ArgumentError(
+              "state", f" must be of this tracker, whose {name} has shape {shape}, got {found.shape}"
+            )
     return made
 
   # ---------------------------------------------------------------- prompts

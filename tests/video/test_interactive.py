@@ -112,6 +112,17 @@ def test_what_is_no_state_is_refused(content, tmp_path):
     video.init_state(clip()[:1], state=file)
 
 
+@pytest.mark.parametrize("name", ["logits", "pointer", "memory"])
+def test_a_state_of_another_tracker_is_refused(name, tmp_path):
+  video, state = session()
+  run(video, state, 0, 2)
+  record = state.objects[1].records[1]
+  setattr(record, name, getattr(record, name)[:-1])
+  state.save(tmp_path / "state.npz")
+  with pytest.raises(ValueError, match=rf"state must be of this tracker, whose {name} has shape"):
+    video.init_state(clip(), state=tmp_path / "state.npz")
+
+
 def test_without_any_prompt_left_nothing_is_followed():
   video, state = session([1])
   run(video, state, 0, 2)
