@@ -39,28 +39,21 @@ if TYPE_CHECKING:  # the same names, for checkers and editors
   from sam3lt_jax.video.predictor import VideoPredictor as VideoPredictor
 
 # Names are resolved on first use, so that importing the package stays fast and touches no device.
-_EXPORTS = {
-  "Predictor": "predictor",
-  "Profile": "config",
-  "Results": "processing.results",
-  "Sam3LiteText": "model",
-  "Sam3LiteTextConfig": "config",
-  "Sam3LiteTextOutput": "model",
-  "Sam3Processor": "processing.processor",
-  "SamAutomaticMaskGenerator": "everything",
-  "SamPredictor": "interactive",
-  "Sam3Tracker": "tracker",
-  "Sam3TrackerOutput": "tracker",
-  "Sam3TrackerProcessor": "processing.tracker_processor",
-  "TextFeatures": "features",
-  "TrackerConfig": "config",
-  "TrackerProfile": "config",
-  "VideoPredictor": "video.predictor",
-  "VisionFeatures": "features",
-  "from_pretrained": "checkpoints",
-  "save_pretrained": "checkpoints",
-  "tracker_from_pretrained": "checkpoints",
+_MODULES = {
+  "checkpoints": "from_pretrained save_pretrained tracker_from_pretrained",
+  "config": "Profile Sam3LiteTextConfig TrackerConfig TrackerProfile",
+  "everything": "SamAutomaticMaskGenerator",
+  "features": "TextFeatures VisionFeatures",
+  "interactive": "SamPredictor",
+  "model": "Sam3LiteText Sam3LiteTextOutput",
+  "predictor": "Predictor",
+  "processing.processor": "Sam3Processor",
+  "processing.results": "Results",
+  "processing.tracker_processor": "Sam3TrackerProcessor",
+  "tracker": "Sam3Tracker Sam3TrackerOutput",
+  "video.predictor": "VideoPredictor",
 }
+_EXPORTS = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted([*_EXPORTS, "__version__"])
 
 

@@ -15,7 +15,7 @@ import numbers
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from sam3lt_jax.errors import ArgumentError
 
@@ -31,11 +31,16 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _named(cls: type, name: Any) -> Any:
-  if isinstance(name, cls):
-    return name
-  _check_choice("profile", name, ("original", "transformers"))
-  return cls.original() if name == "original" else cls.transformers()
+class _Named:
+  """What follows one of the two references, or a mixture of them."""
+
+  @classmethod
+  def named(cls, name: str | Self) -> Self:
+    """`"original"` or `"transformers"` to the numbers of that name; such numbers pass through."""
+    if isinstance(name, cls):
+      return name
+    _check_choice("profile", name, ("original", "transformers"))
+    return getattr(cls, name)()
 
 
 _LARGEST = 1 << 24  # of any number of ours that counts something
@@ -82,7 +87,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Profile:
+class Profile(_Named):
   """Where the two PyTorch references disagree, one explicit field a point.
 
   `Profile.original()` is what the released weights were trained with; `Profile.transformers()` is what users
@@ -173,11 +178,6 @@ class Profile:
       score_threshold=0.3,
       training_dropout="transformers",
     )
-
-  @classmethod
-  def named(cls, name: str | Profile) -> Profile:
-    """`"original"` or `"transformers"` to its profile; a `Profile` passes through."""
-    return _named(cls, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +271,7 @@ class MaskDecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrackerProfile:
+class TrackerProfile(_Named):
   """Where the two references' trackers disagree, one explicit field a point; on images first, then on video.
 
   Attributes:
@@ -333,14 +333,9 @@ class TrackerProfile:
       corrections_remember=True, refine_from_mask=False,
     )  # fmt: skip
 
-  @classmethod
-  def named(cls, name: str | TrackerProfile) -> TrackerProfile:
-    """`"original"` or `"transformers"` to its profile; a `TrackerProfile` passes through."""
-    return _named(cls, name)
-
 
 @dataclasses.dataclass(frozen=True)
-class PhraseVideoConfig:
+class PhraseVideoConfig(_Named):
   """How phrase video decides; names of the fields are those of both references.
 
   Attributes:
@@ -414,11 +409,6 @@ class PhraseVideoConfig:
       "transformers", recondition_on_trk_masks=True, shrink_at_mask_size=True, shrink_spares_single=True,
       new_masks_at_mask_size=True, max_score=1.0,
     )  # fmt: skip
-
-  @classmethod
-  def named(cls, name: str | PhraseVideoConfig) -> PhraseVideoConfig:
-    """`"original"` or `"transformers"` to its numbers; a `PhraseVideoConfig` passes through."""
-    return _named(cls, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,33 +486,22 @@ class Sam3LiteTextConfig:
   tokenizer: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
   def __post_init__(self):
-    for part in dataclasses.fields(self):
-      if part.name not in ("profile", "tokenizer"):
-        for field in dataclasses.fields(value := getattr(self, part.name)):
-          typed(f"{part.name}.{field.name}", getattr(value, field.name), field.default)
-    v, t = self.vision, self.text
-    for name, width, heads in (
-      ("vision", v.hidden_size, v.num_attention_heads),
-      ("text", t.hidden_size, t.num_attention_heads),
-      (
-        "geometry_encoder",
-        self.geometry_encoder.hidden_size,
-        self.geometry_encoder.num_attention_heads,
-      ),
-      ("detr_encoder", self.detr_encoder.hidden_size, self.detr_encoder.num_attention_heads),
-      ("detr_decoder", self.detr_decoder.hidden_size, self.detr_decoder.num_attention_heads),
-      ("mask_decoder", self.mask_decoder.hidden_size, self.mask_decoder.num_attention_heads),
-    ):
+    for name in ("vision", "text", "geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder"):
+      part = getattr(self, name)
+      for field in dataclasses.fields(part):
+        typed(f"{name}.{field.name}", getattr(part, field.name), field.default)
+      heads, width = part.num_attention_heads, part.hidden_size
       if heads < 1 or width < 1 or width % heads:
         raise ArgumentError(
           name, f": num_attention_heads must divide hidden_size, got {heads} heads for width {width}"
         )
+    v = self.vision
     if v.patch_size < 1 or v.image_size % v.patch_size or v.image_size < 2 * v.patch_size:
       raise ValueError(
         f"vision.image_size must be a multiple of the patch size {v.patch_size}, at least twice it,"
         f" got {v.image_size}"
       )
-    _check_choice("text.kind", t.kind, ("mobileclip", "clip"))
+    _check_choice("text.kind", self.text.kind, ("mobileclip", "clip"))
 
   @classmethod
   def s0(cls, profile: str | Profile = "original") -> Sam3LiteTextConfig:

@@ -5,8 +5,11 @@ Axes: B images, P prompts, T text tokens, N boxes or points, D width, h, w rows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 
 @flax.struct.dataclass
@@ -155,3 +158,20 @@ class Tracked:
   pointers: jax.Array
   object_score_logits: jax.Array
   ious: jax.Array
+
+
+def image_of_each_prompt(
+  maps: Sequence[jax.Array | None], prompts: int, image_index: jax.Array | None
+) -> tuple[jax.Array | None, ...]:
+  """The maps [B, h, w, D] rearranged to one row a prompt, [P, h, w, D]; None stays None."""
+  images = maps[0].shape[0]
+  if image_index is not None:
+    image_index = jnp.asarray(image_index)
+    if image_index.ndim != 1 or prompts not in (1, image_index.shape[0]):
+      raise ValueError(f"image_index must be [P] with P = {prompts} prompts, got {tuple(image_index.shape)}")
+    return jax.tree.map(lambda m: jnp.take(m, image_index, axis=0), tuple(maps))
+  if images == prompts or prompts == 1:
+    return tuple(maps)
+  if images == 1:
+    return jax.tree.map(lambda m: jnp.broadcast_to(m, (prompts, *m.shape[1:])), tuple(maps))
+  raise ValueError(f"{prompts} prompts for {images} images: pass image_index, one image number a prompt")

@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.config import PADDING_LABEL, Sam3LiteTextConfig
-from sam3lt_jax.features import Prompts, TextFeatures, VisionFeatures
-from sam3lt_jax.model_inputs import check_boxes, image_of_each_prompt, token_mask
+from sam3lt_jax.features import Prompts, TextFeatures, VisionFeatures, image_of_each_prompt
 from sam3lt_jax.nn.detr_decoder import DetrDecoder
 from sam3lt_jax.nn.fusion_encoder import FusionEncoder
 from sam3lt_jax.nn.geometry_encoder import GeometryEncoder
@@ -198,9 +197,9 @@ class Sam3LiteText(nn.Module):
     if (input_ids is None) == (text_embeds is None):
       raise ValueError("pass exactly one of input_ids and text_embeds")
     if vision_embeds is None:
-      vision_embeds = self.prepare(self.neck_maps(pixel_values, deterministic, taps), deterministic)
+      vision_embeds = self.get_vision_features(pixel_values, deterministic, taps)
     if text_embeds is None:
-      text_embeds = self._text(input_ids, attention_mask, update_batch_stats, taps)
+      text_embeds = self.get_text_features(input_ids, attention_mask, update_batch_stats, taps)
     else:
       text_embeds = self._given_text(text_embeds, attention_mask)
     tap(taps, "text_features", text_embeds.pooler_output)
@@ -208,13 +207,15 @@ class Sam3LiteText(nn.Module):
     rows = P if image_index is None else image_index.shape[0]
     if image_index is None and P == 1:
       rows = vision_embeds.image.shape[0]
-    boxes, labels = check_boxes(input_boxes, input_boxes_labels, rows)
+    boxes, labels = _checked_boxes(input_boxes, input_boxes_labels, rows)
     prompts = Prompts(text_embeds.pooler_output, text_embeds.attention_mask, boxes, labels, image_index)
     return self.detect(vision_embeds, prompts, deterministic, taps)
 
-  def get_vision_features(self, pixel_values: jax.Array, deterministic: bool = True) -> VisionFeatures:
+  def get_vision_features(
+    self, pixel_values: jax.Array, deterministic: bool = True, taps: Taps = None
+  ) -> VisionFeatures:
     """pixel_values [B, S, S, 3] in [-1, 1] -> `VisionFeatures`, to be reused over many prompts."""
-    return self.prepare(self.neck_maps(pixel_values, deterministic), deterministic)
+    return self.prepare(self.neck_maps(pixel_values, deterministic, taps), deterministic)
 
   def trunk_map(self, pixel_values: jax.Array, deterministic: bool = True, taps: Taps = None) -> jax.Array:
     """pixel_values [B, S, S, 3] in [-1, 1] -> the trunk's last map [B, h, w, D_trunk], one cell a token,
@@ -264,9 +265,15 @@ class Sam3LiteText(nn.Module):
     input_ids: jax.Array,
     attention_mask: jax.Array | None = None,
     update_batch_stats: bool = False,
+    taps: Taps = None,
   ) -> TextFeatures:
     """input_ids int32 [P, T] (attention_mask [P, T], 1 = token) -> `TextFeatures`, reusable over images."""
-    return self._text(input_ids, attention_mask, update_batch_stats, None)
+    input_ids = jnp.asarray(input_ids)
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+      raise ValueError(f"input_ids must be int [P, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
+    mask = _token_mask(attention_mask, input_ids.shape)
+    hidden = self.text_encoder(input_ids, mask, update_batch_stats, taps)
+    return TextFeatures(hidden, self.text_projection(hidden), mask)
 
   def init_variables(self, rng: jax.Array) -> Variables:
     """Random parameters for every layer, as `init` gives, without shaping inputs by hand."""
@@ -293,14 +300,6 @@ class Sam3LiteText(nn.Module):
 
     return fusing.fuse(self, variables)
 
-  def _text(self, input_ids, attention_mask, update_batch_stats: bool, taps: Taps) -> TextFeatures:
-    input_ids = jnp.asarray(input_ids)
-    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-      raise ValueError(f"input_ids must be int [P, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
-    mask = token_mask(attention_mask, input_ids.shape)
-    hidden = self.text_encoder(input_ids, mask, update_batch_stats, taps)
-    return TextFeatures(hidden, self.text_projection(hidden), mask)
-
   def _given_text(self, text_embeds: TextFeatures | jax.Array, attention_mask) -> TextFeatures:
     """`text_embeds` as `TextFeatures`, checked."""
     if isinstance(text_embeds, TextFeatures):
@@ -310,7 +309,7 @@ class Sam3LiteText(nn.Module):
       shape = jnp.shape(text_embeds)
       if len(shape) != 3:
         raise ValueError(f"text_embeds must be TextFeatures or an array [P, T, D], got shape {shape}")
-      text_embeds = TextFeatures(text_embeds, text_embeds, token_mask(attention_mask, shape[:2]))
+      text_embeds = TextFeatures(text_embeds, text_embeds, _token_mask(attention_mask, shape[:2]))
     width, shape = self.config.detr_encoder.hidden_size, text_embeds.pooler_output.shape
     if len(shape) != 3 or shape[-1] != width:
       raise ValueError(f"text_embeds must be [P, T, {width}] (projected tokens), got {tuple(shape)}")
@@ -374,3 +373,34 @@ class Sam3LiteText(nn.Module):
     box_mask = labels != PADDING_LABEL
     cls_mask = box_mask.any(axis=1) if policy == "with_boxes" else jnp.ones(boxes.shape[0], bool)
     return self.geometry_encoder(boxes, labels, box_mask, cls_mask, image, place, deterministic)
+
+
+def _token_mask(attention_mask, shape) -> jax.Array:
+  """attention_mask as bool, checked against `shape`; None: all are tokens."""
+  if attention_mask is None:
+    return jnp.ones(shape, bool)
+  attention_mask = jnp.asarray(attention_mask)
+  if tuple(attention_mask.shape) != tuple(shape):
+    raise ValueError(
+      f"attention_mask must be {tuple(shape)} like the tokens, got {tuple(attention_mask.shape)}"
+    )
+  return attention_mask.astype(bool)
+
+
+def _checked_boxes(boxes, labels, prompts: int) -> tuple[jax.Array, jax.Array]:
+  """Boxes float32 [P, N, 4] and labels int32 [P, N]; none given becomes N = 0."""
+  if boxes is None:
+    if labels is not None:
+      raise ValueError("input_boxes_labels without input_boxes")
+    boxes = jnp.zeros((prompts, 0, 4), jnp.float32)
+  boxes = jnp.asarray(boxes)
+  if boxes.ndim != 3 or boxes.shape[-1] != 4 or boxes.shape[0] != prompts:
+    raise ValueError(
+      f"input_boxes must be [P, N, 4] with P = {prompts} (the prompts of this call), got {tuple(boxes.shape)}"
+    )
+  if labels is None:
+    labels = jnp.ones(boxes.shape[:2], jnp.int32)
+  labels = jnp.asarray(labels)
+  if tuple(labels.shape) != tuple(boxes.shape[:2]):
+    raise ValueError(f"input_boxes_labels must be {tuple(boxes.shape[:2])}, got {tuple(labels.shape)}")
+  return boxes.astype(jnp.float32), labels

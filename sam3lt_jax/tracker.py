@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.config import NOT_A_POINT, PADDING_LABEL, TrackerConfig
-from sam3lt_jax.features import Clicks, Memory, Tracked, TrackerFeatures
-from sam3lt_jax.model_inputs import image_of_each_prompt
+from sam3lt_jax.features import Clicks, Memory, Tracked, TrackerFeatures, image_of_each_prompt
 from sam3lt_jax.nn.layers import (
   Dense,
   Dtype,
