@@ -92,10 +92,17 @@ def export_parts(
   Raises:
     ValueError: an unknown platform, or a number that is none.
   """
-  _check(platforms, batch, prompts, boxes)
-  config = model.config
+  if not platforms or any(p not in PLATFORMS for p in platforms) or len(set(platforms)) < len(platforms):
+    raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, each once, got {list(platforms)}")
+  for name, value, least in (("batch", batch, 1), ("prompts", prompts, 1), ("boxes", boxes, 0)):
+    if value == SYMBOLIC and name != "boxes":
+      continue
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+      accepted = f"a whole number from {least}" + ("" if name == "boxes" else f", or {SYMBOLIC!r}")
+      raise ValueError(f"{name} must be {accepted}, got {value!r}")
+  config, shape = model.config, jax.ShapeDtypeStruct
   S, T = image_size or config.vision.image_size, config.profile.context_length
-  weights = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in engine.flatten(variables).items()}
+  weights = {k: shape(v.shape, v.dtype) for k, v in engine.flatten(variables).items()}
 
   def vision(w, pixels):
     features = model.apply(engine.unflatten(w), pixels, method="get_vision_features")
@@ -114,27 +121,21 @@ def export_parts(
     return {name: getattr(out, name) for name in OUTPUTS}
 
   def text_inputs(B, P):
-    return {
-      "ids": jax.ShapeDtypeStruct((P, T), jnp.int32),
-      "mask": jax.ShapeDtypeStruct((P, T), jnp.bool_),
-    }
+    return {"ids": shape((P, T), jnp.int32), "mask": shape((P, T), jnp.bool_)}
 
   def vision_inputs(B, P):
-    return {"pixels": jax.ShapeDtypeStruct((B, S, S, config.vision.num_channels), jnp.float32)}
+    return {"pixels": shape((B, S, S, config.vision.num_channels), jnp.float32)}
 
   maps = jax.eval_shape(vision, weights, *vision_inputs(1, 1).values())
   tokens = jax.eval_shape(text, weights, *text_inputs(1, 1).values())
 
   def detection_inputs(B, P):
-    examples = {
-      "boxes": jax.ShapeDtypeStruct((P, boxes, 4), jnp.float32),
-      "labels": jax.ShapeDtypeStruct((P, boxes), jnp.int32),
-    }
+    examples = {"boxes": shape((P, boxes, 4), jnp.float32), "labels": shape((P, boxes), jnp.int32)}
     return {
-      **{f"map_{i}": jax.ShapeDtypeStruct((B, *m.shape[1:]), m.dtype) for i, m in enumerate(maps)},
-      "tokens": jax.ShapeDtypeStruct((P, *tokens.shape[1:]), tokens.dtype),
-      "mask": jax.ShapeDtypeStruct((P, T), jnp.bool_),
-      "image_index": jax.ShapeDtypeStruct((P,), jnp.int32),
+      **{f"map_{i}": shape((B, *m.shape[1:]), m.dtype) for i, m in enumerate(maps)},
+      "tokens": shape((P, *tokens.shape[1:]), tokens.dtype),
+      "mask": shape((P, T), jnp.bool_),
+      "image_index": shape((P,), jnp.int32),
       **(examples if boxes else {}),
     }
 
@@ -170,17 +171,6 @@ def _export(
   return Part(program, read, given, outputs if isinstance(outputs, dict) else {"tokens": outputs})
 
 
-def _check(platforms: Sequence[str], batch: Count, prompts: Count, boxes: int) -> None:
-  if not platforms or any(p not in PLATFORMS for p in platforms) or len(set(platforms)) < len(platforms):
-    raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, each once, got {list(platforms)}")
-  for name, value, least in (("batch", batch, 1), ("prompts", prompts, 1), ("boxes", boxes, 0)):
-    if value == SYMBOLIC and name != "boxes":
-      continue
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-      accepted = f"a whole number from {least}" + ("" if name == "boxes" else f", or {SYMBOLIC!r}")
-      raise ValueError(f"{name} must be {accepted}, got {value!r}")
-
-
 def export_model(
   predictor: Predictor,
   directory: str | os.PathLike,
@@ -211,7 +201,6 @@ def export_model(
     ImportError: flatbuffers is not installed (`pip install 'sam3lt_jax[jobs]'`).
     OSError: the folder cannot be written.
   """
-  _check(platforms, batch, prompts, boxes)
   with needed("exported programs need", "flatbuffers", "jobs"):
     import flatbuffers
   target = os.path.abspath(os.path.expanduser(os.fspath(directory)))
