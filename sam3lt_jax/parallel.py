@@ -115,23 +115,6 @@ def check_divides(batch_size: int, devices: int) -> None:
     )
 
 
-def to_global(mesh: Mesh, batch: Batch) -> dict[str, jax.Array]:
-  """Puts this process's rows of a batch on its devices, as part of the whole batch of all processes.
-
-  Args:
-    mesh: of `make_mesh`.
-    batch: name -> [rows of this process, ...]. Every process brings as many.
-
-  Raises:
-    ValueError: the rows cannot be split evenly over this process's devices, or differ between arrays.
-  """
-  sharding = batch_sharding(mesh)
-  rows = batch_rows(batch)
-  local = {row: None for device, row in _data_rows(mesh) if device.process_index == jax.process_index()}
-  check_divides(rows, len(local))
-  return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
-
-
 def batch_rows(batch: Batch) -> int:
   """The length of the leading axis, which all arrays of a batch share. ValueError if they do not."""
   rows = {name: np.shape(x)[0] if np.ndim(x) else 0 for name, x in batch.items()}
@@ -140,20 +123,23 @@ def batch_rows(batch: Batch) -> int:
   return next(iter(rows.values()))
 
 
-def _data_rows(mesh: Mesh) -> list[tuple[jax.Device, int]]:
-  return [(device, row) for row, line in enumerate(mesh.devices) for device in line]
-
-
 # -------------------------------------------------------------------- compiled steps
 
 
 class JitStep:
-  """A train step compiled with `jax.jit` over a mesh; made by `data_parallel`.
+  """A train step compiled for a mesh: the batch is split over "data", sums over rows become collectives.
 
-  step(state, frozen, batch) -> (state, metrics) takes what `place_*` return, and donates the state.
+  step(state, frozen, batch) -> (state, metrics) takes what `place_*` return.
   """
 
-  def __init__(self, step: Callable, mesh: Mesh, state_sharding: Any, donate: bool):
+  def __init__(self, step: Callable, mesh: Mesh, *, state_sharding: Any = None, donate: bool = True):
+    """Args:
+    step: (state, frozen, batch) -> (state, metrics), of `make_train_step`.
+    mesh: of `make_mesh`.
+    state_sharding: None: the state on every device; or `fsdp_sharding(mesh, state)`.
+    donate: the new state takes the place of the old one, which cannot be used after the call.
+    """
+    state_sharding = replicated(mesh) if state_sharding is None else state_sharding
     self.mesh, self._state_sharding = mesh, state_sharding
     self._compiled = jax.jit(
       step,
@@ -184,7 +170,17 @@ class JitStep:
     return jax.tree.map(lambda x, s: x if on_mesh(x) else jax.device_put(_to_host(x), s), frozen, shardings)
 
   def place_batch(self, batch: Batch) -> dict[str, jax.Array]:
-    return to_global(self.mesh, batch)
+    """This process's rows of a batch on its devices, as part of the whole batch of all processes.
+
+    batch: name -> [rows of this process, ...]. Every process brings as many.
+
+    Raises:
+      ValueError: the rows cannot be split evenly over this process's devices, or differ between arrays.
+    """
+    here = [any(d.process_index == jax.process_index() for d in row) for row in self.mesh.devices]
+    check_divides(batch_rows(batch), sum(here))
+    split = batch_sharding(self.mesh)
+    return {name: jax.make_array_from_process_local_data(split, np.asarray(x)) for name, x in batch.items()}
 
   def _shardings(self, state: Any) -> Any:
     if isinstance(self._state_sharding, jax.sharding.Sharding):
@@ -192,16 +188,7 @@ class JitStep:
     return self._state_sharding
 
 
-def data_parallel(step: Callable, mesh: Mesh, *, state_sharding: Any = None, donate: bool = True) -> JitStep:
-  """Compiles a train step for a mesh: the batch is split over "data", sums over rows become collectives.
-
-  Args:
-    step: (state, frozen, batch) -> (state, metrics), of `make_train_step`.
-    mesh: of `make_mesh`.
-    state_sharding: None: the state on every device; or `fsdp_sharding(mesh, state)`.
-    donate: the new state takes the place of the old one, which cannot be used after the call.
-  """
-  return JitStep(step, mesh, replicated(mesh) if state_sharding is None else state_sharding, donate)
+data_parallel = JitStep  # as one reads it where a step is made
 
 
 def pmap_forward(
