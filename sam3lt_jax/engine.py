@@ -91,7 +91,7 @@ class Engine:
     image_buckets: images a device that run together, ascending.
     ways: devices (or groups of `model_parallel` of them) that images are split over.
     on_start: called with the time (`time.perf_counter`) and one output of each program that is started on
-      images, for whoever keeps time.
+      images, for whoever keeps time; None: nobody does.
   """
 
   def __init__(
@@ -141,7 +141,7 @@ class Engine:
     self.mesh = mesh = parallel.make_mesh(model=model_parallel, devices=devices)
     self.ways, self._on_cpu = mesh.shape["data"], on_cpu
     self._split, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
-    self.on_start: Callable[[float, jax.Array], None] = lambda start, output: None
+    self.on_start: Callable[[float, jax.Array], None] | None = None
 
     self._programs: list[Program] = []
     program = functools.partial(self.program, dtype=model.dtype)
@@ -178,9 +178,8 @@ class Engine:
       name: None: the function's.
       options: see `Program`.
     """
-    made = Program(
-      name or function.__name__, functools.partial(function, *models), self.mesh, out, **options
-    )  # fmt: skip
+    partial = functools.partial(function, *models)
+    made = Program(name or function.__name__, partial, self.mesh, out, **options)
     self._programs.append(made)
     return made
 
@@ -381,7 +380,15 @@ class Engine:
         for row, mine in enumerate(slots):
           chunk = mine[start : start + bucket]
           index[row, : len(chunk)] = chunk
-        calls.append(_call(index, asked))
+        row, slot = (int(at[0]) for at in np.nonzero(index >= 0))
+        some = row, index[row, slot]  # stands where there is no prompt
+        at = [[(row, i) if i >= 0 else some for i in line] for row, line in enumerate(index)]
+        boxes, labels = (
+          np.stack([np.stack([asked[row].boxes[i][part] for row, i in line]) for line in at])
+          for part in (0, 1)
+        )
+        phrases = [[asked[row].prompts[i].phrase for row, i in line] for line in at]
+        calls.append(Call(index, phrases, boxes, labels))
         start += bucket
     return calls
 
@@ -425,12 +432,10 @@ class Engine:
       some = {name: x[start : start + count] for name, x in padded.items()}
       own = len(some["valid"])
 
-      def of_rows(x, count=count, own=own):
-        out = np.zeros((rows, count, *x.shape[1:]), x.dtype)
-        out[0, :own] = x
-        return self._place(out)
-
-      asked = Clicks(**{name: of_rows(x) for name, x in some.items()})
+      pad = ((0, rows - 1), (0, count - own))
+      asked = Clicks(
+        **{n: self._place(np.pad(x[None], (*pad, *[(0, 0)] * (x.ndim - 1)))) for n, x in some.items()}
+      )
       bound = jax.device_put(np.float32(offset), parallel.replicated(self.mesh))
       yield own, self._run(self._click, self.tracker_variables, vision.tracker, asked, bound)
       start += own
@@ -477,6 +482,17 @@ class Engine:
     passes through in its place. vision: of the images, where they are encoded already.
     """
     pending: tuple | None = None  # the call that the devices have
+
+    def finish() -> Iterator[tuple[Tag, list[Kept]]]:
+      if pending is None:
+        return
+      tag, asked, parts, call, found, last = pending
+      kept = self.keep(found, call, [one.size for one in asked], threshold, mask_threshold)
+      for mine, one in zip(parts, kept):
+        mine.append(one)
+      if last:
+        yield tag, [Kept.join(mine, one.size) for mine, one in zip(parts, asked)]
+
     for tag, asked in batches:
       features = self.encode([a.pixels for a in asked], clicks=False) if asked and vision is None else vision
       for one in asked:
@@ -486,44 +502,25 @@ class Engine:
       parts: list[list[Kept]] = [[] for _ in asked]
       for i, call in enumerate(calls):
         found = self.detect(features, call)
-        yield from self._finish(pending, threshold, mask_threshold)
+        yield from finish()
         pending = tag, asked, parts, call, found, i == len(calls) - 1
       if not calls:
-        yield from self._finish(pending, threshold, mask_threshold)
+        yield from finish()
         pending = None
         yield tag, [Kept.join([], one.size) for one in asked]
-    yield from self._finish(pending, threshold, mask_threshold)
-
-  def _finish(self, pending: tuple | None, threshold: float, mask_threshold: float) -> Iterator[Any]:
-    if pending is None:
-      return
-    tag, asked, parts, call, found, last = pending
-    kept = self.keep(found, call, [one.size for one in asked], threshold, mask_threshold)
-    for mine, one in zip(parts, kept):
-      mine.append(one)
-    if last:
-      yield tag, [Kept.join(mine, one.size) for mine, one in zip(parts, asked)]
+    yield from finish()
 
   def _run(self, program: Program, weights: Any, *arguments: Any) -> Any:
     start = time.perf_counter()
     with explain_memory():
       out = program(weights, *arguments)
-    self.on_start(start, min(jax.tree.leaves(out), key=lambda x: x.size))
+    if self.on_start is not None:
+      self.on_start(start, min(jax.tree.leaves(out), key=lambda x: x.size))
     return out
 
   def _place(self, array: np.ndarray) -> jax.Array:
     """[R, ...] split over the devices."""
     return jax.device_put(array, self._split)
-
-
-def _call(index: np.ndarray, asked: Sequence[Asked]) -> Call:
-  row, slot = (int(at[0]) for at in np.nonzero(index >= 0))
-  some = row, index[row, slot]  # stands where there is no prompt
-  at = [[(row, i) if i >= 0 else some for i in line] for row, line in enumerate(index)]
-  boxes, labels = (
-    np.stack([np.stack([asked[row].boxes[i][part] for row, i in line]) for line in at]) for part in (0, 1)
-  )
-  return Call(index, [[asked[row].prompts[i].phrase for row, i in line] for line in at], boxes, labels)
 
 
 def _bucket(count: int, sizes: Sequence[int]) -> int:

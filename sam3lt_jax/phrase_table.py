@@ -77,7 +77,9 @@ class PhraseTable:
       with explain_memory():
         features = self._read(variables, ids, mask)
       self._grow((features, mask), len(self._row) + len(some))
-      rows = self._rows_for(len(some))
+      rows = sorted(set(range(len(self._table[0]))).difference(self._row.values()))[: len(some)]
+      while len(rows) < len(some):  # the oldest make room
+        rows.append(self._row.popitem(last=False)[1])
       at = jax.device_put(pad_rows(np.array(rows, np.int32), len(ids)), self._everywhere)
       self._table = self._put((), self._table, at, features, mask)
       self._row.update(zip(some, rows))
@@ -93,13 +95,6 @@ class PhraseTable:
       for new, old in zip(grown, self._table or ()):
         new[:held] = old
       self._table = tuple(jax.device_put(x, self._everywhere) for x in grown)
-
-  def _rows_for(self, count: int) -> list[int]:
-    """Rows that are free, or are made so."""
-    free = sorted(set(range(len(self._table[0]))).difference(self._row.values()))[:count]
-    while len(free) < count:
-      free.append(self._row.popitem(last=False)[1])
-    return free
 
 
 def pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
