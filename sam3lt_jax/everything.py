@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.data import rle
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check_whole
 from sam3lt_jax.ops.nms import box_nms
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing.clicks import clicks_of
@@ -66,9 +66,7 @@ class Options:
       ("points_per_side", 1), ("points_per_batch", 1), ("crop_n_layers", 0), ("min_mask_region_area", 0),
       ("crop_n_points_downscale_factor", 1),
     ):  # fmt: skip
-      value = getattr(self, name)
-      if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise ArgumentError(name, f" must be a whole number of at least {least}, got {value!r}")
+      check_whole(name, getattr(self, name), least)
     for name in (
       "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh", "crop_nms_thresh", "crop_overlap_ratio",
     ):  # fmt: skip
@@ -101,30 +99,6 @@ class _Found:
       self.ious[index], self.stability[index], self.points[index], self.boxes[index], self.logits[index],
       self.crop,
     )  # fmt: skip
-
-
-def generate_masks(predictor: Predictor, image: Any, options: Options) -> list[Record]:
-  """Records as segment-anything's, best expected IoU first; see `Predictor.generate_masks`."""
-  predictor.need_tracker()
-  pixels = image_ops.load_image(image)
-  found = [
-    _of_crop(predictor, pixels, crop, layer, options)
-    for layer, crop in _crops(pixels.shape[:2], options.crop_n_layers, options.crop_overlap_ratio)
-  ]
-  if len(found) > 1:
-    areas = np.concatenate(
-      [np.full(len(f.ious), (f.crop[2] - f.crop[0]) * (f.crop[3] - f.crop[1])) for f in found]
-    )
-    boxes = np.concatenate([f.boxes for f in found])
-    stays = _suppress(boxes, 1 / areas, options.crop_nms_thresh)
-    ends = np.cumsum([len(f.ious) for f in found])
-    found = [f[stays[end - len(f.ious) : end]] for f, end in zip(found, ends)]
-  records = [record for f in found for record in _records(predictor, f, pixels.shape[:2], options)]
-  if options.min_mask_region_area:
-    records = _without_small_regions(records, options)
-  for record in records:
-    _finish(record, options.output_mode)
-  return sorted(records, key=lambda record: -record["predicted_iou"])
 
 
 def _of_crop(
@@ -291,16 +265,31 @@ class SamAutomaticMaskGenerator:
 
   def __init__(self, model: Predictor, **options: Any):
     """model: a `Predictor` with a tracker. options: see `Options`."""
-    self._predictor, self._options = model, _options(options)
+    known = [field.name for field in dataclasses.fields(Options)]
+    for name in options:
+      if name not in known:
+        raise ArgumentError(name, f" is no option of generate_masks; accepted: {', '.join(known)}")
+    self._predictor, self._options = model, Options(**options)
 
   def generate(self, image: Any) -> list[Record]:
     """See `Predictor.generate_masks`."""
-    return generate_masks(self._predictor, image, self._options)
-
-
-def _options(given: dict[str, Any]) -> Options:
-  known = [field.name for field in dataclasses.fields(Options)]
-  unknown = [name for name in given if name not in known]
-  if unknown:
-    raise ArgumentError(unknown[0], f" is no option of generate_masks; accepted: {', '.join(known)}")
-  return Options(**given)
+    predictor, options = self._predictor, self._options
+    predictor.need_tracker()
+    pixels = image_ops.load_image(image)
+    found = [
+      _of_crop(predictor, pixels, crop, layer, options)
+      for layer, crop in _crops(pixels.shape[:2], options.crop_n_layers, options.crop_overlap_ratio)
+    ]
+    if len(found) > 1:
+      areas = np.concatenate(
+        [np.full(len(f.ious), (f.crop[2] - f.crop[0]) * (f.crop[3] - f.crop[1])) for f in found]
+      )
+      boxes = np.concatenate([f.boxes for f in found])
+      stays = _suppress(boxes, 1 / areas, options.crop_nms_thresh)
+      found = [f[own] for f, own in zip(found, np.split(stays, np.cumsum([len(f.ious) for f in found])))]
+    records = [record for f in found for record in _records(predictor, f, pixels.shape[:2], options)]
+    if options.min_mask_region_area:
+      records = _without_small_regions(records, options)
+    for record in records:
+      _finish(record, options.output_mode)
+    return sorted(records, key=lambda record: -record["predicted_iou"])

@@ -15,16 +15,14 @@ from concurrent import futures
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast, overload
 
 import jax
-import jax.numpy as jnp  # noqa: F401  (others import it from here)
 import numpy as np
 
 from sam3lt_jax import devices as jax_devices
 from sam3lt_jax import interactive
 from sam3lt_jax.engine import Asked, Engine
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, explained
 from sam3lt_jax.features import VisionFeatures
 from sam3lt_jax.kept import Kept
-from sam3lt_jax.keywords import explained
 from sam3lt_jax.model import Sam3LiteText, Variables
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess, prompts
@@ -376,7 +374,16 @@ class Predictor:
     pointing = {"points": points, "point_labels": point_labels, "box": box, "mask": mask}
     if any(value is not None for value in pointing.values()):
       finding = {"text": text, "boxes": boxes, "box_labels": box_labels, "threshold": threshold}
-      self._one_kind(pointing, finding)
+      of_one, of_all = (
+        next((name for name, value in kind.items() if value is not None), None)
+        for kind in (pointing, finding)
+      )
+      if of_all is not None:
+        raise ValueError(
+          f"{of_one} means one object, {of_all} all that match: give one kind of prompt a call (boxes are "
+          "examples of what to find, box is the outline of one object)"
+        )
+      self.need_tracker()
       assert vision.tracker is not None  # as there is a tracker
       clicks = clicks_of(size, vision.tracker.mask_side, points, point_labels, box, mask)
       _, mask_threshold = self._thresholds(0.5, mask_threshold)
@@ -413,14 +420,8 @@ class Predictor:
     results[index]  # raises
     index %= len(results)
     start = results[index].mask if results.logits is None else results.logits[index]
-    new = self.predict(
-      mask_threshold=mask_threshold,
-      points=points,
-      point_labels=point_labels,
-      box=box,
-      mask=start,
-      image=image,
-    )
+    of_one = {"points": points, "point_labels": point_labels, "box": box, "mask": start}
+    new = self.predict(**of_one, mask_threshold=mask_threshold, image=image)
     if len(new) != 1:
       raise ArgumentError("points", f" must be of one object, got {len(new)}")
     boxes, scores = results.boxes.copy(), results.scores.copy()
@@ -475,18 +476,6 @@ class Predictor:
         "Predictor.from_pretrained(source, tracker='facebook/sam3'), or tracker=True where source has one"
       )
 
-  def _one_kind(self, pointing: dict[str, Any], finding: dict[str, Any]) -> None:
-    """Raises ValueError where both kinds of prompt were given, or there is no tracker."""
-    both = [
-      next((name for name, value in kind.items() if value is not None), None) for kind in (pointing, finding)
-    ]
-    if both[1] is not None:
-      raise ValueError(
-        f"{both[0]} means one object, {both[1]} all that match: give one kind of prompt a call (boxes are "
-        "examples of what to find, box is the outline of one object)"
-      )
-    self.need_tracker()
-
   def _thresholds(self, threshold, mask_threshold) -> tuple[float, float]:
     if threshold is None:
       threshold = self.processor.profile.score_threshold
@@ -507,13 +496,13 @@ class Predictor:
     mask_threshold: float,
     paths_only: bool = False,
   ) -> Iterator[Results]:
-    for asked, kept in self.engine.run(self._batches(works), threshold, mask_threshold):
-      for (image, prompts_of_image), one in zip(asked, kept):
+    for images, kept in self.engine.run(self._batches(works), threshold, mask_threshold):
+      for (image, asked), one in zip(images, kept):
         keep = self.remember_images and (isinstance(image, (str, os.PathLike)) or not paths_only)
-        yield _results(one, prompts_of_image, image if keep else None)
+        yield _results(one, asked.prompts, image if keep else None)
 
-  def _batches(self, works: Iterable[tuple[Any, Sequence[Prompt]]]) -> Iterator[tuple[list, list]]:
-    """Images read ahead, in batches of the engine's rows; each batch is tagged with its prompts.
+  def _batches(self, works: Iterable[tuple[Any, Sequence[Prompt]]]) -> Iterator[tuple[list, list[Asked]]]:
+    """Images read ahead, in batches of the engine's rows; each batch is tagged with (image, `Asked`) of each.
 
     Fewer images than a batch go one a device: to compile for a batch takes longer than they do.
     """
@@ -521,14 +510,11 @@ class Predictor:
     for image, (pixels, size), asked in _ahead(self._read, works, rows):
       batch.append((image, self.engine.asked(pixels, size, asked)))
       if len(batch) == rows:
-        yield _tagged(batch)
+        yield batch, [one for _, one in batch]
         batch, few = [], rows
     for start in range(0, len(batch), few):
-      yield _tagged(batch[start : start + few])
-
-
-def _tagged(batch: list[tuple[Any, Asked]]) -> tuple[list[tuple[Any, Sequence[Prompt]]], list[Asked]]:
-  return [(image, one.prompts) for image, one in batch], [one for _, one in batch]
+      some = batch[start : start + few]
+      yield some, [one for _, one in some]
 
 
 def _ahead(read: Any, works: Iterable[tuple[Any, Any]], rows: int) -> Iterator[tuple[Any, Any, Any]]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam3lt_jax import Predictor, from_pretrained, keywords, tracker_from_pretrained
+from sam3lt_jax import Predictor, errors, from_pretrained, tracker_from_pretrained
 from tests import tiny
 
 PHOTO = np.zeros((60, 90, 3), np.uint8)
@@ -77,4 +77,4 @@ def test_predicting(base):
 
 def test_names_are_theirs_and_not_ours():
   """What is ours stands in the table only where it is of another function."""
-  assert not {"text", "boxes", "threshold", "dtype", "device"} & keywords._OURS.keys()
+  assert not {"text", "boxes", "threshold", "dtype", "device"} & errors._OURS.keys()

@@ -143,7 +143,6 @@ def test_layers_import_downwards_only():
     "stages.py": {"features", "model", "ops", "processing", "tracker"},
     "tracker.py": {"config", "features", "nn", "ops"},
     "interactive.py": {"engine", "features", "predictor", "processing"},  # the last in a function
-    "keywords.py": {"errors"},
     "devices.py": {"errors", "ops"},
     "predictor.py": {
       "checkpoints",
@@ -155,7 +154,6 @@ def test_layers_import_downwards_only():
       "features",
       "interactive",
       "kept",
-      "keywords",
       "model",
       "processing",
       "tracker",
@@ -168,7 +166,6 @@ def test_layers_import_downwards_only():
       "errors",
       "features",
       "kept",
-      "locks",
       "ops",
       "parallel",
       "predictor",

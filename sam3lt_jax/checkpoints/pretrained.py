@@ -18,7 +18,7 @@ from sam3lt_jax.checkpoints import engine, infer, orbax_io, random_init, readers
 from sam3lt_jax.checkpoints.errors import CheckpointError, reason
 from sam3lt_jax.checkpoints.rules import Layout
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig
-from sam3lt_jax.keywords import explained
+from sam3lt_jax.errors import explained
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Sam3LiteText, Variables

@@ -16,7 +16,7 @@ from sam3lt_jax.checkpoints.errors import CheckpointError, reason
 from sam3lt_jax.checkpoints.pretrained import Opened, checked_dtypes, open_tensors, opened, sizes_file
 from sam3lt_jax.checkpoints.rules import Layout
 from sam3lt_jax.config import TrackerConfig, TrackerProfile, read_json
-from sam3lt_jax.keywords import explained
+from sam3lt_jax.errors import explained
 
 if TYPE_CHECKING:
   from sam3lt_jax.model import Variables

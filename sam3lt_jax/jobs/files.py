@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-from sam3lt_jax import locks, storage
+from sam3lt_jax import storage
 from sam3lt_jax.errors import shown
 from sam3lt_jax.storage import CannotWrite
 
@@ -32,13 +32,13 @@ _MAGIC = re.compile(r"[*?[]")
 def writing(path: str) -> Iterator[None]:
   """`storage.writing` for any OSError while `path` is written, at a URL for any error. Raises CannotWrite."""
   # Object stores' packages have errors of their own.
-  with storage.writing(path, locks.KEPT, CannotWrite, lambda e: isinstance(e, OSError) or is_remote(path)):
+  with storage.writing(path, storage.KEPT, CannotWrite, lambda e: isinstance(e, OSError) or is_remote(path)):
     yield
 
 
 def exclusive(path: str, wait: float) -> contextlib.AbstractContextManager:
-  """`locks.exclusive`; at a URL it does nothing."""
-  return contextlib.nullcontext() if is_remote(path) else locks.exclusive(path, wait)
+  """`storage.exclusive`; at a URL it does nothing."""
+  return contextlib.nullcontext() if is_remote(path) else storage.exclusive(path, wait)
 
 
 def is_remote(path: str) -> bool:

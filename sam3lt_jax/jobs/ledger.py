@@ -21,11 +21,12 @@ import hashlib
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sam3lt_jax import locks, storage
+from sam3lt_jax import storage
 from sam3lt_jax.jobs import files
 from sam3lt_jax.jobs.sources import Item
 
@@ -168,7 +169,7 @@ def drop_started(directory: str) -> int:
     return 0
   parts = sorted(indices(files.names(files.join(directory, SHARDS)), PART))
   for index in parts:
-    if locks.is_held(path(directory, index, LOCK)):
+    if storage.is_held(path(directory, index, LOCK)):
       raise ValueError(f"another job works on {directory} ({shard_name(index)}); end it first")
   for index in parts:
     part = path(directory, index, PART)
@@ -231,7 +232,7 @@ class ShardWriter:
     self._tally = Tally()
     endings = (DATA, PART, DIGEST, LOCK)
     self._data, self._part, self._digest, lock = (path(plan.directory, shard.index, one) for one in endings)
-    self._lock = locks.FileLock(lock)
+    self._lock = storage.FileLock(lock)
     self._descriptor: int | None = None
     self._size, self._sha = 0, hashlib.sha256()
 
@@ -274,8 +275,8 @@ class ShardWriter:
   def begin(self) -> None:
     """Work begins now, for the rate. Opening does it; who compiles after that does it again."""
     self._started = time.time()
-    about = {"host": locks.host_name(), "process": self.process, "pid": os.getpid(), "started": self._started}
-    self._lock.say(about | {"recovered": self._recovered})
+    about = {"host": socket.gethostname(), "process": self.process, "pid": os.getpid()}
+    self._lock.say(about | {"started": self._started, "recovered": self._recovered})
 
   def close(self) -> None:
     """Lets go of the lock. More than once does no harm."""
@@ -352,7 +353,7 @@ class ShardWriter:
         "failures": tally.reasons.total(),
         "reasons": tally.reasons,
         "examples": tally.examples,
-        "host": locks.host_name(),
+        "host": socket.gethostname(),
         "process": self.process,
         "started": self._started,
         "committed": now,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sam3lt_jax import locks
+from sam3lt_jax import storage
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files, ledger
 from sam3lt_jax.jobs.plan import Plan
@@ -164,8 +164,8 @@ def _in_work(plan: Plan, index: int, written: float, tally: ledger.Tally) -> tup
     if b'"error":' in line and ledger.is_failure(record := ledger.record_of(line)):
       tally.add(record)
   lock = ledger.path(plan.directory, index, ledger.LOCK)
-  running = ledger.shard_name(index) if locks.is_held(lock) else None
-  return len(lines), _activity(locks.holder(lock), len(lines), written, running)
+  running = ledger.shard_name(index) if storage.is_held(lock) else None
+  return len(lines), _activity(storage.holder(lock), len(lines), written, running)
 
 
 def _rate(activities: Sequence[_Activity], now: float, finished: bool) -> float | None:

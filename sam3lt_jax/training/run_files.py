@@ -10,13 +10,14 @@ import contextvars
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from sam3lt_jax import locks, storage
+from sam3lt_jax import storage
 from sam3lt_jax.checkpoints.engine import flatten
 from sam3lt_jax.checkpoints.errors import CheckpointError
 from sam3lt_jax.config import read_json
@@ -43,13 +44,13 @@ def working_in(directory: str | os.PathLike[str]) -> Iterator[None]:
     return
   made = not os.path.isdir(directory)
   os.makedirs(directory, exist_ok=True)
-  lock = locks.FileLock(os.path.join(directory, "run.lock"))
+  lock = storage.FileLock(os.path.join(directory, "run.lock"))
   try:
     if not lock.acquire():
       raise ValueError(
         f"{directory}: {_whose(lock.path)} works in this folder; wait until it has ended, or choose another"
       )
-    lock.say({"host": locks.host_name(), "pid": os.getpid(), "started": time.time()})
+    lock.say({"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()})
   except storage.CannotWrite as e:
     lock.release()
     raise CheckpointError(str(e)) from e
@@ -65,7 +66,7 @@ def working_in(directory: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _whose(lock: str) -> str:
-  about = locks.holder(lock)
+  about = storage.holder(lock)
   if not {"host", "pid", "started"} <= about.keys():
     return "another process"
   since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(about["started"]))

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.engine import Engine
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check_whole
 from sam3lt_jax.features import Clicks, Tracked, TrackerFeatures
 from sam3lt_jax.ops.interpolation import antialias_matrix, interpolation_matrix
 from sam3lt_jax.processing import images as image_ops
@@ -176,8 +176,7 @@ class InteractiveVideo:
 
   def __init__(self, engine: Engine, history: int = HISTORY):
     """history: frames of which what is remembered is kept on the host, the last that were passed."""
-    if isinstance(history, bool) or not isinstance(history, int) or history < 0:
-      raise ArgumentError("history", f" must be a number of frames from 0, got {history!r}")
+    check_whole("history", history)
     self.engine, self.history = engine, history
     programs_of(engine)  # says early that there is no tracker
     self.profile, self._side = engine.tracker.config.profile, 4 * grid_of(engine)
@@ -557,8 +556,7 @@ class InteractiveVideo:
     return out
 
   def _frame(self, state: InferenceState, t: Any, name: str = "frame_idx") -> int:
-    if isinstance(t, bool) or not isinstance(t, (int, np.integer)) or not 0 <= t < state.frames.count:
-      raise ArgumentError(name, f" must be a frame from 0 to {state.frames.count - 1}, got {t!r}")
+    check_whole(name, t, 0, state.frames.count - 1, "a frame")
     return int(t)
 
   def _object(self, state: InferenceState, obj_id: int) -> TrackedObject:

@@ -28,7 +28,7 @@ import numpy as np
 from sam3lt_jax import parallel
 from sam3lt_jax.config import BOX_ONLY_PHRASE, PhraseVideoConfig
 from sam3lt_jax.engine import Engine
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check_whole
 from sam3lt_jax.features import Clicks, Detections, Tracked, TrackerFeatures
 from sam3lt_jax.kept import MaskSource
 from sam3lt_jax.processing.clicks import ClickArrays
@@ -148,8 +148,8 @@ class PhraseTracks:
       out at once, and objects that turn out to be none are named in `FrameObjects.removed`.
     slots: objects that there is room for from the start; it grows by itself.
     """
-    if latency is not None and (isinstance(latency, bool) or not isinstance(latency, int) or latency < 0):
-      raise ArgumentError("latency", f" must be a number of frames from 0, or None, got {latency!r}")
+    if latency is not None:
+      check_whole("latency", latency)
     every = engine.tracker is not None and engine.tracker.config.profile.all_cond_pointers
     self.tracks = Tracks(engine, slots, COND_FRAMES if every else None)  # says early that there is no tracker
     self.config, self.size = PhraseVideoConfig.named(config), (int(size[0]), int(size[1]))

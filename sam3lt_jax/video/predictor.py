@@ -27,7 +27,7 @@ import numpy as np
 from sam3lt_jax.checkpoints.summary import digest
 from sam3lt_jax.config import PhraseVideoConfig
 from sam3lt_jax.engine import Engine
-from sam3lt_jax.errors import ArgumentError
+from sam3lt_jax.errors import ArgumentError, check_whole
 from sam3lt_jax.predictor import Predictor
 from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing.clicks import clicks_of
@@ -158,14 +158,12 @@ class VideoPredictor(InteractiveVideo):
       given["new_det_thresh"] = threshold
       given["score_threshold_detection"] = min(threshold, self.config.score_threshold_detection)
     if max_objects is not None:
-      if isinstance(max_objects, bool) or not isinstance(max_objects, int) or max_objects < 1:
-        raise ArgumentError("max_objects", f" must be a whole number of at least 1, got {max_objects!r}")
+      check_whole("max_objects", max_objects, 1)
       given["max_num_objects"] = max_objects
     most = self.engine.image_buckets[-1]
     if batch is None:
       batch = 1 if frames.live else most
-    if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= most:
-      raise ArgumentError("batch", f" must be a whole number from 1 to {most}, got {batch!r}")
+    check_whole("batch", batch, 1, most)
     config = dataclasses.replace(self.config, **given)
     return Tracking(self.engine, config, frames, prompts, boxes_frame, latency, batch, state)
 
@@ -414,8 +412,7 @@ class Tracking:
 
 
 def _check_frame(frames: Frames, index: Any) -> None:
-  if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-    raise ArgumentError("boxes_frame", f" must be a whole number of at least 0, got {index!r}")
+  check_whole("boxes_frame", index)
   # What a file says of itself may be wrong, so that it is counted before it is believed.
   if not frames.live and index >= (frames.count or 0) and index >= frames.measure():
     raise ArgumentError(

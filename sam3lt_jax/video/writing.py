@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from sam3lt_jax import locks, storage
+from sam3lt_jax import storage
 from sam3lt_jax.errors import ArgumentError
 from sam3lt_jax.processing.images import default_workers
 from sam3lt_jax.video.frames import FrameError, Frames, open_frames
@@ -120,7 +120,7 @@ def write_tracks(
     if frames.live:
       files = dataclasses.replace(files, every=0)
     os.makedirs(files.state, exist_ok=True)
-    lock = locks.FileLock(files.path(".lock"))
+    lock = storage.FileLock(files.path(".lock"))
     if not lock.acquire():
       raise ValueError(f"another process writes to {files.out}; wait for it, or name another folder")
     stack.callback(lock.release)

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import socket
 import threading
 
 import pytest
 
-from sam3lt_jax import locks
+from sam3lt_jax import storage
 from sam3lt_jax.jobs import ledger
 from sam3lt_jax.jobs.ledger import Busy, ShardWriter
 from tests.jobs import ledgers, work
@@ -35,7 +36,7 @@ def test_a_shard_from_begin_to_commit(plan):
     "seconds": 1.5,
     "device": "cpu",
   }
-  assert wanted.items() <= about.items() and about["host"] == locks.host_name()
+  assert wanted.items() <= about.items() and about["host"] == socket.gethostname()
   assert sorted(os.listdir(data_of(plan.directory).parent)) == ["shard-00002.json", "shard-00002.jsonl"]
 
 
@@ -124,12 +125,12 @@ def test_a_shard_in_other_hands_is_busy(plan):
 def test_looking_whether_it_is_held_does_not_take_a_shard_away(plan):
   """`sam3lt status` holds the lock for a moment; a job that comes just then must not skip the shard."""
   path = ledger.path(plan.directory, 0, ledger.LOCK)
-  assert not locks.is_held(path)
+  assert not storage.is_held(path)
   with ShardWriter(plan, plan.shards[0]):
-    assert locks.is_held(path) and locks.holder(path)["pid"] == os.getpid()
+    assert storage.is_held(path) and storage.holder(path)["pid"] == os.getpid()
   descriptor = os.open(path, os.O_RDONLY | os.O_CREAT)
-  locks.fcntl.flock(descriptor, locks.fcntl.LOCK_SH)
-  threading.Timer(0.05, locks.fcntl.flock, (descriptor, locks.fcntl.LOCK_UN)).start()
+  storage.fcntl.flock(descriptor, storage.fcntl.LOCK_SH)
+  threading.Timer(0.05, storage.fcntl.flock, (descriptor, storage.fcntl.LOCK_UN)).start()
   try:
     with ShardWriter(plan, plan.shards[0]) as writer:
       assert writer.done == set()
@@ -139,7 +140,7 @@ def test_looking_whether_it_is_held_does_not_take_a_shard_away(plan):
 
 def test_a_lock_may_be_let_go_while_its_holder_speaks(tmp_path, monkeypatch):
   """In another thread: what is written must not meet a closed file, or another one that got its number."""
-  lock, truncate = locks.FileLock(str(tmp_path / "lock")), os.ftruncate
+  lock, truncate = storage.FileLock(str(tmp_path / "lock")), os.ftruncate
   assert lock.acquire()
   letting_go = threading.Thread(target=lock.release)
 
@@ -159,7 +160,7 @@ def test_a_lock_may_be_let_go_while_its_holder_speaks(tmp_path, monkeypatch):
 
 def test_a_lock_whose_file_was_removed_is_nobodys(tmp_path, monkeypatch):
   """The holder lets go between another's open and its flock: what that locked is no longer in the folder."""
-  first, second, third = (locks.FileLock(str(tmp_path / "lock")) for _ in range(3))
+  first, second, third = (storage.FileLock(str(tmp_path / "lock")) for _ in range(3))
   assert first.acquire(0)
   os_open = os.open
 
@@ -182,7 +183,7 @@ def test_a_file_system_without_locks(plan, monkeypatch):
   def refuse(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
-  monkeypatch.setattr(locks.fcntl, "flock", refuse)
+  monkeypatch.setattr(storage.fcntl, "flock", refuse)
   with pytest.warns(UserWarning, match="no file locks .*one job at a time"):
     work.finish(plan)
   work.check_whole(plan.directory, 10)

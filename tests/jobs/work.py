@@ -7,7 +7,7 @@ import pathlib
 import signal
 import time
 
-from sam3lt_jax import locks
+from sam3lt_jax import storage
 from sam3lt_jax.jobs.ledger import Busy, ShardWriter
 from sam3lt_jax.jobs.plan import Plan
 from sam3lt_jax.jobs.sources import Item, open_item
@@ -104,5 +104,5 @@ def check_whole(directory, number):
   left = {p.name for p in shards.iterdir() if p.suffix in (".part", ".tmp")}
   assert not left, left
   # A kill between commit and release leaves a lock file, which nobody holds and nobody minds.
-  held = [p.name for p in shards.glob("*.lock") if locks.is_held(str(p))]
+  held = [p.name for p in shards.glob("*.lock") if storage.is_held(str(p))]
   assert not held, held

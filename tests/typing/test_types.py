@@ -17,7 +17,7 @@ CHECKED = [
   "sam3lt_jax/__init__.py",
   "sam3lt_jax/predictor.py",
   "sam3lt_jax/devices.py",
-  "sam3lt_jax/keywords.py",
+  "sam3lt_jax/errors.py",
 ]
 
 

@@ -175,7 +175,7 @@ def mask(value):
   ("call", "message"),
   [
     (lambda v, s: v.init_state([]), "the list holds no frames"),
-    (lambda v, s: InteractiveVideo(engine(), history=-1), "history must be a number of frames from 0"),
+    (lambda v, s: InteractiveVideo(engine(), history=-1), "history must be a whole number of at least 0"),
     (points(24, 1, [[1, 1]], [1]), "frame_idx must be a frame from 0 to 23, got 24"),
     (points(0, 1), "give points or box, got neither"),
     (points(0, 1, [[1, 1]]), "points and labels must be given together"),

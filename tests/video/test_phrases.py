@@ -347,7 +347,7 @@ def test_an_engine_that_nobody_uses_goes_with_its_programs():
 
 @pytest.mark.parametrize("latency", [-1, True, 1.5])
 def test_wrong_latency(latency):
-  with pytest.raises(ValueError, match="latency must be a number of frames from 0, or None, got"):
+  with pytest.raises(ValueError, match="latency must be a whole number of at least 0, got"):
     start(clip_of("strict"), latency=latency)
 
 

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from sam3lt_jax.locks import FileLock
-from sam3lt_jax.storage import CannotWrite
+from sam3lt_jax.storage import CannotWrite, FileLock
 from sam3lt_jax.video import overlay, writing
 from sam3lt_jax.video.frames import open_frames
 from sam3lt_jax.video.writing import Files, davis_palette, write_tracks

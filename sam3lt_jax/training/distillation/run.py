@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from sam3lt_jax import locks, parallel, storage
+from sam3lt_jax import parallel, storage
 from sam3lt_jax.checkpoints.orbax_io import barrier
 from sam3lt_jax.config import Profile, TextConfig
 from sam3lt_jax.data.prompts import read_prompts
@@ -280,7 +280,7 @@ def _stored_features(config, teacher: Teacher, phrases, tokenizer, report: Repor
   """The exported features, made by the first process where they are not there yet."""
   if jax.process_index() == 0:
     # Beside the folder: it must be empty, or hold features, to be written into.
-    with locks.exclusive(os.path.abspath(os.path.expanduser(config.features)) + ".lock", wait=1):
+    with storage.exclusive(os.path.abspath(os.path.expanduser(config.features)) + ".lock", wait=1):
       feature_files.export_features(config.features, teacher, phrases, tokenizer, report=report)
   barrier("sam3lt-teacher-features")
   return feature_files.TeacherFeatures(config.features)
