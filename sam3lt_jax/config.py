@@ -72,18 +72,22 @@ def typed(name: str, value: Any, like: Any) -> Any:
   raise ValueError(f"{name}: expected {kind.__name__}, got {value!r:.80}")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-  """What a JSON file holds.
+def parse_json(data: bytes, name: str) -> Any:
+  """What the JSON of a file says: UTF-8 with or without a byte-order mark, UTF-16 or UTF-32.
 
   Raises:
-    ValueError: it is not JSON, not UTF-8 or nested too deep; names the file.
-    OSError: it cannot be opened.
+    ValueError: it is not JSON, nested too deep, or holds a number of thousands of digits; begins with `name`.
   """
-  with open(path, encoding="utf-8") as f:
-    try:
-      return json.load(f)
-    except (ValueError, RecursionError) as e:
-      raise ValueError(f"{os.fspath(path)} is not valid JSON: {e}") from e
+  try:
+    return json.loads(data)
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f"{name} is not valid JSON: {e}") from e
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """`parse_json` of a file. Raises OSError as well."""
+  with open(path, "rb") as f:
+    return parse_json(f.read(), os.fspath(path))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ A file is read as people have it: with a byte-order mark, ids and `iscrowd` as t
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sam3lt_jax.config import read_json
 from sam3lt_jax.data import rle as rle_ops
 from sam3lt_jax.data.numbers import brief, flag, ids, image_size, numbers, whole
 from sam3lt_jax.data.records import RecordError
@@ -44,22 +44,6 @@ class ImageEntry(NamedTuple):
     return next((path for path in paths[:-1] if os.path.exists(path)), paths[-1])
 
 
-def read_json(data: bytes, name: str) -> Any:
-  """JSON of a file: UTF-8 with or without a byte-order mark, UTF-16 or UTF-32.
-
-  Raises:
-    ValueError: not JSON, or nested or written so that nothing could read it; the message begins with `name`.
-  """
-  try:
-    return json.loads(data)
-  except (json.JSONDecodeError, UnicodeDecodeError) as e:
-    raise ValueError(f"{name} is not valid JSON: {e}") from None
-  except RecursionError:
-    raise ValueError(f"{name} is nested too deeply for annotations") from None
-  except ValueError as e:  # a number of thousands of digits
-    raise ValueError(f"{name} is not read: {e}") from None
-
-
 def read_annotations(annotations: str | os.PathLike | Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
   """An annotation file (or what it holds) and its name for messages; "images" and "annotations" are lists.
 
@@ -71,8 +55,7 @@ def read_annotations(annotations: str | os.PathLike | Mapping[str, Any]) -> tupl
     data, name = annotations, "annotations"
   else:
     name = os.fspath(annotations)
-    with open(name, "rb") as f:
-      data = read_json(f.read(), name)
+    data = read_json(name)
   entries_of(data, "images", name)
   entries_of(data, "annotations", name)
   return data, name
@@ -236,10 +219,11 @@ def lists_of(image: ImageEntry, name: str) -> tuple[frozenset[int] | None, froze
 
 class Objects(NamedTuple):
   """Of annotations: boxes float32 [N, 4] (x1, y1, x2, y2) in pixels, N masks (None: only the box is known),
-  and a (reason, where) for each object or part of one that was left out."""
+  whether all are among them, and a (reason, where) for each object or part of one that was left out."""
 
   boxes: np.ndarray
   masks: tuple[Rle | None, ...]
+  complete: bool
   left_out: list[tuple[str, str]]
 
 
@@ -249,14 +233,16 @@ def objects_of(
   """The objects of annotations.
 
   A box is the one around the mask where there is a mask, else the annotation's `bbox` (x, y, width, height),
-  in pixels or, if `normalised`, in units of the image's sides; clipped to the image. Left out are polygons of
-  under three corners, and objects whose mask has no pixel or whose box has no area.
+  in pixels or, if `normalised`, in units of the image's sides; clipped to the image. Left out are crowds,
+  polygons of under three corners, and objects whose mask has no pixel or whose box has no area.
 
   Raises:
     RecordError: "annotation damaged", naming the annotation.
   """
   boxes, masks, left_out = [], [], []
   for annotation in annotations:
+    if annotation.get("iscrowd"):
+      continue
     where = f"{source}, annotation {brief(annotation.get('id', '?'))}"
     try:
       box, mask, reasons = _object(annotation, size, normalised)
@@ -266,7 +252,8 @@ def objects_of(
     if box is not None:
       boxes.append(box)
       masks.append(mask)
-  return Objects(np.array(boxes, np.float32).reshape(-1, 4), tuple(masks), left_out)
+  complete = len(boxes) == len(annotations)
+  return Objects(np.array(boxes, np.float32).reshape(-1, 4), tuple(masks), complete, left_out)
 
 
 def _object(

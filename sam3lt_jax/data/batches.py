@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -99,17 +98,13 @@ class DetectionBatches:
     self.skipped: dict[str, int] = {}
     self._bad: dict[int, RecordError] = {}
     self._lock = threading.Lock()
-    self.dataset = self._pipeline(process_index, process_count)
-
-  def _pipeline(self, process_index: int, process_count: int) -> Any:
     with needed("batches need", "grain", "train"):
       import grain
-    order = grain.MapDataset.range(len(self._records)).seed(self.config.seed)
-    if self.config.shuffle:
-      order = order.shuffle()
+    order = grain.MapDataset.range(len(records)).seed(config.seed)
+    order = order.shuffle() if config.shuffle else order
     # Numbers are drawn by position before the rows are dealt out: a row does not depend on the process count.
     examples = order.repeat(None).random_map(_with_seed)[process_index::process_count].map(self._example)
-    return examples.batch(self.config.batch_size // process_count)
+    self.dataset = examples.batch(config.batch_size // process_count)
 
   def __getitem__(self, step: int) -> Example:
     """The batch of a step.
@@ -132,17 +127,14 @@ class DetectionBatches:
         rng = np.random.default_rng([seed, offset])
         return make_example(self._records[index], self.config, self._processor, self.mask_side, rng)
       except RecordError as e:
-        self._skip(index, e)
+        with self._lock:
+          if index in self._bad:
+            continue
+          self._bad[index] = e
+          self.skipped[e.reason] = self.skipped.get(e.reason, 0) + 1
+        _log.warning("skipped (%s): %s", e.reason, e)
     example = next(iter(self._bad.values()))
     raise ValueError(f"none of the {len(self._records)} records can be used; for instance {example}")
-
-  def _skip(self, index: int, error: RecordError) -> None:
-    with self._lock:
-      if index in self._bad:
-        return
-      self._bad[index] = error
-      self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
-    _log.warning("skipped (%s): %s", error.reason, error)
 
 
 def _with_seed(index: int, rng: np.random.Generator) -> tuple[int, int]:

@@ -148,10 +148,9 @@ class CocoRecords(Sequence):
 
     prompts, left_out = [], []
     for key, group in groups.items():
-      single = [a for a in group if not a.get("iscrowd")]
-      objects = annotation_ops.objects_of(single, image.size, source)
+      objects = annotation_ops.objects_of(group, image.size, source)
       left_out += objects.left_out
-      exhaustive = len(objects.boxes) == len(group) and complete(key)
+      exhaustive = objects.complete and complete(key)
       kind = {"category_id": self._first[key]} if key in self._first else {"all_of_kind": False}
       prompts.append(
         Prompt(written[key], objects.boxes, objects.masks, exhaustive, image_id=image.id, **kind)

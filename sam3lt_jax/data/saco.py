@@ -80,12 +80,10 @@ class SaCoRecords(Sequence):
   def _prompt(
     self, entry: ImageEntry, phrase: str, exhaustive: bool, left_out: list[tuple[str, str]]
   ) -> Prompt:
-    annotations = self._annotations[entry.id]
-    single = [a for a in annotations if not a.get("iscrowd")]
-    objects = annotation_ops.objects_of(single, entry.size, self._source(entry), self._normalised)
+    annotations, source = self._annotations[entry.id], self._source(entry)
+    objects = annotation_ops.objects_of(annotations, entry.size, source, self._normalised)
     left_out += objects.left_out
-    exhaustive = exhaustive and len(objects.boxes) == len(annotations)
-    return Prompt(phrase, objects.boxes, objects.masks, exhaustive, image_id=entry.id)
+    return Prompt(phrase, objects.boxes, objects.masks, exhaustive and objects.complete, image_id=entry.id)
 
 
 def _is_normalised(annotations: Sequence[Mapping[str, Any]]) -> bool:

@@ -146,18 +146,16 @@ def read_several(paths: Sequence[str]) -> list[bytes | None]:
     found = fs.cat(inner, on_error="return")  # a dict for a list of several, whatever their number
     contents = [found[path] for path in inner]
   else:
-    contents = [_read_or_error(path) for path in paths]
+    contents = []
+    for path in paths:
+      try:
+        contents.append(read(path))
+      except OSError as e:
+        contents.append(e)
   for data in contents:
     if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
       raise _os_error(data) from data
   return [data if isinstance(data, bytes) else None for data in contents]
-
-
-def _read_or_error(path: str) -> bytes | OSError:
-  try:
-    return read(path)
-  except OSError as e:
-    return e
 
 
 _ERRNO = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, TimeoutError: errno.ETIMEDOUT}
@@ -197,26 +195,18 @@ def names(folder: str) -> list[str]:
 
 def sizes(folder: str) -> dict[str, tuple[int, float | None]]:
   """Name -> (bytes, when last written in seconds since the epoch, where known) of the files in `folder`."""
-  if not is_remote(folder):
-    try:
-      with os.scandir(folder) as entries:
-        return dict(_size(entry) for entry in entries if entry.is_file())
-    except FileNotFoundError:
-      return {}
-  fs, inner = filesystem(folder)
-  try:
-    found = fs.ls(inner, detail=True)
-  except FileNotFoundError:
-    return {}
-  return {e["name"].rpartition("/")[2]: (e["size"], None) for e in found if e["type"] == "file"}
-
-
-def _size(entry: os.DirEntry) -> tuple[str, tuple[int, float]]:
-  try:
-    stat = entry.stat()
-  except FileNotFoundError:  # renamed since the listing
-    return entry.name, (0, 0.0)
-  return entry.name, (stat.st_size, stat.st_mtime)
+  found: dict[str, tuple[int, float | None]] = {}
+  with contextlib.suppress(FileNotFoundError):
+    if is_remote(folder):
+      fs, inner = filesystem(folder)
+      entries = fs.ls(inner, detail=True)
+      return {e["name"].rpartition("/")[2]: (e["size"], None) for e in entries if e["type"] == "file"}
+    with os.scandir(folder) as entries:
+      for entry in entries:
+        with contextlib.suppress(FileNotFoundError):  # renamed since the listing
+          if entry.is_file():
+            found[entry.name] = entry.stat().st_size, entry.stat().st_mtime
+  return found
 
 
 def walk(folder: str, recursive: bool = True) -> Iterator[str]:

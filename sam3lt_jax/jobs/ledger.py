@@ -288,8 +288,7 @@ class ShardWriter:
           os.unlink(self._part)
     self._lock.release()
 
-  def __enter__(self) -> ShardWriter:
-    return self.open()
+  __enter__ = open
 
   def __exit__(self, *exc) -> None:
     self.close()

@@ -151,12 +151,13 @@ class Writer:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-  """An image, a failure, or a shard's end (`item` None) on its way; `row` where the devices have it."""
+  """An image, a failure, or a shard's end (`item` None) on its way; `row`: of `asked` in its batch."""
 
   shard: ShardWriter
   item: Item | None
   found: Pixels | Failure | None
-  row: int | None = None
+  asked: Asked | None = None
+  row: int = 0
 
 
 class Pipeline:
@@ -212,7 +213,8 @@ class Pipeline:
           batches = self._batches(self._works(plan, shards, process))
           for entries, kept in engine.run(batches, *self._thresholds):
             self._in_hand -= bool(kept)
-            self._hand_over(entries, kept)
+            for entry in entries:
+              self._hand_over(entry, kept)
         finally:
           self._pool.shutdown(wait=False)  # what was handed over is still computed, for the writer
     finally:
@@ -298,25 +300,22 @@ class Pipeline:
     if not one.prompts:
       return _Entry(shard, item, found)
     asked.append(one)
-    return _Entry(shard, item, found, len(asked) - 1)
+    return _Entry(shard, item, found, one, len(asked) - 1)
 
-  def _hand_over(self, entries: Sequence[_Entry], kept: Sequence[Kept]) -> None:
-    for entry in entries:
-      if entry.item is None:
-        self._writer.put(entry.shard, None)
-      elif isinstance(entry.found, Failure):
-        failed = results.record(entry.item, error=entry.found.code, message=entry.found.message)
-        self._writer.put(entry.shard, failed)
-      else:
-        found = None if entry.row is None else kept[entry.row]
-        self._writer.put(entry.shard, self._pool.submit(self._record, entry, found))
+  def _hand_over(self, entry: _Entry, kept: Sequence[Kept]) -> None:
+    done: results.Record | futures.Future | None = None
+    if isinstance(entry.found, Failure):
+      done = results.record(entry.item, error=entry.found.code, message=entry.found.message)
+    elif entry.item is not None:
+      done = self._pool.submit(self._record, entry, kept[entry.row] if entry.asked else None)
+    self._writer.put(entry.shard, done)
 
   def _record(self, entry: _Entry, kept: Kept | None) -> results.Record:
     """Post-processing of one image."""
-    prompts, instances = self._questions.for_item(entry.item.id), []
+    instances = []
     for k in range(0 if kept is None else len(kept)):
-      number = int(kept.prompt[k])
-      instances.append(results.instance(prompts[number], number, kept.scores[k], kept.boxes[k], kept.mask(k)))
+      prompt, number = entry.asked.prompts[kept.prompt[k]], int(kept.prompt[k])
+      instances.append(results.instance(prompt, number, kept.scores[k], kept.boxes[k], kept.mask(k)))
     height, width = entry.found.height, entry.found.width
     record = results.record(entry.item, width=width, height=height, results=instances)
     self._on_image(entry.item, record)

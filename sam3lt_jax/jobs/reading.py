@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import fractions
+import itertools
 import multiprocessing
 import os
 import queue
@@ -98,15 +99,14 @@ def load_item(item: Any) -> np.ndarray:
   Storage that answers with an error is asked again. Raises as `images.decode` and `sources.open_item`.
   """
   frame = item.meta.get("height"), item.meta.get("width")
-  for left in reversed(range(TRIES)):
+  for tries in itertools.count(1):
     try:
       with sources.open_item(item) as file:
         return images.decode(file, "image", frame)
     except OSError as e:
-      if not left or isinstance(e, _FINAL) or e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+      if tries == TRIES or isinstance(e, _FINAL) or e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         raise
       time.sleep(PAUSE_S)
-  raise AssertionError("unreachable")
 
 
 def _line(e: BaseException | str) -> str:
@@ -282,6 +282,10 @@ class Reader:
     finally:
       self.waited_s += time.perf_counter() - start
 
+  def _restart(self) -> None:
+    self._pool.shutdown(wait=False)
+    self._pool = self._kind(self._workers, self._max_pixels)
+
   def _result(self, future: futures.Future) -> Pixels | Failure:
     self._awaited = future
     while not futures.wait([future], _POLL_S).done:
@@ -292,14 +296,12 @@ class Reader:
 
   def _after_a_death(self, item: Any) -> Pixels | Failure:
     """A worker died of some image that was being read. This one is tried alone; all others start anew."""
-    self._pool.shutdown(wait=False)
-    self._pool = self._kind(self._workers, self._max_pixels)
+    self._restart()
     try:
       found = self._result(self._submit(item))
     except futures.BrokenExecutor:
       found = Failure("other", "the worker process that decoded it died")
-      self._pool.shutdown(wait=False)
-      self._pool = self._kind(self._workers, self._max_pixels)
+      self._restart()
     self._queue = collections.deque(
       (tag, later, None if later is None else self._submit(later)) for tag, later, _ in self._queue
     )

@@ -29,7 +29,7 @@ from sam3lt_jax.checkpoints import open_checkpoint
 from sam3lt_jax.checkpoints.sources import check_phrases
 from sam3lt_jax.checkpoints.summary import digest
 from sam3lt_jax.engine import IMAGE_BUCKETS, PROMPT_BUCKETS, Engine
-from sam3lt_jax.errors import renamed
+from sam3lt_jax.errors import check_whole, renamed
 from sam3lt_jax.jobs import files, reading
 from sam3lt_jax.jobs.ledger import Shard
 from sam3lt_jax.jobs.pipeline import Pipeline
@@ -135,9 +135,8 @@ class JobConfig(Config):
       raise ValueError(f"max_failures must be a share within 0 and 1, got {self.max_failures}")
     least = {"max_pixels": 1, "overlays": 0, "workers": 1, "batch": 1, "model_parallel": 1, "shard_size": 1}
     for name, low in least.items():
-      value = getattr(self, name)
-      if value is not None and value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
+      if (value := getattr(self, name)) is not None:
+        check_whole(name, value, low)
     super().__post_init__()
     postprocess.check_threshold("mask_threshold", self.mask_threshold)
 

@@ -33,6 +33,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+from sam3lt_jax.config import parse_json
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs import files
 from sam3lt_jax.storage import IMAGE_SUFFIXES
@@ -272,7 +273,7 @@ def _coco(source: str, path: str, images: str | None) -> _Part:
   """Rows (image id, where its file may be below the folder of images, its size or None)."""
   from sam3lt_jax.data import annotations  # numpy and pycocotools come with it
 
-  entries = annotations.images_of(annotations.read_json(files.read(path), source), source, sizes=False)
+  entries = annotations.images_of(parse_json(files.read(path), source), source, sizes=False)
   rows = sorted((entry.id, entry.names, entry.size) for entry in entries)
   folder, which = _beside(source, images, files.folder_of(path), rows[0][1])
   return _Part(source, rows, functools.partial(_coco_item, folder, which))

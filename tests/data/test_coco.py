@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from sam3lt_jax.config import parse_json
 from sam3lt_jax.data import rle as rle_ops
-from sam3lt_jax.data.annotations import images_of, read_json
+from sam3lt_jax.data.annotations import images_of
 from sam3lt_jax.data.coco import load_coco
 from sam3lt_jax.data.load import load_records
 from sam3lt_jax.data.records import Prompt, Record, RecordError
@@ -298,7 +299,7 @@ def test_numbers_and_encodings_of_other_exporters(tmp_path, images, number, enco
       assert p.masks == q.masks
       np.testing.assert_array_equal(p.boxes, q.boxes)
   # The same reader is a job's.
-  items = images_of(read_json(path.read_bytes(), "x"), "x", sizes=False)
+  items = images_of(parse_json(path.read_bytes(), "x"), "x", sizes=False)
   assert [(i.id, i.names, i.size) for i in items] == [
     (10 + k, (f"{c}.png",), (60, 80)) for k, c in enumerate("abc")
   ]

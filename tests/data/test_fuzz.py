@@ -12,8 +12,9 @@ import random
 import numpy as np
 import pytest
 
+from sam3lt_jax.config import parse_json
 from sam3lt_jax.data import rle as rle_ops
-from sam3lt_jax.data.annotations import images_of, read_json
+from sam3lt_jax.data.annotations import images_of
 from sam3lt_jax.data.load import load_records
 from sam3lt_jax.evaluation.cgf1 import CgF1
 from sam3lt_jax.evaluation.coco_ap import coco_ap
@@ -79,7 +80,7 @@ def test_annotation_files(files, reader):
       if record is not None:
         check(seed, record.load_image)
         assert all(np.isfinite(p.boxes).all() and (p.boxes >= 0).all() for p in record.prompts)
-    read = check(seed, read_json, path.read_bytes(), "x")
+    read = check(seed, parse_json, path.read_bytes(), "x")
     check(seed, images_of, read, "x", sizes=False)
     check(seed, coco_ap, path, [])
 

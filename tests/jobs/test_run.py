@@ -318,7 +318,7 @@ def test_shards_fit_the_job(photos, tmp_path):
     ({"phrases": (), "prompts_file": None}, "give either phrases .* or a file"),
     ({"prompts_file": "x", "phrases": ["a"]}, "give either phrases .* or a file"),
     ({"max_failures": 1.5}, "max_failures must be a share within 0 and 1, got 1.5"),
-    ({"workers": 0}, "workers must be at least 1, got 0"),
+    ({"workers": 0}, "workers must be a whole number of at least 1, got 0"),
     ({"process_index": 1}, "process_index and process_count go together"),
     ({"process_index": 2, "process_count": 2}, "process_index=2 of process_count=2"),
     ({"threshold": 2}, r"threshold must be in \[0, 1\]"),

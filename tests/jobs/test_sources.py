@@ -152,7 +152,7 @@ def test_coco(tmp_path):
   ("text", "message"),
   [
     ("{", "instances.json is not valid JSON"),
-    ("[" * 100_000, "instances.json is nested too deeply"),
+    ("[" * 100_000, "instances.json is not valid JSON: maximum recursion"),
     ('{"annotations": []}', "instances.json has no list 'images'; it has: 'annotations'"),
     ('{"images": []}', "lists no image"),
     ('{"images": [{"id": "a", "file_name": "a.jpg"}]}', "the id of image 0 must be a whole number, got 'a'"),
