@@ -357,7 +357,7 @@ class Engine:
       # 4% more memory at their peak (S0, float32; `python -m tests.benchmarks.compare --parts memory start`).
       self._ahead.wait()
     padding = [np.zeros_like(pixels[0])] * (self._rows(len(pixels)) - len(pixels))
-    return self._place(np.stack([*pixels, *padding]))
+    return jax.device_put(np.stack([*pixels, *padding]), self._split)
 
   def calls(self, asked: Sequence[Asked]) -> list[Call]:
     """How the prompts of up to R images are asked in few calls.
@@ -400,7 +400,7 @@ class Engine:
   def detect(self, vision: VisionFeatures, call: Call) -> Detections:
     """Starts one call on the features of `encode`, of the same images."""
     tokens, mask = self.phrases.tokens(self.variables, call.phrases)
-    prompts = Prompts(tokens, mask, self._place(call.boxes), self._place(call.labels))
+    prompts = Prompts(tokens, mask, *jax.device_put((call.boxes, call.labels), self._split))
     return self._run(self._detect, self.variables, vision.replace(tracker=None, trunk=None), prompts)
 
   def click(
@@ -432,10 +432,9 @@ class Engine:
       some = {name: x[start : start + count] for name, x in padded.items()}
       own = len(some["valid"])
 
-      pad = ((0, rows - 1), (0, count - own))
-      asked = Clicks(
-        **{n: self._place(np.pad(x[None], (*pad, *[(0, 0)] * (x.ndim - 1)))) for n, x in some.items()}
-      )
+      rest = (0, rows - 1), (0, count - own)
+      filled = {n: np.pad(x[None], (*rest, *[(0, 0)] * (x.ndim - 1))) for n, x in some.items()}
+      asked = Clicks(**jax.device_put(filled, self._split))
       bound = jax.device_put(np.float32(offset), parallel.replicated(self.mesh))
       yield own, self._run(self._click, self.tracker_variables, vision.tracker, asked, bound)
       start += own
@@ -517,10 +516,6 @@ class Engine:
     if self.on_start is not None:
       self.on_start(start, min(jax.tree.leaves(out), key=lambda x: x.size))
     return out
-
-  def _place(self, array: np.ndarray) -> jax.Array:
-    """[R, ...] split over the devices."""
-    return jax.device_put(array, self._split)
 
 
 def _bucket(count: int, sizes: Sequence[int]) -> int:

@@ -8,14 +8,12 @@ Source: MobileCLIP's reparameterisation.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-  from sam3lt_jax.config import TextConfig
   from sam3lt_jax.model import Sam3LiteText, Variables
 
 
@@ -29,24 +27,25 @@ def fuse(model: Sam3LiteText, variables: Variables) -> tuple[Sam3LiteText, Varia
   if text.fused or not text.use_repmixer_blocks or text.kind != "mobileclip":
     return model, variables
   config = model.config.replace(text=dataclasses.replace(text, fused=True))
+
+  def folded(variables: Variables) -> Variables:
+    encoder = dict(variables["params"]["text_encoder"])
+    stats = variables["batch_stats"]["text_encoder"]
+    for name in {"layers_0", f"layers_{text.num_hidden_layers - 1}"}:
+      encoder[name] = _fuse_block(encoder[name], stats[name], text.batch_norm_eps)
+    return {"params": variables["params"] | {"text_encoder": encoder}}
+
   shapes_only = isinstance(jax.tree.leaves(variables)[0], jax.ShapeDtypeStruct)
-  fused = jax.eval_shape(functools.partial(_fuse, text), variables) if shapes_only else _fuse(text, variables)
-  return model.clone(config=config), fused
-
-
-def _fuse(text: TextConfig, variables: Variables) -> Variables:
-  encoder = dict(variables["params"]["text_encoder"])
-  stats = variables["batch_stats"]["text_encoder"]
-  for name in {"layers_0", f"layers_{text.num_hidden_layers - 1}"}:
-    encoder[name] = _fuse_block(encoder[name], stats[name], text.batch_norm_eps)
-  return {"params": variables["params"] | {"text_encoder": encoder}}
+  return model.clone(config=config), jax.eval_shape(folded, variables) if shapes_only else folded(variables)
 
 
 def _fuse_block(params, stats, eps):
+  dtype = params["conv_feed_forward"]["mlp"]["fc2"]["kernel"].dtype
+  params, stats = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (params, stats))
   mixer, ffn = params["token_mixer"], params["conv_feed_forward"]
   mixer_stats, ffn_stats = stats["token_mixer"], stats["conv_feed_forward"]
-  scale = _f32(mixer["layer_scale"])
-  conv = _f32(mixer["mixer"]["conv"]["kernel"])  # [K, 1, D]
+  scale = mixer["layer_scale"]
+  conv = mixer["mixer"]["conv"]["kernel"]  # [K, 1, D]
   conv_gain, conv_shift = _affine(
     mixer["mixer"]["batchnorm_conv"], mixer_stats["mixer"]["batchnorm_conv"], eps
   )
@@ -59,28 +58,21 @@ def _fuse_block(params, stats, eps):
   bias = scale * (conv_shift + skip_shift - ref_shift)
 
   gain, shift = _affine(ffn["depthwise_batchnorm"], ffn_stats["depthwise_batchnorm"], eps)
-  depthwise = _f32(ffn["depthwise_conv"]["kernel"]) * gain
-  layer_scale = _f32(params["layer_scale"])
-  fc2 = ffn["mlp"]["fc2"]
+  depthwise = ffn["depthwise_conv"]["kernel"] * gain
   fused = {
     "token_mixer": {"conv": {"kernel": kernel, "bias": bias}},
     "conv_feed_forward": {
       "depthwise_conv": {"kernel": depthwise, "bias": shift},
       "mlp": {
         "fc1": ffn["mlp"]["fc1"],
-        "fc2": {"kernel": _f32(fc2["kernel"]) * layer_scale, "bias": _f32(fc2["bias"]) * layer_scale},
+        "fc2": jax.tree.map(lambda x: x * params["layer_scale"], ffn["mlp"]["fc2"]),
       },
     },
   }
-  dtype = fc2["kernel"].dtype
   return jax.tree.map(lambda x: x.astype(dtype), fused)
 
 
 def _affine(params, stats, eps):
   """BatchNorm at inference as (gain, shift)."""
-  gain = _f32(params["scale"]) * jax.lax.rsqrt(_f32(stats["var"]) + eps)
-  return gain, _f32(params["bias"]) - _f32(stats["mean"]) * gain
-
-
-def _f32(x):
-  return jnp.asarray(x, jnp.float32)
+  gain = params["scale"] * jax.lax.rsqrt(stats["var"] + eps)
+  return gain, params["bias"] - stats["mean"] * gain

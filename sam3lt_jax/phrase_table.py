@@ -35,7 +35,7 @@ class PhraseTable:
     self._read, self._processor, self._batches = read, processor, tuple(batches)
     self._everywhere, self._split = everywhere, parallel.batch_sharding(mesh)
     self._put, self._take = Program("put", _put, mesh, everywhere), Program("take", _take, mesh, self._split)
-    self._lock = threading.Lock()
+    self._lock = threading.RLock()
     self.forget()
 
   def forget(self) -> None:
@@ -49,13 +49,30 @@ class PhraseTable:
 
   def add(self, variables: Any, phrases: Sequence[str]) -> None:
     """Encodes those of `phrases` that are not there yet, as many as there is room for."""
+    phrases = list(dict.fromkeys(phrases))[: ROWS[-1]]
     with self._lock:
-      self._add(variables, list(dict.fromkeys(phrases))[: ROWS[-1]])
+      for phrase in filter(self._row.__contains__, phrases):
+        self._row.move_to_end(phrase)  # so that it is not among those that make room
+      new = [phrase for phrase in phrases if phrase not in self._row]
+      for start in range(0, len(new), self._batches[-1]):
+        some = new[start : start + self._batches[-1]]
+        ids, mask = self.inputs(some)
+        with explain_memory():
+          features = self._read(variables, ids, mask)
+        self._grow((features, mask), len(self._row) + len(some))
+        rows = sorted(set(range(len(self._table[0]))).difference(self._row.values()))[: len(some)]
+        while len(rows) < len(some):  # the oldest make room
+          rows.append(self._row.popitem(last=False)[1])
+        at = jax.device_put(pad_rows(np.array(rows, np.int32), len(ids)), self._everywhere)
+        self._table = self._put((), self._table, at, features, mask)
+        self._row.update(zip(some, rows))
+      for phrase in phrases:
+        self._row.move_to_end(phrase)
 
   def tokens(self, variables: Any, phrases: Sequence[Sequence[str]]) -> tuple[jax.Array, jax.Array]:
     """Phrases [R][P] -> features [R, P, T, D] and mask bool [R, P, T], split over the devices by R."""
     with self._lock:
-      self._add(variables, list(dict.fromkeys(phrase for row in phrases for phrase in row)))
+      self.add(variables, [phrase for row in phrases for phrase in row])
       index = np.array([[self._row[phrase] for phrase in row] for row in phrases], np.int32)
       table = self._table
     return self._take((), table, jax.device_put(index, self._split))
@@ -66,25 +83,6 @@ class PhraseTable:
     batch = next(b for b in self._batches if b >= len(phrases))
     arrays = given["input_ids"], given["attention_mask"].astype(bool)
     return tuple(jax.device_put(pad_rows(x, batch), self._everywhere) for x in arrays)
-
-  def _add(self, variables: Any, phrases: list[str]) -> None:
-    for phrase in filter(self._row.__contains__, phrases):
-      self._row.move_to_end(phrase)  # so that it is not among those that make room
-    new = [phrase for phrase in phrases if phrase not in self._row]
-    for start in range(0, len(new), self._batches[-1]):
-      some = new[start : start + self._batches[-1]]
-      ids, mask = self.inputs(some)
-      with explain_memory():
-        features = self._read(variables, ids, mask)
-      self._grow((features, mask), len(self._row) + len(some))
-      rows = sorted(set(range(len(self._table[0]))).difference(self._row.values()))[: len(some)]
-      while len(rows) < len(some):  # the oldest make room
-        rows.append(self._row.popitem(last=False)[1])
-      at = jax.device_put(pad_rows(np.array(rows, np.int32), len(ids)), self._everywhere)
-      self._table = self._put((), self._table, at, features, mask)
-      self._row.update(zip(some, rows))
-    for phrase in phrases:
-      self._row.move_to_end(phrase)
 
   def _grow(self, like: tuple[jax.Array, ...], wanted: int) -> None:
     """To the first size of at least `wanted` rows, or to the last."""

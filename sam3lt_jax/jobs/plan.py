@@ -250,12 +250,8 @@ def _sha256(content: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(content: dict[str, Any]) -> str:
-  return _sha256({key: value for key, value in content.items() if key != "digest"})
-
-
 def _read(directory: str) -> dict[str, Any] | None:
-  """plan.json, or None where there is none.
+  """plan.json without its digest, or None where there is none.
 
   Raises:
     ValueError: it is damaged, was edited, cannot be read, or is of another version.
@@ -263,8 +259,8 @@ def _read(directory: str) -> dict[str, Any] | None:
   path = files.join(directory, PLAN)
   try:
     content = json.loads(files.read(path))
-    version, digest = content["format"], content.get("digest")
-    sound = digest == _digest(content)
+    version, digest = content["format"], content.pop("digest", None)
+    sound = digest == _sha256(content)
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as e:
@@ -281,9 +277,9 @@ def _read(directory: str) -> dict[str, Any] | None:
 
 
 def _write(directory: str, content: dict[str, Any]) -> dict[str, Any]:
-  """Writes a plan and returns it, with its digest."""
-  content = content | {"digest": _digest(content)}
-  data = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
+  """Writes a plan, with its digest, and returns it."""
+  signed = content | {"digest": _sha256(content)}
+  data = json.dumps(signed, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
   files.write_atomic(files.join(directory, PLAN), data + b"\n", alone=True)
   return content
 
