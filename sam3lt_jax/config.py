@@ -15,7 +15,7 @@ import numbers
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from sam3lt_jax.errors import ArgumentError
 
@@ -90,6 +90,22 @@ def read_json(path: str | os.PathLike) -> Any:
     return parse_json(f.read(), os.fspath(path))
 
 
+# A field of `Profile`: what the authors' code has, what transformers has.
+_REFERENCES: dict[str, tuple[Any, Any]] = {
+  "pad_token_id": (0, 49407),
+  "context_length": (16, 32),
+  "mask_text_padding": (False, True),
+  "position_policy": ("slice", "interpolate"),
+  "geometry_cls": ("always", "with_boxes"),
+  "vit_layer_norm_eps": (1e-5, 1e-6),
+  "presence_logit_clamp": (None, 10.0),
+  "text_cleaning": ("original", "transformers"),
+  "mask_order": ("upsample_then_sigmoid", "sigmoid_then_upsample"),
+  "score_threshold": (0.5, 0.3),
+  "training_dropout": ("original", "transformers"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Profile(_Named):
   """Where the two PyTorch references disagree, one explicit field a point.
@@ -132,56 +148,25 @@ class Profile(_Named):
   training_dropout: Literal["original", "transformers"]
 
   def __post_init__(self):
-    for name, like in {
-      "name": "", "pad_token_id": 0, "context_length": 0, "mask_text_padding": False,
-      "vit_layer_norm_eps": 0.0, "score_threshold": 0.0,
-    }.items():  # fmt: skip
-      typed(name, getattr(self, name), like)
-    if self.presence_logit_clamp is not None:
-      typed("presence_logit_clamp", self.presence_logit_clamp, 0.0)
-    _check_choice("position_policy", self.position_policy, ("slice", "interpolate"))
-    _check_choice("geometry_cls", self.geometry_cls, ("always", "with_boxes", "with_any_boxes"))
-    _check_choice("text_cleaning", self.text_cleaning, ("original", "transformers"))
-    _check_choice("training_dropout", self.training_dropout, ("original", "transformers"))
-    _check_choice("mask_order", self.mask_order, ("upsample_then_sigmoid", "sigmoid_then_upsample"))
+    typed("name", self.name, "")
+    for name, values in _REFERENCES.items():
+      value = getattr(self, name)
+      if isinstance(values[0], str):
+        _check_choice(name, value, get_args(GeometryCls) if name == "geometry_cls" else values)
+      elif not (value is None and None in values):
+        typed(name, value, values[1])
     if self.context_length < 2:
       raise ValueError(f"context_length must be at least 2, got {self.context_length}")
 
   @classmethod
   def original(cls) -> Profile:
     """The authors' PyTorch code (efficientsam3, branch sam3_litetext)."""
-    return cls(
-      name="original",
-      pad_token_id=0,
-      context_length=16,
-      mask_text_padding=False,
-      position_policy="slice",
-      geometry_cls="always",
-      vit_layer_norm_eps=1e-5,
-      presence_logit_clamp=None,
-      text_cleaning="original",
-      mask_order="upsample_then_sigmoid",
-      score_threshold=0.5,
-      training_dropout="original",
-    )
+    return cls("original", **{name: original for name, (original, _) in _REFERENCES.items()})
 
   @classmethod
   def transformers(cls) -> Profile:
     """transformers 5.23.0, `Sam3LiteTextModel` with `Sam3Processor`; rows of a batch independent."""
-    return cls(
-      name="transformers",
-      pad_token_id=49407,
-      context_length=32,
-      mask_text_padding=True,
-      position_policy="interpolate",
-      geometry_cls="with_boxes",
-      vit_layer_norm_eps=1e-6,
-      presence_logit_clamp=10.0,
-      text_cleaning="transformers",
-      mask_order="sigmoid_then_upsample",
-      score_threshold=0.3,
-      training_dropout="transformers",
-    )
+    return cls("transformers", **{name: theirs for name, (_, theirs) in _REFERENCES.items()})
 
 
 @dataclasses.dataclass(frozen=True)

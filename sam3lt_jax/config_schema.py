@@ -31,17 +31,16 @@ _PARTS = {
   "geometry_encoder": GeometryEncoderConfig, "detr_encoder": DetrEncoderConfig,
   "detr_decoder": DetrDecoderConfig, "mask_decoder": MaskDecoderConfig,
 }  # fmt: skip
-_VIT_FIELDS = (
-  "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
-  "image_size", "patch_size", "window_size", "global_attn_indexes", "pretrain_image_size",
-)  # fmt: skip
-_TEXT_FIELDS = tuple(
-  f.name for f in dataclasses.fields(TextConfig) if f.name not in ("kind", "batch_norm_eps", "fused")
-)
-_CLIP_FIELDS = (
-  "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers",
-  "num_attention_heads", "max_position_embeddings", "layer_norm_eps",
-)  # fmt: skip
+
+
+def _fields(part: type, *but: str) -> list[str]:
+  return [field.name for field in dataclasses.fields(part) if field.name not in but]
+
+
+_VIT_FIELDS = _fields(VisionConfig, "rope_theta", "drop_path_rate", "fpn_hidden_size", "scale_factors")
+_OF_REPMIXER = "use_repmixer_blocks", "repmixer_kernel_size", "layer_scale_init_value"
+_TEXT_FIELDS = _fields(TextConfig, "kind", "batch_norm_eps", "fused")
+_CLIP_FIELDS = _fields(TextConfig, "kind", "batch_norm_eps", "fused", *_OF_REPMIXER)
 # What transformers' classes default to where they differ from ours; a config.json may leave defaults out.
 _TRANSFORMERS_TEXT_DEFAULTS = {
   "mobileclip": {"use_repmixer_blocks": True, "max_position_embeddings": 77},
