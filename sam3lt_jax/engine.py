@@ -147,7 +147,14 @@ class Engine:
     program = functools.partial(self.program, dtype=model.dtype)
     self.tracker, self.tracker_variables = tracker or (None, None)
     if tracker is not None:
-      self._check_tracker()
+      v, leaf = model.config.vision, tracker[1]["params"]["neck"]["fpn_layers_2"]["proj1"]
+      width, patch = leaf["kernel"].shape[2], self.tracker.config.patch_size
+      if (width, patch) != (v.hidden_size, v.patch_size):
+        raise ArgumentError(
+          "tracker",
+          f" must be for this model's trunk ({v.hidden_size} wide, patches of {v.patch_size} pixels), got one"
+          f" for {width} and {patch}",
+        )
     self._encode = program(encode, self._split, model, tracker is not None)
     self._detect, self._read = program(detect, self._split, model), program(read, everywhere, model)
     if tracker is not None:
@@ -193,22 +200,9 @@ class Engine:
     self.tracker_variables = self._weights(variables)
 
   def _weights(self, variables: Variables) -> Variables:
-    if self.mesh.shape["model"] > 1:
-      where = parallel.fsdp_sharding(self.mesh, variables, "model")
-    else:
-      where = jax.tree.map(lambda _: parallel.replicated(self.mesh), variables)
+    where = parallel.fsdp_sharding(self.mesh, variables, "model")
     with explain_memory():
       return jax.tree.map(_placed, variables, where)
-
-  def _check_tracker(self) -> None:
-    v, leaf = self.model.config.vision, self.tracker_variables["params"]["neck"]["fpn_layers_2"]["proj1"]
-    width, patch = leaf["kernel"].shape[2], self.tracker.config.patch_size
-    if (width, patch) != (v.hidden_size, v.patch_size):
-      raise ArgumentError(
-        "tracker",
-        f" must be for this model's trunk ({v.hidden_size} wide, patches of {v.patch_size} pixels), got one"
-        f" for {width} and {patch}",
-      )
 
   @property
   def devices(self) -> list[jax.Device]:

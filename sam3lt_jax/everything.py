@@ -217,9 +217,7 @@ def _records(predictor: Predictor, found: _Found, size: tuple[int, int], options
 
 
 def _finish(record: Record, output_mode: str) -> None:
-  """Adds `area` and `bbox` (x, y, width, height) and writes the mask as asked; once."""
-  if "area" in record:
-    return
+  """Adds `area` and `bbox` (x, y, width, height) and writes the mask as asked."""
   mask = record["segmentation"]
   x1, y1, x2, y2 = mask_box(mask).tolist()
   record["area"], record["bbox"] = int(np.count_nonzero(mask)), [x1, y1, x2 - x1, y2 - y1]
@@ -290,6 +288,6 @@ class SamAutomaticMaskGenerator:
     records = [record for f in found for record in _records(predictor, f, pixels.shape[:2], options)]
     if options.min_mask_region_area:
       records = _without_small_regions(records, options)
-    for record in records:
-      _finish(record, options.output_mode)
+      for record in records:
+        _finish(record, options.output_mode)
     return sorted(records, key=lambda record: -record["predicted_iou"])

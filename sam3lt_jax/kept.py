@@ -56,18 +56,17 @@ class Kept:
   @classmethod
   def join(cls, parts: Sequence[Kept], size: tuple[int, int]) -> Kept:
     """Of one image, what several calls found, in order; of no call, nothing."""
-    part = np.repeat(np.arange(len(parts)), [len(one) for one in parts])
-    own = np.concatenate([np.arange(0), *(np.arange(len(one)) for one in parts)])
-    prompt, query = (
-      np.concatenate([np.zeros(0, int), *(getattr(one, name) for one in parts)])
-      for name in ("prompt", "query")
+    places = [(one, k) for one in parts for k in range(len(one))]
+    none = {"prompt": np.zeros(0, int), "query": np.zeros(0, int), "scores": np.zeros(0, np.float32)}
+    prompt, query, scores, boxes = (
+      np.concatenate([empty, *(getattr(one, name) for one in parts)])
+      for name, empty in (none | {"boxes": np.zeros((0, 4), np.float32)}).items()
     )
-    scores = np.concatenate([np.zeros(0, np.float32), *(one.scores for one in parts)])
     order = np.lexsort((query, prompt, -scores))
-    boxes = np.concatenate([np.zeros((0, 4), np.float32), *(one.boxes for one in parts)])
 
     def mask(k: int) -> np.ndarray:
-      return parts[part[order[k]]].mask(int(own[order[k]]))
+      one, own = places[order[k]]
+      return one.mask(own)
 
     return cls(prompt[order], query[order], scores[order], boxes[order], size, mask)
 
