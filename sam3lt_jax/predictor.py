@@ -284,8 +284,8 @@ class Predictor:
     thresholds = self._thresholds(threshold, mask_threshold)
     if not prompts.is_several(images):
       asked = prompts.prompts_of(text, boxes, box_labels)
-      (results,) = self._stream([(images, asked)], *thresholds)
-      return results
+      one = self.engine.asked(*self._read(images), asked)
+      return self._ask(one, thresholds, images if self.remember_images else None)
     images = list(images)
     rows = [
       prompts.prompts_of(*asked, image=i)
@@ -391,8 +391,7 @@ class Predictor:
       return interactive.results(self.engine, answer, size, mask_threshold).with_image(remembered)
     thresholds = self._thresholds(threshold, mask_threshold)
     asked = self.engine.asked(None, size, prompts.prompts_of(text, boxes, box_labels))
-    ((_, (kept,)),) = self.engine.run([(None, [asked])], *thresholds, vision=vision)
-    return _results(kept, asked.prompts, remembered)
+    return self._ask(asked, thresholds, remembered, vision)
 
   @explained
   def refine(
@@ -488,6 +487,11 @@ class Predictor:
     """uint8 [S, S, 3] and the image's (height, width)."""
     image = image_ops.load_image(image)
     return image_ops.resize_image(image, self.processor.image_size), image.shape[:2]
+
+  def _ask(self, one: Asked, thresholds: Any, image: Any, vision: Any = None) -> Results:
+    """Of one image; `vision`: where it is encoded already."""
+    ((_, (kept,)),) = self.engine.run([(None, [one])], *thresholds, vision=vision)
+    return _results(kept, one.prompts, image)
 
   def _stream(
     self,
