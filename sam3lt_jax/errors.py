@@ -137,26 +137,21 @@ class KeywordError(ArgumentError, TypeError):
 def explained(function: F) -> F:
   """`function`, which says what an argument that it does not have is called here.
 
-  Where it takes `**options`, their names are those of the `TypedDict` that it unpacks.
+  Where it takes `**options`, their names are those of the `TypedDict` that it unpacks, "Unpack[Name]".
   """
   parameters = inspect.signature(function).parameters.values()
   known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-  options = next((p.annotation for p in parameters if p.kind is p.VAR_KEYWORD), None)
+  for options in (p.annotation for p in parameters if p.kind is p.VAR_KEYWORD):
+    known += function.__globals__[options.removeprefix("Unpack[").removesuffix("]")].__annotations__
 
   @functools.wraps(function)
   def call(*args, **kwargs):
-    accepted = known if options is None else [*known, *_names(function, options)]
     for name in kwargs:
-      if name not in accepted:
-        raise _unknown(function, name, [n for n in accepted if n not in ("self", "cls")])
+      if name not in known:
+        raise _unknown(function, name, [n for n in known if n not in ("self", "cls")])
     return function(*args, **kwargs)
 
   return call  # type: ignore[return-value]
-
-
-def _names(function: Any, unpacked: str) -> list[str]:
-  """The fields of the TypedDict in an annotation "Unpack[Name]"."""
-  return list(function.__globals__[unpacked.removeprefix("Unpack[").removesuffix("]")].__annotations__)
 
 
 def _unknown(function: Any, name: str, accepted: list[str]) -> KeywordError:

@@ -276,7 +276,14 @@ def _coco(source: str, path: str, images: str | None) -> _Part:
   entries = annotations.images_of(parse_json(files.read(path), source), source, sizes=False)
   rows = sorted((entry.id, entry.names, entry.size) for entry in entries)
   folder, which = _beside(source, images, files.folder_of(path), rows[0][1])
-  return _Part(source, rows, functools.partial(_coco_item, folder, which))
+
+  def item(row: tuple) -> Item:
+    image_id, names, size = row
+    name = names[min(which, len(names) - 1)]
+    known = {} if size is None else {"width": size[1], "height": size[0]}
+    return Item(str(image_id), files.join(folder, name), image_id, {"file_name": name} | known)
+
+  return _Part(source, rows, item)
 
 
 def _beside(source: str, images: str | None, folder: str, names: tuple[str, ...]) -> tuple[str, int]:
@@ -293,13 +300,6 @@ def _beside(source: str, images: str | None, folder: str, names: tuple[str, ...]
   )
 
 
-def _coco_item(folder: str, which: int, row: tuple) -> Item:
-  image_id, names, size = row
-  name = names[min(which, len(names) - 1)]
-  known = {} if size is None else {"width": size[1], "height": size[0]}
-  return Item(str(image_id), files.join(folder, name), image_id, {"file_name": name} | known)
-
-
 def _tar_part(source: str, paths: Sequence[str]) -> _Part:
   """Rows (number of the tar, member, offset or None, bytes, whether the id is the whole name)."""
   paths = [files.absolute(path) for path in paths]
@@ -310,18 +310,18 @@ def _tar_part(source: str, paths: Sequence[str]) -> _Part:
       rows.append((number, member, offset, size, first != member))
   if not rows:
     raise ValueError(f"no images in the tar shards {shown(source)} ({len(paths)} read)")
-  return _Part(source, rows, functools.partial(_tar_item, paths))
 
+  def made(row: tuple) -> Item:
+    number, member, offset, size, whole = row
+    path = paths[number]
+    item = Item(member if whole else os.path.splitext(member)[0], f"{path}!{member}")
+    if offset is not None:
+      item.meta.update(offset=offset, size=size)
+      if split_member(item) != (path, member):
+        item.meta["tar"] = len(path)
+    return item
 
-def _tar_item(paths: list[str], row: tuple) -> Item:
-  number, member, offset, size, whole = row
-  path = paths[number]
-  item = Item(member if whole else os.path.splitext(member)[0], f"{path}!{member}")
-  if offset is not None:
-    item.meta.update(offset=offset, size=size)
-    if split_member(item) != (path, member):
-      item.meta["tar"] = len(path)
-  return item
+  return _Part(source, rows, made)
 
 
 def _check_unique(items: Items) -> None:
