@@ -178,14 +178,13 @@ def drop_started(directory: str) -> int:
   return len(parts)
 
 
+@dataclasses.dataclass
 class Tally:
   """What records say: instances found, failures a reason, the first few of each."""
 
-  def __init__(self):
-    self.instances = 0
-    self.reasons: collections.Counter[str] = collections.Counter()
-    self.examples: list[dict[str, Any]] = []
-    self._shown: collections.Counter[str] = collections.Counter()
+  instances: int = 0
+  reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  examples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   def add(self, record: dict[str, Any]) -> None:
     self.instances += len(record.get("results", ()))
@@ -194,8 +193,7 @@ class Tally:
       self.show(record)
 
   def show(self, failure: dict[str, Any]) -> None:
-    if self._shown[failure["error"]] < _EXAMPLES:
-      self._shown[failure["error"]] += 1
+    if sum(one["error"] == failure["error"] for one in self.examples) < _EXAMPLES:
       self.examples.append({k: failure[k] for k in ("id", "uri", "error", "message") if k in failure})
 
 

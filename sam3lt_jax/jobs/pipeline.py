@@ -160,24 +160,23 @@ class _Entry:
   row: int = 0
 
 
+@dataclasses.dataclass
 class Pipeline:
   """Drives a run's images through reader, devices, post-processing and writer, and counts what they do.
 
   `config` is a `run.JobConfig`; `on_image` is called from a post-processing thread with each image's record.
   """
 
-  def __init__(
-    self,
-    engine: Engine,
-    questions: Questions,
-    config: Any,
-    summary: Summary,
-    progress: Any,
-    stop: Callable[[], bool],
-    on_image: Callable[[Item, results.Record], None],
-  ):
-    self._engine, self._questions, self._config = engine, questions, config
-    self._summary, self._progress, self._stop, self._on_image = summary, progress, stop, on_image
+  engine: Engine
+  questions: Questions
+  config: Any
+  summary: Summary
+  progress: Any
+  stop: Callable[[], bool]
+  on_image: Callable[[Item, results.Record], None]
+
+  def __post_init__(self):
+    engine, config = self.engine, self.config
     default = engine.processor.profile.score_threshold
     threshold = default if config.threshold is None else config.threshold
     self._thresholds = threshold, config.mask_threshold
@@ -188,7 +187,7 @@ class Pipeline:
       processes=config.worker_processes,
       ahead=2 * workers + engine.rows,  # a batch is being gathered while another is decoded
       max_pixels=config.max_pixels,
-      stop=stop,
+      stop=self.stop,
     )
     self._pool = futures.ThreadPoolExecutor(workers, thread_name_prefix="sam3lt-post")
     self._clock = DeviceClock()
@@ -198,7 +197,7 @@ class Pipeline:
     self._in_hand = 0  # batches that the devices have
     self._images = self._failures = 0
     engine.on_start = self._on_start
-    summary.devices, summary.batch = len(engine.devices), engine.image_buckets[-1]
+    self.summary.devices, self.summary.batch = len(engine.devices), engine.image_buckets[-1]
 
   def run(self, plan: Plan, shards: Iterable[Shard], process: int) -> None:
     """Works through `shards` until all are done, the job is stopped or too much failed: `summary` says which.
@@ -206,7 +205,7 @@ class Pipeline:
     Ended early in any way, what the devices have is finished and written; the rest is left for another run.
     Raises what the writer raises.
     """
-    summary, engine = self._summary, self._engine
+    summary, engine = self.summary, self.engine
     try:
       with self._reader, self._writer:
         try:
@@ -235,17 +234,17 @@ class Pipeline:
   ) -> Iterator[tuple[ShardWriter, Item | None]]:
     """(shard, item) of what is to do, (shard, None) at each shard's end; opens shards as they are needed."""
     for shard in shards:
-      if self._stop():
-        self._summary.stopped = "stopped"
+      if self.stop():
+        self.summary.stopped = "stopped"
         return
       try:
         writer = ShardWriter(plan, shard, process).open()
       except Busy:
-        self._summary.shards_busy += 1
+        self.summary.shards_busy += 1
         continue
       self._open.append(writer)
       done = frozenset(writer.done)
-      self._summary.images_before += len(done)
+      self.summary.images_before += len(done)
       for item in shard.items:
         if item.id not in done:
           yield writer, item
@@ -259,18 +258,18 @@ class Pipeline:
     asked: list[Asked] = []
     try:
       for shard, item, found in self._reader.stream(works):
-        if self._stop():
+        if self.stop():
           raise Stopped
         entries.append(self._entry(shard, item, found, asked))
         # What only failed waits for no image, unless the devices are at work before it.
-        if len(asked) == self._engine.rows or not (asked or self._in_hand):
+        if len(asked) == self.engine.rows or not (asked or self._in_hand):
           self._in_hand += bool(asked)
           yield entries, asked
           entries, asked = [], []
     except Stopped:
-      self._summary.stopped = "stopped"
+      self.summary.stopped = "stopped"
     except TooManyFailures as e:
-      self._summary.stopped, self._summary.too_many_failures = str(e), True
+      self.summary.stopped, self.summary.too_many_failures = str(e), True
     else:
       yield entries, asked
 
@@ -284,12 +283,12 @@ class Pipeline:
     if isinstance(found, Pixels):
       try:
         size = found.height, found.width
-        one = self._engine.asked(found.pixels, size, self._questions.for_item(item.id))
+        one = self.engine.asked(found.pixels, size, self.questions.for_item(item.id))
       except ValueError as e:
         found = Failure("other", f"its question cannot be asked: {e}")
     if isinstance(found, Failure):
       self._failures += 1
-      accepted = self._config.max_failures
+      accepted = self.config.max_failures
       if self._images >= FEWEST and self._failures > accepted * self._images:
         raise TooManyFailures(
           f"{self._failures} of {self._images} images failed, more than the accepted share of"
@@ -318,16 +317,16 @@ class Pipeline:
       instances.append(results.instance(prompt, number, kept.scores[k], kept.boxes[k], kept.mask(k)))
     height, width = entry.found.height, entry.found.width
     record = results.record(entry.item, width=width, height=height, results=instances)
-    self._on_image(entry.item, record)
+    self.on_image(entry.item, record)
     return record
 
   def _on_start(self, at: float, output: Any) -> None:
     if self._waited_before is None:
-      self._waited_before = self._engine.waited_s
+      self._waited_before = self.engine.waited_s
       for shard in self._open:  # so that `status` leaves compiling out of the rate, as the summary does
         shard.begin()
     self._clock.started(at, output)
 
   def _on_record(self, record: results.Record) -> None:
-    self._summary.count(record)
-    self._progress.image("error" in record)
+    self.summary.count(record)
+    self.progress.image("error" in record)

@@ -18,6 +18,7 @@ store has no lock: there plan.json is read back, so that the one who was overwri
 from __future__ import annotations
 
 import array
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -284,69 +285,70 @@ def _write(directory: str, content: dict[str, Any]) -> dict[str, Any]:
   return content
 
 
+@dataclasses.dataclass
 class _Opening:
   """A folder that is opened with what a job brings; `notes` of what was done, a sentence each."""
 
-  def __init__(
-    self, directory: str, items: Sequence[Item], fingerprint: dict[str, Any], size: int, allow_change: bool
-  ):
-    self._directory, self._items, self._fingerprint = directory, items, fingerprint
-    self._size, self._allow_change = size, allow_change
-    self.notes: list[str] = []
+  directory: str
+  items: Sequence[Item]
+  fingerprint: dict[str, Any]
+  size: int
+  allow_change: bool
+  notes: list[str] = dataclasses.field(default_factory=list)
 
   def content(self) -> dict[str, Any]:
     """The plan to work by."""
-    content, own = _read(self._directory), None
+    content, own = _read(self.directory), None
     if content is None:
       own = self._create()
-      content = _read(self._directory)  # an object store may hold what another job put since
+      content = _read(self.directory)  # an object store may hold what another job put since
     return content if content == own else self._agree(content)
 
   def _create(self) -> dict[str, Any]:
     """Writes a new plan, of items that fit the shards that are done, and returns it."""
-    if not self._items:
+    if not self.items:
       raise ValueError("items must hold at least one image, got none")
     size = self._fitting_size()
-    if dropped := ledger.drop_started(self._directory):
+    if dropped := ledger.drop_started(self.directory):
       self.notes.append(f"{PLAN} was missing; started shards that begin again: {dropped}")
     content = {
       "format": FORMAT,
       "program": f"sam3lt_jax {sam3lt_jax.__version__}",
       "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-      "fingerprint": self._fingerprint,
-      "shards": _sizes(len(self._items), size),
+      "fingerprint": self.fingerprint,
+      "shards": _sizes(len(self.items), size),
       "items_file": ITEMS,
-      "items_sha256": _write_items(files.join(self._directory, ITEMS), self._items),
-      "source_digest": _source_digest(self._items),
+      "items_sha256": _write_items(files.join(self.directory, ITEMS), self.items),
+      "source_digest": _source_digest(self.items),
     }
-    return _write(self._directory, content)
+    return _write(self.directory, content)
 
   def _fitting_size(self) -> int:
     """Items a shard: as of the shards that are done, whose plan is lost; damaged ones are set aside."""
     found: dict[int, set[str]] = {}
-    for index in sorted(ledger.committed(self._directory)):
+    for index in sorted(ledger.committed(self.directory)):
       try:
-        about, records = ledger.read_shard(self._directory, index)
+        about, records = ledger.read_shard(self.directory, index)
       except ledger.Damaged as e:
-        ledger.set_aside(self._directory, index)
+        ledger.set_aside(self.directory, index)
         self.notes.append(f"{e}: it is done again")
         continue
-      settings = _sha256(self._fingerprint)[:16]
-      if about.get("settings", settings) != settings and not self._allow_change:
+      settings = _sha256(self.fingerprint)[:16]
+      if about.get("settings", settings) != settings and not self.allow_change:
         raise ValueError(
-          f"{self._directory} holds shards ({ledger.shard_name(index)}) but no {PLAN}, and they were made"
+          f"{self.directory} holds shards ({ledger.shard_name(index)}) but no {PLAN}, and they were made"
           f" with another model, other phrases or options. To go on, {_REMEDY}"
         )
       found[index] = {record["id"] for record in records}
-    for size in dict.fromkeys([*map(len, found.values()), self._size]):
-      if all({item.id for item in self._items[i * size : (i + 1) * size]} == ids for i, ids in found.items()):
+    for size in dict.fromkeys([*map(len, found.values()), self.size]):
+      if all({item.id for item in self.items[i * size : (i + 1) * size]} == ids for i, ids in found.items()):
         if found:
           self.notes.append(
             f"{PLAN} was missing: made anew from the source, which the {len(found)} shards that are done fit"
           )
         return size
     raise ValueError(
-      f"{self._directory} holds {len(found)} shards that are done but no {PLAN}, and they do not fit the"
+      f"{self.directory} holds {len(found)} shards that are done but no {PLAN}, and they do not fit the"
       " images that are listed now: start the job with the source of before, or give another output folder"
     )
 
@@ -356,17 +358,17 @@ class _Opening:
     Raises:
       ValueError: something differs and may not, or another job is at work in the folder.
     """
-    directory, old, new = self._directory, content["fingerprint"], self._fingerprint
-    source = _source_digest(self._items)
+    directory, old, new = self.directory, content["fingerprint"], self.fingerprint
+    source = _source_digest(self.items)
     other = [
       f"{key} was {_show(old.get(key))} and is now {_show(new.get(key))}"
       for key in dict.fromkeys([*old, *new])
       if old.get(key) != new.get(key)
     ]
-    listed = None if source == content["source_digest"] else _Listing(directory, content, self._items)
+    listed = None if source == content["source_digest"] else _Listing(directory, content, self.items)
     if not other and listed is None:
       return content
-    if not self._allow_change:
+    if not self.allow_change:
       said = other + ([str(listed)] if listed else [])
       raise ValueError(f"{directory} holds another job: {'; '.join(said)}. To go on, {_REMEDY}")
     if other:
@@ -377,7 +379,7 @@ class _Opening:
       content = content | {"fingerprint": new}
     if listed:
       number = int(content["items_file"].removesuffix(".jsonl").partition("-")[2] or 0) + 1
-      added, name = _sizes(len(listed.new), self._size), f"items-{number}.jsonl"
+      added, name = _sizes(len(listed.new), self.size), f"items-{number}.jsonl"
       content = content | {
         "items_file": name,
         "items_sha256": _write_items(files.join(directory, name), listed.all()),

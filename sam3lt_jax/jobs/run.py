@@ -221,54 +221,55 @@ def run_job(
   return run_part(_Images(config, predictor, progress, stop), progress, stop)
 
 
+@dataclasses.dataclass
 class _Images:
   """A job of images: its model, and the stages of its run, put together."""
 
-  def __init__(
-    self, config: JobConfig, predictor: Predictor | None, progress: Progress, stop: threading.Event
-  ):
-    self.config, self._predictor, self._progress, self._stop = config, predictor, progress, stop
-    self._engine: Engine | None = None
+  config: JobConfig
+  predictor: Predictor | None
+  progress: Progress
+  stop: threading.Event
+  engine: Engine | None = None
 
   def items(self) -> Sequence[Item]:
     config = self.config
     items = list_items(config.source, recursive=config.recursive, images=config.images)
     file = config.prompts_file
     questions = Questions.of_phrases(config.phrases) if file is None else Questions.from_file(file)
-    self._questions = questions
+    self.questions = questions
     if skipped := questions.check_items(item.id for item in items) if questions.per_image else 0:
-      self._progress.note(f"nothing is asked of {skipped} of {len(items)} images")
+      self.progress.note(f"nothing is asked of {skipped} of {len(items)} images")
     first = itertools.islice(items, SHARD_SIZES[1])
-    self._asked = max([1, *(len(questions.for_item(item.id)) for item in first)])
-    if self._predictor is None:
+    self.asked = max([1, *(len(questions.for_item(item.id)) for item in first)])
+    if self.predictor is None:
       check_phrases(config.model, questions.phrases)
     return items
 
   def load(self, items: Sequence[Item]) -> dict[str, Any]:
-    if self._predictor is None:
+    if self.predictor is None:
       ahead = not Plan.is_done(self.config.out)
-      self._engine, weights = load(self.config, self._asked, ahead)
+      self.engine, weights = load(self.config, self.asked, ahead)
     else:
-      weights = digest(self._predictor.variables)
-    return fingerprint(self.config, self._engine or self._predictor, self._questions, weights)
+      weights = digest(self.predictor.variables)
+    return fingerprint(self.config, self.engine or self.predictor, self.questions, weights)
 
   def shard_size(self, items: int, processes: int) -> int:
     return self.config.shard_size or min(max(-(-items // (8 * processes)), SHARD_SIZES[0]), SHARD_SIZES[1])
 
   def work(self, plan: Plan, items: Sequence[Item], shards: Iterator[Shard], summary: Summary) -> None:
-    config, progress = self.config, self._progress
+    config, progress = self.config, self.progress
     progress.phase("preparing the devices")
-    if (engine := self._engine) is None:
-      loaded, options = self._predictor, engine_options(config, self._asked)
-      engine = self._engine = Engine(loaded.model, loaded.variables, loaded.processor, **options)
+    if (engine := self.engine) is None:
+      loaded, options = self.predictor, engine_options(config, self.asked)
+      engine = self.engine = Engine(loaded.model, loaded.variables, loaded.processor, **options)
     progress.note(f"running on {devices.running(engine.devices, engine.model.dtype)}")
-    engine.compile_ahead(engine.rows, self._asked)
+    engine.compile_ahead(engine.rows, self.asked)
     if config.batch is None:
-      engine.fit_memory(self._asked)
+      engine.fit_memory(self.asked)
     summary.startup_s = time.perf_counter() - summary.started
     progress.phase("")
-    overlays, stop = Overlays(plan.directory, items, config.overlays), self._stop.is_set
-    pipeline = Pipeline(engine, self._questions, config, summary, progress, stop, overlays.draw)
+    overlays, stop = Overlays(plan.directory, items, config.overlays), self.stop.is_set
+    pipeline = Pipeline(engine, self.questions, config, summary, progress, stop, overlays.draw)
     pipeline.run(plan, shards, config.process()[0])
 
 
