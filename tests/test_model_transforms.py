@@ -82,6 +82,7 @@ def test_fuse_keeps_the_stored_dtype(model, variables):
   assert {leaf.dtype for leaf in jax.tree.leaves(fused)} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.full  # a whole gradient to compile; CI compares it with torch's, too
 def test_gradients_are_finite_and_reach_every_part(model, variables):
   """At the smallest resolution, whose grid of 2 is smaller than a window and than the position table."""
   ids, mask = tiny.phrases(1)
@@ -151,6 +152,7 @@ for out in (sharded, mapped):
 """
 
 
+@pytest.mark.full  # a process with a model; test_parallel has the meshes
 def test_two_devices_give_what_one_gives():
   """jit over a mesh and `pmap_forward`, in a process of its own, which can have two devices."""
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"

@@ -58,7 +58,7 @@ def test_a_pruned_model_gives_the_same_features_and_survives_saving(tmp_path):
   np.testing.assert_array_equal(features(back, jax.tree.map(np.asarray, loaded), processor.tokenizer), want)
 
 
-@pytest.mark.parametrize("format", ["orbax", "transformers"])
+@pytest.mark.parametrize("format", [pytest.param("orbax", marks=pytest.mark.full), "transformers"])  # 3 s
 def test_the_vocabulary_goes_with_a_pruned_model(tmp_path, format):
   """Nobody has to name the tokenizer: not to save, to load, to save again, or to ask."""
   model, variables, tokenizer = prune_vocabulary(*from_pretrained("random:tiny"), PHRASES)

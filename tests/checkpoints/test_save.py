@@ -26,7 +26,8 @@ from tests.checkpoints.common import (
 # --- our own directories
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-s1"])
+# Without statistics of BatchNorm all tests below save and load.
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-s1", marks=pytest.mark.full)])
 def test_orbax_round_trip(tmp_path, name):
   profile = dataclasses.replace(Profile.transformers(), name="mine", score_threshold=0.125)
   model, variables = from_pretrained(f"random:{name}", profile=profile)

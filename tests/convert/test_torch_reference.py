@@ -32,6 +32,7 @@ def _inputs(size=168, vocab=300, prompts=2, tokens=16):
   }
 
 
+@pytest.mark.full  # 5 s each, and only another transformers can break it
 @pytest.mark.parametrize("variant", ["s0", "s1", "l", "sam3"])
 def test_randomised_reference_is_alive(variant):
   ref = reference.import_torch_reference()
@@ -87,6 +88,7 @@ def test_saved_as_transformers_saves(tmp_path):
     assert ref.torch.equal(value, loaded.state_dict()[name]), name
 
 
+@pytest.mark.full  # what the full-size comparison rests on
 def test_deleting_makes_room():
   model = reference.random_torch_model(reference.tiny_config("s1"), seed=5)
   reference.run_stages(model, _inputs(), delete=True)

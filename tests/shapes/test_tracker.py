@@ -131,16 +131,20 @@ def test_the_bundled_tracker_answers_clicks_and_outlines():
   assert np.mean(ious["click"]) > FLOORS["click"] and np.mean(ious["box"]) > FLOORS["box"]
 
 
-def test_the_bundled_tracker_follows():
+@pytest.fixture(scope="module")
+def video():
+  return VideoPredictor.from_pretrained("shapes", tracker=True, compile_ahead=False)
+
+
+def test_the_bundled_tracker_follows(video):
   """Objects that are clicked on once, on clips that nobody trained on."""
-  video = VideoPredictor.from_pretrained("shapes", tracker=True, compile_ahead=False)
   found = tracker_evaluation.clips(video.engine, count=2, frames=12)
   assert found["frames"] > 40 and found["J"] > FLOORS["clip"], found
 
 
-def test_the_bundled_model_keeps_its_numbers():
+@pytest.mark.full  # compiles the detector as well; the test above says that objects are followed
+def test_the_bundled_model_keeps_its_numbers(video):
   """What a phrase finds on the first frame of a clip has the same id on the last one."""
-  video = VideoPredictor.from_pretrained("shapes", tracker=True, compile_ahead=False)
   same = []
   for seed in (HELD_OUT_SEED, HELD_OUT_SEED + 3):
     drawn = draw_clip(seed, 12)

@@ -166,6 +166,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 @NEEDS_LIBTPU
+@pytest.mark.full  # a process with libtpu
 def test_mistakes_are_named():
   """In one process: to start JAX and libtpu takes longer than they do."""
   done = subprocess.run(

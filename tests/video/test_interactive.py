@@ -43,6 +43,7 @@ def alone(i: int) -> dict[int, np.ndarray]:
   return run(*session([i]), 0, 6)
 
 
+@pytest.mark.full  # compiles for two; of the state test_tracks says it, of a session the test below
 def test_objects_of_one_session_are_each_on_their_own():
   video, state = session([1, 2])
   for t, shown in run(video, state, 0, 6).items():
@@ -202,6 +203,7 @@ def test_frames_must_be_of_one_size():
     video.add_new_points_or_box(state, 1, 1, [[1, 1]], [1])
 
 
+@pytest.mark.full  # compiles a whole engine; test_predictor clicks on one
 def test_on_an_engine_frames_are_encoded_for_the_tracker_alone():
   config = tiny.config(vocab_size=49408)
   with tiny.hurry():

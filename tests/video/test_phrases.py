@@ -194,6 +194,7 @@ def test_slots_that_grow_in_mid_clip():
   assert tracks.tracks.size == 4
 
 
+@pytest.mark.full  # compiles for eight; test_predictor tracks two phrases
 def test_two_phrases_are_each_as_if_alone():
   """In one pass, one of them late; objects have other numbers."""
   one, other = clip_of("strict"), clip_of("add_prompt_first")

@@ -109,6 +109,7 @@ def test_a_batch_changes_rounding_at_most(predictor, clip, whole):
     assert (a.masks != b.masks).mean() < 1e-3 if len(a) else True
 
 
+@pytest.mark.full  # compiles for every number of objects; test_phrases clicks, adds and removes
 def test_stepping_in(predictor, clip):
   tracking = predictor.track(clip, TEXT[0], latency=0, batch=1, **OPTIONS)
   with pytest.raises(ValueError, match="clicks are about a frame: track one first"):

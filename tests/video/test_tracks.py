@@ -121,6 +121,7 @@ def test_saved_and_loaded_and_forked_it_goes_on_bit_for_bit(tmp_path, alone):
   same(run(fork, range(5, 10))[1], after, ROUNDING)
 
 
+@pytest.mark.full  # 520 frames; test_phrases measures the state over 72
 def test_memory_does_not_grow_with_the_clip():
   tracks = Tracks(engine())
   start(tracks, [1])

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from sam3lt_jax.checkpoints.engine import flatten
+from sam3lt_jax.checkpoints.engine import flatten, unflatten
 from sam3lt_jax.training.detection import lora
 from sam3lt_jax.training.detection.lora import LoraConfig
 from tests import tiny
@@ -60,8 +60,9 @@ def test_default_targets_of_the_real_model():
 def test_full_size_count():
   """S0, rank 16: 16 x (in + out) a matrix. ViT: 4 of 1024 x 1024 and two of 1024 x 4736 in 32 layers."""
   from sam3lt_jax import Sam3LiteText, Sam3LiteTextConfig
+  from sam3lt_jax.checkpoints.pretrained import abstract_leaves
 
-  shapes = jax.eval_shape(Sam3LiteText(Sam3LiteTextConfig.s0()).init_variables, jax.random.key(0))["params"]
+  shapes = unflatten(abstract_leaves(Sam3LiteText(Sam3LiteTextConfig.s0())))["params"]
   adapters = jax.eval_shape(lambda p: lora.init_lora(p, LoraConfig(), jax.random.key(0)), shapes)
   trunk = 32 * (4 * 2048 + 2 * 5760)
   fusion = 6 * (8 * 512 + 2 * 2304)

@@ -19,6 +19,12 @@ from tests import tiny
 HALF = math.log(2)  # cross entropy of a logit of 0
 LEFT, RIGHT = [0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]
 
+# As one program each: outside of one, every operation is compiled alone.
+detection_loss = jax.jit(losses.detection_loss, static_argnums=2)
+score_loss = jax.jit(losses.score_loss, static_argnums=4)
+mask_losses = jax.jit(losses.mask_losses, static_argnums=4, static_argnames="queries")
+semantic_losses = jax.jit(losses.semantic_losses, static_argnums=2)
+
 
 def targets(boxes, valid, masks=None, prompt_valid=None, exhaustive=None) -> DetectionTargets:
   valid = jnp.array(valid)
@@ -55,9 +61,9 @@ def test_score_loss_by_hand():
   match = jnp.array([[[[1.0], [0.0]]]])
   boxes = jnp.array([[[LEFT, RIGHT]]])
   config = DetectionLossConfig(queries_scale=None)
-  value = losses.score_loss(jnp.zeros((1, 1, 2)), boxes, match, t, config)
+  value = score_loss(jnp.zeros((1, 1, 2)), boxes, match, t, config)
   np.testing.assert_allclose(value, [(10 * HALF + 0.25 * HALF) / 2], rtol=1e-6)
-  value = losses.score_loss(jnp.zeros((1, 1, 2)), boxes, match, t, DetectionLossConfig(queries_scale=200))
+  value = score_loss(jnp.zeros((1, 1, 2)), boxes, match, t, DetectionLossConfig(queries_scale=200))
   np.testing.assert_allclose(value, [(10 * HALF + 0.25 * HALF) / 200], rtol=1e-6)
 
 
@@ -68,7 +74,7 @@ def test_score_target_is_probability_and_iou():
   boxes = jnp.array([[[[0.125, 0.5, 0.25, 1.0]]]])  # half of LEFT
   config = DetectionLossConfig(queries_scale=None, positive_weight=1.0)
   match = jnp.ones((1, 1, 1, 1))
-  gradient = jax.grad(lambda x: losses.score_loss(x, boxes, match, t, config).sum())(jnp.full((1, 1, 1), 2.0))
+  gradient = jax.grad(lambda x: score_loss(x, boxes, match, t, config).sum())(jnp.full((1, 1, 1), 2.0))
   p = 1 / (1 + math.exp(-2))
   np.testing.assert_allclose(gradient.ravel(), [p - p**0.25 * 0.5**0.75], rtol=1e-5)
 
@@ -79,7 +85,7 @@ def test_absent_phrases_teach_presence_only():
   boxes = jnp.array([[[LEFT], [LEFT]]])
 
   def score(logits):
-    return losses.score_loss(logits, boxes, match, t, DetectionLossConfig()).sum()
+    return score_loss(logits, boxes, match, t, DetectionLossConfig()).sum()
 
   gradient = jax.grad(score)(jnp.ones((1, 2, 1)))
   assert gradient[0, 0, 0] != 0 and gradient[0, 1, 0] == 0
@@ -93,7 +99,7 @@ def test_unlisted_objects_are_not_punished():
   match = jnp.array([[[[1.0], [0.0]]]])
   boxes = jnp.array([[[LEFT, RIGHT]]])
   logits = jnp.ones((1, 1, 2))
-  gradient = jax.grad(lambda x: losses.score_loss(x, boxes, match, t, DetectionLossConfig()).sum())(logits)
+  gradient = jax.grad(lambda x: score_loss(x, boxes, match, t, DetectionLossConfig()).sum())(logits)
   assert gradient[0, 0, 0] != 0 and gradient[0, 0, 1] == 0
 
 
@@ -110,7 +116,7 @@ def test_mask_losses_take_the_objects_own_query():
   t = targets([[LEFT]], [[True]], masks=[[[[1, 1], [0, 0]]]])
   match = jnp.array([[[0.0], [1.0]]])
   config = DetectionLossConfig()
-  focal, dice = losses.mask_losses(masks, match, t, jnp.array(1.0), config)
+  focal, dice = mask_losses(masks, match, t, jnp.array(1.0), config)
   np.testing.assert_allclose(focal, (0.25 + 0.75) / 2 * 0.25 * HALF, rtol=1e-6)
   np.testing.assert_allclose(dice, 0.4, rtol=1e-6)
 
@@ -121,7 +127,7 @@ def test_mask_losses_of_several_queries_an_object():
   masks = jnp.stack([jnp.where(true[0, 0] > 0, 50.0, -50.0), jnp.zeros((2, 2)), jnp.full((2, 2), 9.0)])[None]
   t = targets([[LEFT]], [[True]], masks=true)
   match = jnp.array([[[1.0], [1.0], [0.0]]])
-  focal, dice = losses.mask_losses(masks, match, t, jnp.array(1.0), DetectionLossConfig(), queries=4)
+  focal, dice = mask_losses(masks, match, t, jnp.array(1.0), DetectionLossConfig(), queries=4)
   np.testing.assert_allclose(focal, (0.25 + 0.75) / 2 * 0.25 * HALF, rtol=1e-6)
   np.testing.assert_allclose(dice, 0.4, rtol=1e-6)
 
@@ -130,19 +136,19 @@ def test_masks_of_another_size_are_resized_and_points_agree_on_flat_masks():
   masks = jnp.full((1, 1, 2, 2), -3.0)
   t = targets([[LEFT]], [[True]], masks=jnp.ones((1, 1, 8, 8)))
   match, one = jnp.ones((1, 1, 1)), jnp.array(1.0)
-  every = losses.mask_losses(masks, match, t, one, DetectionLossConfig())
+  every = mask_losses(masks, match, t, one, DetectionLossConfig())
   config = DetectionLossConfig(mask_points=64)  # as many points as pixels: the dice loss has the same +1
-  points = losses.mask_losses(masks, match, t, one, config, jax.random.key(0))
+  points = mask_losses(masks, match, t, one, config, jax.random.key(0))
   np.testing.assert_allclose(every, points, rtol=1e-5)
   with pytest.raises(ValueError, match="mask_points needs a key"):
-    losses.mask_losses(masks, match, t, one, config)
+    mask_losses(masks, match, t, one, config)
 
 
 def test_semantic_loss_is_of_the_union_and_skips_absent_phrases():
   masks = jnp.array([[[[1, 0], [0, 0]], [[0, 1], [0, 0]]], [[[0, 0], [0, 0]], [[0, 0], [0, 0]]]])
   t = targets([[LEFT, RIGHT]] * 2, [[True, True], [False, False]], masks=masks)
   logits = jnp.stack([jnp.zeros((1, 2, 2)), jnp.full((1, 2, 2), 20.0)])
-  focal, dice = losses.semantic_losses(logits, t, DetectionLossConfig())
+  focal, dice = semantic_losses(logits, t, DetectionLossConfig())
   np.testing.assert_allclose(focal, (0.6 + 0.4) / 2 * 0.25 * HALF, rtol=1e-6)
   np.testing.assert_allclose(dice, 0.4, rtol=1e-6)
 
@@ -159,9 +165,7 @@ def output_with_masks() -> Sam3LiteTextOutput:
 
 
 def whole(output, t, **config):
-  """`detection_loss` as one program: outside of one, each of its operations is compiled alone."""
-  config = DetectionLossConfig(**config)
-  return tiny.jit(lambda output, t: losses.detection_loss(output, t, config))(output, t)
+  return detection_loss(output, t, DetectionLossConfig(**config))
 
 
 def test_one_to_many_rows_have_mask_losses_of_the_published_weight():

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
 from sam3lt_jax.training.detection import matcher
-from sam3lt_jax.training.detection.matcher import (
-  MatcherConfig,
-  match_one_to_many,
-  match_one_to_one,
-  pairwise_iou,
-)
+from sam3lt_jax.training.detection.matcher import MatcherConfig, pairwise_iou
 
+# As one program each: outside of one, every operation is compiled alone.
+match_one_to_one = jax.jit(matcher.match_one_to_one, static_argnums=4)
+match_one_to_many = jax.jit(matcher.match_one_to_many, static_argnums=4)
 LEFT, RIGHT = [0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]  # the two halves of the image, cxcywh
 
 
