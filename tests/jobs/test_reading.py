@@ -166,13 +166,13 @@ def test_a_decoder_that_dies_costs_its_own_image(photos):
 
 def test_it_gives_up_waiting_when_told(photos, monkeypatch):
   release, stop = threading.Event(), threading.Event()
-  monkeypatch.setattr(reading, "read_image", lambda *a: release.wait(20))
+  monkeypatch.setattr(reading, "read_image", lambda *a: release.wait(1000))
   threading.Timer(0.1, stop.set).start()
-  threading.Timer(0.6, release.set).start()
-  start = time.perf_counter()
-  with Reader(SIDE, workers=1, stop=stop.is_set) as reader, pytest.raises(reading.Stopped):
-    list(reader.stream([(0, "item"), (1, "item")]))
-  assert stop.is_set() and time.perf_counter() - start < 15
+  with Reader(SIDE, workers=1, stop=stop.is_set) as reader:
+    with pytest.raises(reading.Stopped):
+      list(reader.stream([(0, "item"), (1, "item")]))
+    assert stop.is_set() and not release.is_set()
+    release.set()
 
 
 @pytest.mark.parametrize("processes", [False, True])
@@ -184,11 +184,9 @@ def test_a_hung_read_ends_with_the_job_and_so_does_a_killed_one(processes, tmp_p
     assert job.stdout.readline() == "reading\n"
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert (job.pid in pids) is not processes
-    start = time.monotonic()
-    job.send_signal(number)
-    assert job.wait(30) == (0 if number == signal.SIGTERM else -number)
-    assert time.monotonic() - start < 10
-    end = time.monotonic() + 10
+    job.send_signal(number)  # who waits for the images waits 1000 s
+    assert job.wait(100) == (0 if number == signal.SIGTERM else -number)
+    end = time.monotonic() + 100
     while alive := [pid for pid in pids if is_alive(pid)]:
       assert time.monotonic() < end, f"{alive} stayed behind after {number!r}"
       time.sleep(0.05)
