@@ -205,6 +205,7 @@ def test_image_index_equals_separate_calls(encode, read, detect):
   np.testing.assert_allclose(other.pred_masks[1], together.pred_masks[1], atol=ATOL)
 
 
+@pytest.mark.full  # four programs; the test above and test_properties say it of image_index
 def test_one_image_serves_all_prompts_and_one_prompt_all_images(encode, read, detect):
   vision, text = encode(tiny.pixels(2)), read(*tiny.phrases(3))
   one_image, one_prompt = detect(row(vision, 0), text), detect(vision, row(text, 0))

@@ -77,7 +77,7 @@ MIXED_BATCH = dataclasses.replace(Profile.transformers(), name="mixed batch", ge
     (Profile.original(), None, None),
     (Profile.original(), BOXES, [1, 0]),
     (Profile.transformers(), None, None),
-    (MIXED_BATCH, None, None),
+    pytest.param(MIXED_BATCH, None, None, marks=pytest.mark.full),  # compiles all again, as the one above
   ],
 )
 def test_equals_processor_model_and_post_processing(base, profile, boxes, labels):

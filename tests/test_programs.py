@@ -28,7 +28,7 @@ NAMES = {"jit(encode)", "jit(read)", "jit(detect)"}
 
 
 @pytest.mark.parametrize(
-  "source", ["random:tiny", "shapes"]
+  "source", [pytest.param("random:tiny", marks=pytest.mark.full), "shapes"]
 )  # text encoders with and without RepMixer blocks
 def test_a_first_call_compiles_nothing_more(source, compiled, caplog):
   predictor = Predictor.from_pretrained(source)

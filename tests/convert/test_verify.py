@@ -38,7 +38,9 @@ def run(capsys, *argv):
   [
     (["--text", "a red disc"], 12),
     # 140 pixels: a grid of 10, which the window of 4 does not divide.
-    (["--box", "90,70,230,210", "--box", "10,10,60,90", "--size", "140"], 10),
+    pytest.param(
+      ["--box", "90,70,230,210", "--box", "10,10,60,90", "--size", "140"], 10, marks=pytest.mark.full
+    ),
   ],
 )
 def test_a_good_checkpoint_passes(capsys, checkpoint, photo, prompt, grid):

@@ -10,6 +10,8 @@ from examples.shapes.data import ATTRIBUTES, ShapesBatches, attribute_indices, n
 from sam3lt_jax.shapes.phrases import all_phrases
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
 
+# As one program each: outside of one, every operation is compiled alone.
+attribute_loss, fit_loss = jax.jit(alignment.attribute_loss), jax.jit(alignment.fit_loss)
 SIZES = [len(values) for values in ATTRIBUTES.values()]
 
 
@@ -35,10 +37,10 @@ def test_attribute_loss():
   """Logits of zero cost log(values) an attribute; sure and right ones nothing; unmatched objects nothing."""
   has = np.array([[[1, 0, 2, 1], [0, 0, 0, 0]]])
   found = np.array([[[1.0, 0.0]], [[1.0, 0.0]]])  # two layers, one of two objects matched
-  flat, _ = alignment.attribute_loss(jnp.zeros((2, 1, 2, sum(SIZES))), has, found)
+  flat, _ = attribute_loss(jnp.zeros((2, 1, 2, sum(SIZES))), has, found)
   np.testing.assert_allclose(flat, 2 * sum(np.log(SIZES)), rtol=1e-6)
   sure = np.concatenate([30.0 * np.eye(n)[i] for n, i in zip(SIZES, has[0, 0])])
-  loss, metrics = alignment.attribute_loss(jnp.broadcast_to(sure, (2, 1, 2, sum(SIZES))), has, found)
+  loss, metrics = attribute_loss(jnp.broadcast_to(sure, (2, 1, 2, sum(SIZES))), has, found)
   assert loss < 1e-6
   assert {k: float(v) for k, v in metrics.items()} == {f"{name}_accuracy": 1.0 for name in ATTRIBUTES}
 
@@ -49,13 +51,13 @@ def test_fit_loss():
   has = np.array([[0, 1, 2, 0], [0, 2, 2, 0]])
   fits = np.array([[1, 0], [1, 1]])
   weight = np.ones((1, 2, 2))
-  loss, metrics = alignment.fit_loss(jnp.asarray(20.0 * (2 * fits - 1))[None], named, has, weight)
+  loss, metrics = fit_loss(jnp.asarray(20.0 * (2 * fits - 1))[None], named, has, weight)
   assert loss < 1e-6 and metrics["fit_f1"] == 1
-  loss, metrics = alignment.fit_loss(jnp.full((1, 2, 2), 5.0), named, has, weight)  # "all fit"
+  loss, metrics = fit_loss(jnp.full((1, 2, 2), 5.0), named, has, weight)  # "all fit"
   np.testing.assert_allclose(loss, (3 * np.log1p(np.exp(-5)) + 5 + np.log1p(np.exp(-5))) / 4, rtol=1e-5)
   np.testing.assert_allclose(metrics["fit_f1"], 2 * 3 / (4 + 3), rtol=1e-6)
   weight[0, 0, 1] = 0  # leaves out the pair that does not fit
-  assert alignment.fit_loss(jnp.full((1, 2, 2), 20.0), named, has, weight)[0] < 1e-6
+  assert fit_loss(jnp.full((1, 2, 2), 20.0), named, has, weight)[0] < 1e-6
 
 
 @pytest.mark.full

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from examples.shapes import models, pretraining
-from examples.shapes.pretraining import DenseBatches, dense_labels, dense_loss, with_unit_maps
+from examples.shapes.pretraining import DenseBatches, dense_labels, with_unit_maps
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.shapes.scenes import Scene, SceneObject
+
+# As one program: outside of one, every operation is compiled alone.
+dense_loss = jax.jit(pretraining.dense_loss)
 
 
 def scene() -> Scene:

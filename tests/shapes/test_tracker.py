@@ -16,6 +16,8 @@ from sam3lt_jax.nn.tracker_mask_decoder import Decoded
 from sam3lt_jax.shapes.scenes import SceneConfig, draw_clip, draw_scene
 from tests import tiny
 
+# As one program: outside of one, every operation is compiled alone.
+answer_loss = jax.jit(tracker.answer_loss)
 FLOORS = {"click": 0.6, "box": 0.6, "clip": 0.5, "ids": 0.7}
 
 
@@ -93,17 +95,15 @@ def test_the_loss_of_right_and_wrong_answers():
     jnp.stack([mask[None].repeat(4, 0)] * 2), jnp.array([[1.0] * 4, [0.0] * 4]), jnp.array([[30.0], [-30.0]]),
     jnp.zeros((2, 4, 8)),
   )  # fmt: skip
-  loss, found = tracker.answer_loss(right, truth)
+  loss, found = answer_loss(right, truth)
   assert loss < 0.1 and found["iou"] == 1 and found["there"] == 1
   unsure = right._replace(object_score_logits=-right.object_score_logits)
-  assert tracker.answer_loss(unsure, truth)[0] > loss + 0.5 * 29
+  assert answer_loss(unsure, truth)[0] > loss + 0.5 * 29
   worse = right._replace(masks=-right.masks)
-  assert tracker.answer_loss(worse, truth)[0] > loss + 1
+  assert answer_loss(worse, truth)[0] > loss + 1
   # One good mask of three is enough, beside the single one.
   one = right._replace(masks=right.masks.at[:, 2:].multiply(-1))
-  np.testing.assert_allclose(
-    tracker.answer_loss(one, truth)[0] - jnp.square(1.0) * 2 / 4 / 2, loss, atol=1e-5
-  )
+  np.testing.assert_allclose(answer_loss(one, truth)[0] - jnp.square(1.0) * 2 / 4 / 2, loss, atol=1e-5)
 
 
 def test_next_click():

@@ -5,14 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sam3lt_jax.training.distillation import losses
 from sam3lt_jax.training.distillation.losses import (
   DistillationLossConfig,
   cosine_similarity,
-  distillation_loss,
   masked_cosine,
   masked_mse,
   shuffled_consistency,
 )
+
+# As one program: outside of one, every operation is compiled alone.
+distillation_loss = jax.jit(losses.distillation_loss, static_argnums=5)
 
 
 def features(seed, shape=(3, 4, 5)):
