@@ -245,6 +245,7 @@ def test_what_is_compiled_ahead_is_what_runs(predictor):
   assert {name: len(made) for name, made in one.programs().items()} == {"encode": 2, "detect": 2, "read": 1}
 
 
+@pytest.mark.full  # compiles all twice
 def test_the_precision_of_products_makes_another_program(predictor):
   one = make(predictor, image_buckets=(1,), prompt_buckets=(1,))
   for precision in ("highest", "default", "highest"):

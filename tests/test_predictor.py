@@ -76,8 +76,9 @@ MIXED_BATCH = dataclasses.replace(Profile.transformers(), name="mixed batch", ge
   [
     (Profile.original(), None, None),
     (Profile.original(), BOXES, [1, 0]),
-    (Profile.transformers(), None, None),
-    pytest.param(MIXED_BATCH, None, None, marks=pytest.mark.full),  # compiles all again, as the one above
+    # These compile all again; tests/parity compares the profile of transformers with theirs.
+    pytest.param(Profile.transformers(), None, None, marks=pytest.mark.full),
+    pytest.param(MIXED_BATCH, None, None, marks=pytest.mark.full),
   ],
 )
 def test_equals_processor_model_and_post_processing(base, profile, boxes, labels):

@@ -11,6 +11,9 @@ from examples.shapes.initialization import start_locally
 from sam3lt_jax.model import Sam3LiteText
 from sam3lt_jax.ops import boxes as box_ops
 
+# Draws a whole teacher: 5 s, for what only the training of the bundled model uses.
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def decoders():

@@ -136,13 +136,14 @@ def video():
   return VideoPredictor.from_pretrained("shapes", tracker=True, compile_ahead=False)
 
 
+@pytest.mark.full  # compiles what follows objects; tests/video does it on recordings
 def test_the_bundled_tracker_follows(video):
   """Objects that are clicked on once, on clips that nobody trained on."""
   found = tracker_evaluation.clips(video.engine, count=2, frames=12)
   assert found["frames"] > 40 and found["J"] > FLOORS["clip"], found
 
 
-@pytest.mark.full  # compiles the detector as well; the test above says that objects are followed
+@pytest.mark.full  # compiles the detector as well
 def test_the_bundled_model_keeps_its_numbers(video):
   """What a phrase finds on the first frame of a clip has the same id on the last one."""
   same = []

@@ -80,6 +80,7 @@ def test_a_correction_stays_and_taking_it_back_undoes_it():
     np.testing.assert_allclose(shown, before[t], rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.full  # compiles for three; test_phrases goes on from a file and from a fork
 def test_a_state_is_saved_forked_and_goes_on_bit_for_bit(tmp_path):
   """With a mask and a correction that were not followed yet, backward as well."""
   video, state = session([1, 2])

@@ -188,6 +188,7 @@ def shuffle(tracks: PhraseTracks, order: np.ndarray) -> None:
   tracks.tracks.slots = {i: int(place[s]) for i, s in tracks.tracks.slots.items()}
 
 
+@pytest.mark.full  # compiles for one and two; test_tracks grows
 def test_slots_that_grow_in_mid_clip():
   tracks = start(clip_of("strict"), slots=1)
   same(run(tracks, clip_of("strict")), whole())

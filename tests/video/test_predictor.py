@@ -143,6 +143,7 @@ def test_stepping_in(predictor, clip):
     tracking.save(io.BytesIO())
 
 
+@pytest.mark.full  # compiles the detector for boxes; test_predictor.py of photos asks by boxes
 def test_boxes_on_a_frame(predictor, clip):
   tracking = predictor.track(clip, boxes=[10, 10, 30, 25], boxes_frame=2, latency=0, batch=1, **OPTIONS)
   found = list(tracking)

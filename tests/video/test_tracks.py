@@ -105,6 +105,7 @@ def test_a_slot_that_was_used_before_is_like_new(alone):
   same(run(tracks, range(1, 10))[1], alone[1], 0)
 
 
+@pytest.mark.full  # compiles for two; test_phrases goes on from a file and from a fork
 def test_saved_and_loaded_and_forked_it_goes_on_bit_for_bit(tmp_path, alone):
   tracks = Tracks(engine())
   start(tracks, [1])
