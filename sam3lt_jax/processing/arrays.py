@@ -38,14 +38,11 @@ def to_numpy(value: Any, name: str) -> np.ndarray:
 
 
 def plain(value: Any, name: str) -> Any:
-  """Lists of lists, of whatever holds them: arrays in it become numpy, tuples lists, numbers stay.
+  """Numbers, strings and lists (of lists) of them, of whatever holds them: arrays, tuples, scalars.
 
   Raises:
     ValueError: as `to_numpy`.
   """
   if isinstance(value, (list, tuple)):
     return [plain(one, name) for one in value]
-  if not hasattr(value, "__array__"):
-    return value
-  array = to_numpy(value, name)
-  return array if array.ndim else array.item()
+  return to_numpy(value, name).tolist() if hasattr(value, "__array__") else value

@@ -6,7 +6,6 @@ Source of the conventions: segment-anything's `SamPredictor`, transformers 5.23.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -98,31 +97,26 @@ def _point_rows(
   points: Any, labels: Any, size: tuple[int, int], name: str, labels_name: str, accepted: Sequence[int]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """(points [N, 2], labels [N]) of each object."""
-  points = _plain(points, name, _POINTS)
+  points = plain(points, name)
   depth = _depth(points)
   if depth not in (1, 2, 3):
     raise ArgumentError(name, f" must be {_POINTS}, got {points!r:.80}")
-  nested = points
-  for _ in range(3 - depth):
-    nested = [nested]
   if labels is not None:
-    if depth == 1 and isinstance(label := plain(labels, labels_name), numbers.Number):
-      labels, depth = [label], 2  # of the one point
-    labels = _plain(labels, labels_name, f"1 or 0 a point, nested as {name}")
+    labels = plain(labels, labels_name)
     if _depth(labels) != depth - 1:
       raise ArgumentError(labels_name, f" must be nested as {name}, one number a point, got {labels!r:.80}")
-    for _ in range(3 - depth):
-      labels = [labels]
-    if len(labels) != len(nested):
-      raise ArgumentError(labels_name, f" are for {len(labels)} objects, {name} for {len(nested)}")
+  for _ in range(3 - depth):
+    points, labels = [points], None if labels is None else [labels]
+  if labels is not None and len(labels) != len(points):
+    raise ArgumentError(labels_name, f" are for {len(labels)} objects, {name} for {len(points)}")
   rows = []
-  for p, row in enumerate(nested):
-    which = f": object {p}" if len(nested) > 1 else ""
+  for p, row in enumerate(points):
+    which = f": object {p}" if len(points) > 1 else ""
     if not row:
       raise ArgumentError(name, f"{which} must hold at least one point, got none")
     try:
       xy = np.asarray(row, np.float64).reshape(len(row), 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
       raise ArgumentError(name, f"{which} must be [[x, y], ...] in pixels, got {row!r:.80}") from None
     if not np.isfinite(xy).all():
       raise ArgumentError(name, f"{which} must be finite, got {xy.tolist()!r:.80}")
@@ -139,21 +133,17 @@ def _point_rows(
         name, f"{which} must lie in the image of {size[1]}x{size[0]} pixels, got {xy[k].tolist()}"
       )
     rows.append((xy, np.asarray(kind, np.int32)))
-  if not rows:
-    raise ArgumentError(name, f" must be {_POINTS}, got {points!r}")
   return rows
 
 
 def _boxes(boxes: Any, size: tuple[int, int], name: str) -> np.ndarray:
   """float64 [P, 4]."""
   accepted = "(x1, y1, x2, y2) in pixels, one an object"
-  given = _plain(boxes, name, accepted)
+  given = plain(boxes, name)
   try:
-    array = np.asarray(given, np.float64)
-  except (TypeError, ValueError):
+    array = np.atleast_2d(np.asarray(given, np.float64))
+  except (TypeError, ValueError, OverflowError):
     array = np.zeros(0)
-  if array.ndim == 1:
-    array = array[None]
   if array.ndim == 3:
     raise ArgumentError(name, f" must be one an object, got several for one: {given!r:.80}")
   if array.ndim != 2 or array.shape[1] != 4 or not len(array):
@@ -205,22 +195,8 @@ def _shares(length: int, side: int) -> np.ndarray:
   return (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def _plain(value: Any, name: str, accepted: str) -> list[Any]:
-  """Nested lists of an array of any library, or of lists; a string is none."""
-  lists = _lists(plain(value, name))
-  if not isinstance(lists, list):
-    raise ArgumentError(name, f" must be {accepted}, got {value!r:.80}")
-  return lists
-
-
-def _lists(value: Any) -> Any:
-  if isinstance(value, np.ndarray):
-    return value.tolist()
-  return [_lists(v) for v in value] if isinstance(value, list) else value
-
-
 def _depth(value: Any) -> int:
   depth = 0
-  while isinstance(value, (list, tuple)):
+  while isinstance(value, list):
     depth, value = depth + 1, value[0] if value else None
   return depth

@@ -26,34 +26,30 @@ Sizes = Sequence[tuple[int, int]]
 def box_rows(input_boxes: Any) -> list[np.ndarray]:
   """`input_boxes` of the processor to one float64 [N, 4] a prompt, N = 0 where a prompt has none."""
   name, rows = "input_boxes", plain(input_boxes, "input_boxes")
-  if isinstance(rows, np.ndarray):
-    if rows.ndim != 3 or rows.shape[-1] != 4:
-      raise ValueError(f"{name} must be {_NESTED}, got an array of shape {rows.shape}")
-  elif not isinstance(rows, list) or not rows:
+  if not isinstance(rows, list) or not rows:
     raise ValueError(f"{name} must be {_NESTED}, got {input_boxes!r}")
-  found = []
   for i, row in enumerate(rows):
-    if row is not None and (_is_scalar(row) or (len(row) and _is_scalar(row[0]))):
+    if not _is_nested(row, 2):
       raise ValueError(f"{name} must be {_NESTED}; entry {i} is {row!r}, one level of nesting is missing")
-    found.append(_boxes(row, name, f"prompt {i}", _NESTED))
-  return found
+  return [_boxes(row or [], name, f"prompt {i}", _NESTED) for i, row in enumerate(rows)]
 
 
-def _boxes(row: Any, name: str, whose: str, form: str) -> np.ndarray:
-  """Boxes of one prompt or image, float64 [N, 4]; `row` is plain, `whose` ("prompt 2") is for messages."""
-  for k, box in enumerate(() if row is None else row):
-    # One box at a time, so that the message can say which one.
+def _boxes(row: list[Any], name: str, whose: str, form: str) -> np.ndarray:
+  """Boxes of one prompt or image, float64 [N, 4]; `whose` ("prompt 2") is for messages."""
+  boxes = np.empty((len(row), 4))
+  for k, box in enumerate(row):  # one at a time, so that the message can say which one
     try:
       values = np.asarray(box, np.float64)
-    except (TypeError, ValueError, OverflowError) as e:
-      raise ValueError(f"{name}: box {k} of {whose} must be four numbers, got {box!r}") from e
+    except (TypeError, ValueError, OverflowError):
+      values = np.empty(0)
     if values.shape != (4,):
       hint = "" if values.ndim < 2 else ", one level of nesting too many"
       raise ValueError(
         f"{name}: box {k} of {whose} must be four numbers (x1, y1, x2, y2), got {box!r}{hint}; "
         f"the form is {form}"
       )
-  return np.asarray([] if row is None else row, np.float64).reshape(-1, 4)
+    boxes[k] = values
+  return boxes
 
 
 def label_rows(labels: Any, boxes: list[np.ndarray]) -> list[np.ndarray]:
@@ -63,21 +59,17 @@ def label_rows(labels: Any, boxes: list[np.ndarray]) -> list[np.ndarray]:
   if labels is None:
     return [np.ones(len(row), np.int32) for row in boxes]
   name, rows = "input_boxes_labels", plain(labels, "input_boxes_labels")
-  if isinstance(rows, np.ndarray) and rows.ndim != 2:
-    raise ValueError(f"{name} must be [prompt][box], got an array of shape {rows.shape}")
-  if _is_scalar(rows) or any(_is_scalar(row) and row is not None for row in rows):
+  if rows is None or not _is_nested(rows, 1) or not all(_is_nested(row, 1) for row in rows):
     raise ValueError(f"{name} must be [prompt][box], got {labels!r}")
   if len(rows) != len(boxes):
     raise ValueError(f"{name} are for {len(rows)} prompts, input_boxes for {len(boxes)}")
   return [
-    _labels([] if row is None else row, len(own), name, f"prompt {i}")
-    for i, (row, own) in enumerate(zip(rows, boxes))
+    _labels(row or [], len(own), name, f"prompt {i}") for i, (row, own) in enumerate(zip(rows, boxes))
   ]
 
 
 def _labels(row: Any, count: int, name: str, whose: str) -> np.ndarray:
-  """Labels of `count` boxes of one prompt or image, int32 [N]; `row` is plain."""
-  row = row.tolist() if isinstance(row, np.ndarray) else row
+  """Labels of `count` boxes of one prompt or image, int32 [N]."""
   if not isinstance(row, list):
     raise ValueError(f"{name} must be a list, for each box {_LABELS}, got {row!r}")
   if len(row) != count:
@@ -90,7 +82,7 @@ def _labels(row: Any, count: int, name: str, whose: str) -> np.ndarray:
 
 def phrase_rows(text: Any, boxes: list[np.ndarray] | None, sizes: Sizes | None) -> list[str] | None:
   """One phrase a prompt: a single one repeated, None beside boxes replaced by "visual"."""
-  text = _words(plain(text, "text"))
+  text = plain(text, "text")
   if text is None and boxes is None:
     return None
   if text is None or isinstance(text, str):
@@ -144,30 +136,34 @@ def pad_boxes(
   Raises:
     ValueError: a box that is not finite, or inverted.
   """
+  rows = enumerate(zip(boxes, labels, sizes))
   most = max(map(len, boxes))
-  out_boxes = np.full((len(boxes), most, 4), (PADDING_LABEL, PADDING_LABEL, 0, 0), np.float32)
-  out_labels = np.full((len(boxes), most), PADDING_LABEL, np.int32)
-  for i, (row, row_labels, size) in enumerate(zip(boxes, labels, sizes)):
-    out_boxes[i, : len(row)] = _normalised(row, row_labels, size, "input_boxes", f"prompt {i}")
-    out_labels[i, : len(row)] = row_labels
-  return out_boxes, out_labels
+  padded = [_padded(*row, slots=most, name="input_boxes", whose=f"prompt {i}") for i, row in rows]
+  return tuple(map(np.stack, zip(*padded)))
 
 
-def _normalised(
-  row: np.ndarray, labels: np.ndarray, size: tuple[int, int], name: str, whose: str
-) -> np.ndarray:
-  """Boxes [N, 4] of an image of `size` to float32 (cx, cy, w, h) in units of its sides; ignored ones are
-  (-10, -10, 0, 0). Raises as `_check_boxes`, and warns of those that are hardly meant.
+def box_arrays(prompt: Prompt, size: tuple[int, int], slots: int) -> tuple[np.ndarray, np.ndarray]:
+  """As `pad_boxes`, of one prompt about an image of `size`, (height, width) in pixels: float32 [slots, 4] and
+  int32 [slots]; there are as many slots as boxes, or more.
   """
+  boxes = np.asarray(prompt.boxes, np.float64).reshape(-1, 4)
+  labels = np.asarray([1] * len(boxes) if prompt.labels is None else prompt.labels, np.int32)
+  return _padded(boxes, labels, size, slots, "boxes", "the image")
+
+
+def _padded(
+  row: np.ndarray, labels: np.ndarray, size: tuple[int, int], slots: int, name: str, whose: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Boxes [N, 4] as the model takes them. Warns of those that are hardly meant."""
   _check_boxes(row, labels, name, whose)
-  active = labels != PADDING_LABEL
-  for k in np.flatnonzero(active):
+  active = np.flatnonzero(labels != PADDING_LABEL)
+  for k in active:
     _warn(row[k], size, f"{name}: box {k} of {whose}")
-  corners = row.astype(np.float32) / np.asarray([size[1], size[0]] * 2, np.float32)
+  corners = row[active].astype(np.float32) / np.asarray([size[1], size[0]] * 2, np.float32)
   low, high = corners[:, :2], corners[:, 2:]
-  normalised = np.concatenate([(low + high) / 2, high - low], axis=-1)
-  padding = np.asarray((PADDING_LABEL, PADDING_LABEL, 0, 0), np.float32)
-  return np.where(active[:, None], normalised, padding)
+  boxes = np.tile(np.float32((PADDING_LABEL, PADDING_LABEL, 0, 0)), (slots, 1))
+  boxes[active] = np.concatenate([(low + high) / 2, high - low], axis=-1)
+  return boxes, np.pad(labels, (0, slots - len(labels)), constant_values=PADDING_LABEL)
 
 
 def _check_boxes(row: np.ndarray, labels: np.ndarray, name: str, whose: str) -> None:
@@ -221,21 +217,20 @@ def prompts_of(text: Any, boxes: Any, labels: Any, image: int | None = None) -> 
   """
   whose, of = ("the image", "") if image is None else (f"image {image}", f" of image {image}")
   text, boxes, labels = plain(text, "text"), plain(boxes, "boxes"), plain(labels, "box_labels")
-  boxes = [] if boxes is None else _listed(f"boxes{of}", boxes, _FLAT)
-  if len(boxes) == 4 and all(map(_is_scalar, boxes)):
+  boxes = [] if boxes is None else boxes
+  if not isinstance(boxes, list):
+    raise ValueError(f"boxes{of} must be {_FLAT}, got {boxes!r}")
+  if len(boxes) == 4 and not any(isinstance(box, list) for box in boxes):
     boxes = [boxes]  # one box, not in a list
-    labels = [labels] if labels is not None and _is_scalar(labels) else labels
+    labels = labels if labels is None or isinstance(labels, list) else [labels]
   if labels is not None and not boxes:
     raise ValueError(f"box_labels were given without boxes{'' if image is None else f' for {whose}'}")
   if text is None and not boxes:
     where = "" if image is None else f" in {whose}"
     raise ValueError(f"nothing to look for{where}: give text, boxes or both")
-  phrases = [None] if text is None else [text] if isinstance(text, str) else _words(text)
-  if (
-    not isinstance(phrases, list)
-    or not phrases
-    or not (text is None or all(isinstance(phrase, str) for phrase in phrases))
-  ):
+  phrases = [text] if text is None or isinstance(text, str) else text
+  good = isinstance(phrases, list) and phrases and all(isinstance(p, str) or p is text for p in phrases)
+  if not good:
     raise ValueError(f"text{of} must be a phrase or a list of phrases, got {text!r}")
   rows = _boxes(boxes, "boxes", whose, _FLAT)
   if labels is not None:
@@ -246,47 +241,13 @@ def prompts_of(text: Any, boxes: Any, labels: Any, image: int | None = None) -> 
   return [Prompt(phrase, boxes, labels) for phrase in phrases]
 
 
-def _words(text: Any) -> Any:
-  return text.tolist() if isinstance(text, np.ndarray) else text
-
-
-def box_arrays(prompt: Prompt, size: tuple[int, int], slots: int) -> tuple[np.ndarray, np.ndarray]:
-  """A prompt's boxes float32 [slots, 4], normalised cxcywh, and labels int32 [slots], padded.
-
-  Args:
-    size: (height, width) of the image in pixels. slots: at least as many as there are boxes.
-
-  Raises:
-    ValueError: a box that is no box, inverted or not finite, or labels that do not match the boxes.
-  """
-  boxes = np.zeros((slots, 4), np.float32)
-  labels = np.full(slots, PADDING_LABEL, np.int32)
-  if count := len(prompt.boxes):
-    row = _boxes(plain(prompt.boxes, "boxes"), "boxes", "the image", _FLAT)
-    given = [1] * count if prompt.labels is None else plain(prompt.labels, "box_labels")
-    given = _labels(given, count, "box_labels", "the image")
-    boxes[:count], labels[:count] = _normalised(row, given, size, "boxes", "the image"), given
-  return boxes, labels
-
-
 def is_several(images: Any) -> bool:
   return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
 
 
-def _is_scalar(value: Any) -> bool:
-  """Of what `plain` gave: no sequence."""
-  return not isinstance(value, (list, np.ndarray))
-
-
-def _listed(name: str, value: Any, accepted: str) -> list[Any]:
-  if _is_scalar(value):
-    raise ValueError(f"{name} must be {accepted}, got {value!r}")
-  return list(value)
-
-
 def texts_per_image(text: Any, images: int) -> list[Any]:
   """Phrases of each image: a phrase or a flat list of phrases is asked of all of them."""
-  text = _words(plain(text, "text"))
+  text = plain(text, "text")
   if isinstance(text, list) and not all(isinstance(phrase, str) for phrase in text):
     return per_image("text", text, images, 0)
   return [text] * images
@@ -296,15 +257,19 @@ def per_image(name: str, value: Any, images: int, nesting: int) -> list[Any]:
   """One entry an image, each None or a list nested `nesting` deep; None alone repeats."""
   if value is None:
     return [None] * images
-  value = _listed(name, plain(value, name), "a list with one entry (or None) an image")
+  value = plain(value, name)
+  if not isinstance(value, list):
+    raise ValueError(f"{name} must be a list with one entry (or None) an image, got {value!r}")
   if len(value) != images:
     raise ValueError(f"{name} must have one entry an image: {images} expected, got {len(value)}")
   for i, entry in enumerate(value):
-    inside = entry
-    for _ in range(nesting):
-      if inside is not None and _is_scalar(inside):
-        raise ValueError(f"{name} must be nested one list an image; entry {i} is {entry!r}")
-      if inside is None or not len(inside):
-        break  # no boxes for this image
-      inside = inside[0]
+    if not _is_nested(entry, nesting):
+      raise ValueError(f"{name} must be nested one list an image; entry {i} is {entry!r}")
   return value
+
+
+def _is_nested(value: Any, depth: int) -> bool:
+  """Whether it is a list, of lists, ..., as far as the first of each tells; None and [] hold nothing."""
+  if not depth or value is None:
+    return True
+  return isinstance(value, list) and (not value or _is_nested(value[0], depth - 1))

@@ -31,8 +31,8 @@ _BAD_BOXES = {
   "no box level": ([_BOX_A], "one level of nesting is missing"),
   "no prompt level": (_BOX_A, "one level of nesting is missing"),
   "too deep": ([[[_BOX_A]]], "must be four numbers"),
-  "an array [N, 4]": (np.asarray([_BOX_A]), r"array of shape \(1, 4\)"),
-  "an array of points": (np.zeros((1, 2, 2)), r"array of shape \(1, 2, 2\)"),
+  "an array [N, 4]": (np.asarray([_BOX_A]), "one level of nesting is missing"),
+  "an array of points": (np.zeros((1, 2, 2)), r"box 0 of prompt 0 must be four numbers.*\[0.0, 0.0\]"),
   "a word": ("boxes", "input_boxes must be"),
   "nothing": ([], "input_boxes must be"),
   "two prompts, one phrase": ([[_BOX_A], [_BOX_A]], "text has 1 phrases, input_boxes are for 2"),
@@ -56,7 +56,7 @@ _BAD_LABELS = {
   "none for boxes": ([None], "prompt 0 has 0 labels for 1 boxes"),
   "another number of prompts": ([[1], [1]], "are for 2 prompts, input_boxes for 1"),
   "flat": ([1], r"must be \[prompt\]\[box\]"),
-  "an array": (np.asarray([1]), r"array of shape \(1,\)"),
+  "an array": (np.asarray([1]), r"must be \[prompt\]\[box\], got array"),
 }
 
 
