@@ -25,9 +25,9 @@ def asked(monkeypatch):
   asked = Asked()
 
   def run_job(config, progress):
-    progress.phase("listing")
-    progress.total(7)
-    progress.image(False)
+    progress.describe("listing")
+    progress.expect(7)
+    progress.advance(False)
     progress.note("something to know")
     asked.append(config)
     return asked.summary

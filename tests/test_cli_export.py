@@ -47,9 +47,15 @@ def test_writes_an_export(tmp_path, capsys):
   "arguments, message",
   [
     ([], "the following arguments are required: -o/--out"),
-    (["--out", "{new}", "--batch", "many"], "must be a whole number or 'symbolic', got 'many'"),
+    (
+      ["--out", "{new}", "--batch", "many"],
+      "must be a whole number of at least 1, or 'symbolic', got 'many'",
+    ),
     (["--out", "{new}", "--platforms", "gpu"], "platforms must be some of cpu, cuda, tpu, rocm"),
-    (["--out", "{new}", "--batch", "0"], "batch must be a whole number from 1"),
+    (
+      ["--out", "{new}", "--batch", "0"],
+      "--batch: must be a whole number of at least 1, or 'symbolic', got '0'",
+    ),
     (["--out", "{new}", "--image-size", "85"], "--image-size must be a multiple of 14"),
     (["--out", "{full}"], "is not empty; give a new folder"),
     (["--out", "{new}", "--model", "random:nosuch"], "random:nosuch"),

@@ -54,11 +54,22 @@ class UserError(ValueError):
   """A mistake in what was typed; `main` prints its message and exits with 2."""
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+  """Tells the default of an option with a value where its help does not."""
+
+  def _get_help_string(self, action: argparse.Action) -> str | None:
+    default, valued = action.default, action.option_strings and action.nargs != 0
+    if not valued or not isinstance(default, (str, int, float)) or "(default: " in action.help:
+      return action.help
+    shown = f"{default:g}" if isinstance(default, float) else default
+    return f"{action.help} (default: {shown})"
+
+
 class Parser(argparse.ArgumentParser):
   """argparse that raises `UserError` instead of printing its usage and leaving."""
 
   def __init__(self, **kwargs):
-    super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+    super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f"{message} (see {self.prog} --help)")

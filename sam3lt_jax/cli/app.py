@@ -8,7 +8,7 @@ import errno
 import socket
 import threading
 
-from sam3lt_jax.cli.arguments import add_model, add_tracker, count, load
+from sam3lt_jax.cli.arguments import add_model, add_tracker, load, number
 from sam3lt_jax.errors import ArgumentError, needed
 
 _EPILOG = """\
@@ -23,6 +23,7 @@ examples:
     sam3lt app --host 0.0.0.0 --port 8000
 """
 PORT = 7860
+_port = number(int, lambda n: 1 <= n <= 65535, "a port, from 1 to 65535")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_tracker(parser)
   add = parser.add_argument
   add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
-  add("--port", type=count, default=PORT, metavar="N", help=f"port to listen at (default: {PORT})")
+  add("--port", type=_port, default=PORT, metavar="N", help="port to listen at")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,8 +49,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_free(host: str, port: int) -> None:
   """Before a model is loaded for nothing. Raises ArgumentError."""
-  if port > 65535:
-    raise ArgumentError("port", f" must be at most 65535, got {port}")
   try:
     kind, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with contextlib.closing(socket.socket(kind)) as s:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax import storage
@@ -19,61 +20,29 @@ if TYPE_CHECKING:
 RANDOM = "random:"
 RANDOM_WARNING = "RANDOM WEIGHTS: no trained model was loaded; the masks and scores below mean nothing"
 
-TRACKER = "facebook/sam3"  # of the verbs that cannot do without one
+
+def number(kind: Callable[[str], Any], good: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+  """For argparse's `type`: `kind(text)`, if it is `good`. wanted: "a number above 0"."""
+
+  def parse(text: str) -> Any:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = math.nan  # compares false
+    if not good(value):
+      raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+    return value
+
+  return parse
 
 
-def count(text: str) -> int:
-  """A whole number of at least 1."""
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-  return int(text)
-
-
-def whole(text: str) -> int:
-  """A whole number of at least 0."""
-  if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-  return int(text)
-
-
-def positive(text: str) -> float:
-  """A number above 0."""
-  value = _number(text)
-  if not 0 < value < math.inf:
-    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-  return value
-
-
-def fraction(text: str) -> float:
-  """A number within 0 and 1."""
-  value = _number(text)
-  if not 0 <= value <= 1:
-    raise argparse.ArgumentTypeError(f"must be a number within [0, 1], got {text!r}")
-  return value
-
-
-def not_negative(text: str) -> float:
-  """A number of at least 0."""
-  value = _number(text)
-  if not 0 <= value < math.inf:
-    raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
-  return value
-
-
-def below_one(text: str) -> float:
-  """A number from 0 to below 1."""
-  value = _number(text)
-  if not 0 <= value < 1:
-    raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text!r}")
-  return value
-
-
-def up_to_one(text: str) -> float:
-  """A number above 0, up to 1."""
-  value = _number(text)
-  if not 0 < value <= 1:
-    raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
-  return value
+count = number(int, lambda n: n >= 1, "a whole number of at least 1")
+whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
+positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+not_negative = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+fraction = number(float, lambda x: 0 <= x <= 1, "a number within [0, 1]")
+below_one = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+up_to_one = number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 
 
 def add_model(
@@ -88,15 +57,33 @@ def add_model(
   add = parser.add_argument
   add("-m", "--model", default="s0", metavar="s0|s1|l|shapes|ID|DIR|FILE",
       help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
-      " weights (default: s0)",
+      " weights",
   ).fills = ("source",)  # fmt: skip
   default = profile or "the checkpoint's own"
   add("--profile", choices=("original", "transformers"), default=profile,
       help=f"{rules} (default: {default})")  # fmt: skip
   add("--image-size", type=count, metavar="PIXELS",
       help="side of the model's input, a multiple of 14 (default: the model's)")  # fmt: skip
-  add("--dtype", choices=("float32", "bfloat16"), default="float32", help=f"{dtype} (default: float32)")
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help=f"{dtype}")
   add_device(parser)
+
+
+def add_thresholds(parser: argparse.ArgumentParser) -> None:
+  """--threshold and --mask-threshold, of `Predictor.__call__`."""
+  add = parser.add_argument
+  add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
+  add("--mask-threshold", type=fraction, default=0.5, metavar="T",
+      help="keep pixels of a probability above T, 0 to 1")  # fmt: skip
+
+
+def add_decays(parser: argparse.ArgumentParser, layers: str, layer_decay: str, weight_decay: float) -> None:
+  """Decays of a training run: of rates (1 becomes None), of weights, of their average. layers: "a layer"."""
+  add = parser.add_argument
+  add("--layer-decay", type=lambda text: None if (decay := up_to_one(text)) == 1 else decay, metavar="F",
+      default=layer_decay, help=f"rate of {layers} against the one above it; 1: all alike")  # fmt: skip
+  add("--weight-decay", type=not_negative, default=weight_decay, metavar="F", help="AdamW's")
+  add("--ema", dest="ema_decay", type=below_one, metavar="F",
+      help="keep an average of the weights with this decay, and ship it")  # fmt: skip
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +94,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_out(parser: argparse.ArgumentParser, default: str | None = "sam3lt_out", **more: Any) -> None:
   """-o, --out. default None: it must be given."""
-  usual = {"metavar": "DIR", "help": f"output folder (default: {default})", "required": default is None}
+  usual = {"metavar": "DIR", "help": "output folder", "required": default is None}
   parser.add_argument("-o", "--out", default=default, **usual | more)
 
 
@@ -137,11 +124,9 @@ def load(args: argparse.Namespace, warning: str = RANDOM_WARNING, **options: Any
   start(args)
   if args.model.startswith(RANDOM):
     note(warning)
-  for name in ("image_size", "dtype"):
+  for name in ("image_size", "dtype", "tracker"):
     if getattr(args, name, None) is not None:
       options[name] = getattr(args, name)
-  if getattr(args, "tracker", None) is not None:
-    options["tracker"] = tracker_of(args)
   with busy(f"loading {args.model}"):
     from sam3lt_jax.predictor import Predictor
 
@@ -151,10 +136,11 @@ def load(args: argparse.Namespace, warning: str = RANDOM_WARNING, **options: Any
 
 
 def add_tracker(parser: argparse.ArgumentParser, required: bool = False) -> None:
-  """--tracker, of `Predictor.from_pretrained`; read it with `tracker_of`."""
+  """--tracker, of `Predictor.from_pretrained`."""
   parser.add_argument(
     "--tracker",
     required=required,
+    type=lambda text: True if text == "same" else text,
     metavar="ID|DIR|FILE|same",
     help="where SAM 3's tracker is, which clicks need: 'facebook/sam3', a folder, a .pt file of SAM 3 or "
     "SAM3-LiteText; 'same': in --model itself",
@@ -176,11 +162,6 @@ def add_tracking(parser: argparse.ArgumentParser) -> None:
       help="frames from a saved state to the next (default: those of half a minute)")  # fmt: skip
   add("--no-overlay", dest="overlay", action="store_false", help="do not draw the objects on the video")
   add("--davis", action="store_true", help="a palette PNG a frame, as DAVIS wants results")
-
-
-def tracker_of(args: argparse.Namespace) -> str | bool | None:
-  """`tracker` of `Predictor.from_pretrained`."""
-  return True if args.tracker == "same" else args.tracker
 
 
 def filled(kind: type, args: argparse.Namespace) -> dict[str, Any]:
@@ -224,15 +205,3 @@ def join_hosts(args: argparse.Namespace) -> bool:
   if leads:
     note(f"running on {devices.running(jax.devices(), args.dtype)}")
   return leads
-
-
-def say_nothing(line: str) -> None:
-  """The `report` of a process that does not talk."""
-
-
-def _number(text: str) -> float:
-  """NaN, which compares false, for what is no number."""
-  try:
-    return float(text)
-  except ValueError:
-    return math.nan

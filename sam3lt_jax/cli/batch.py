@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import sys
 
-from sam3lt_jax.cli import PROGRAM, UserError
+from sam3lt_jax.cli import UserError
 from sam3lt_jax.cli.arguments import (
   RANDOM,
   RANDOM_WARNING,
   add_model,
   add_out,
+  add_thresholds,
   add_tracking,
   count,
   filled,
   fraction,
   start,
-  tracker_of,
   whole,
 )
 from sam3lt_jax.cli.progress import busy
@@ -61,22 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_out(parser, None, help="the job's folder: plan, shards of results, summaries")
   add("--images", metavar="DIR", help="where COCO's file names are (default: beside the JSON file)")
   add("--no-recursive", dest="recursive", action="store_false", help="leave out subfolders")
-  _model_arguments(parser)
-  _device_arguments(parser)
-  _job_arguments(parser)
-  _video_arguments(parser)
+  model = parser.add_argument_group("model")
+  add_model(model)
+  add_thresholds(model)
+  _add_devices(parser)
+  _add_job(parser)
+  clips = parser.add_argument_group("clips")
+  clips.add_argument(
+    "--video", action="store_true", help="the source is clips: follow the phrases through each"
+  )
+  add_tracking(clips)
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-  group = parser.add_argument_group("model")
-  add_model(group)
-  add = group.add_argument
-  add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
-  add("--mask-threshold", type=fraction, default=0.5, metavar="T",
-      help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
-
-
-def _device_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_devices(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument_group("devices and processes").add_argument
   add("--batch", type=count, metavar="N",
       help="images a device (default: 8, or what its memory holds; 1 on a CPU)")  # fmt: skip
@@ -85,7 +80,7 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
       " 1 on a CPU)",
   )  # fmt: skip
   add("--model-parallel", type=count, default=1, metavar="M",
-      help="share one copy of the weights among M devices, where one is too small (default: 1)")  # fmt: skip
+      help="share one copy of the weights among M devices, where one is too small")  # fmt: skip
   add("--workers", type=count, metavar="N",
       help="images decoded at once (default: one a core, 2 to 16), and as many threads for the results",
   )  # fmt: skip
@@ -93,7 +88,7 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
       help="decode in processes instead of threads: not faster, but a decoder that crashes costs one image",
   )  # fmt: skip
   add(
-    "--process-index", type=int, metavar="I", help="this process's number, from 0, where several share a job"
+    "--process-index", type=int, metavar="I", help="this process's number, from 0, of those that share a job"
   )
   add("--process-count", type=count, metavar="N", help="how many there are (default: as jax.distributed has)")
   add("--compilation-cache", metavar="DIR",
@@ -103,15 +98,15 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
       help="compile anew at each start")  # fmt: skip
 
 
-def _job_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_job(parser: argparse.ArgumentParser) -> None:
   from sam3lt_jax.jobs.reading import MAX_PIXELS
 
   add = parser.add_argument_group("job").add_argument
   add("--shard-size", type=count, metavar="N", help="images committed together (default: by the job, 16-500)")
   add("--max-pixels", type=count, default=MAX_PIXELS, metavar="N",
-      help=f"larger images are recorded as failures (default: {MAX_PIXELS})")  # fmt: skip
+      help="larger images are recorded as failures")  # fmt: skip
   add("--max-failures", type=fraction, default=0.5, metavar="SHARE",
-      help="stop if more than this share of the images fails, from 20 images on (default: 0.5)")  # fmt: skip
+      help="stop if more than this share of the images fails, from 20 images on")  # fmt: skip
   add("--overlays", type=whole, default=0, metavar="N", help="draw N of the images, spread over the source")
   add("--allow-change", action="store_true",
       help="go on where the job had other images, phrases or options; what is done stays")  # fmt: skip
@@ -119,57 +114,20 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
   add("--json", action="store_true", help="print the summary as JSON")
 
 
-def _video_arguments(parser: argparse.ArgumentParser) -> None:
-  group = parser.add_argument_group("clips")
-  group.add_argument(
-    "--video", action="store_true", help="the source is clips: follow the phrases through each"
-  )
-  add_tracking(group)
-
-
 def run(args: argparse.Namespace) -> int:
   start(args)
   if args.video and args.prompts_file is not None:
     raise UserError("--video takes --prompts, the same for every clip, and no --prompts-file")
-  with _Shown("starting") as shown:
+  with busy("starting") as progress:
     if args.model.startswith(RANDOM):
-      shown.note(RANDOM_WARNING.replace("the masks and scores below", "the results"))
+      progress.note(RANDOM_WARNING.replace("the masks and scores below", "the results"))
     if args.video:
       from sam3lt_jax.jobs.clips import ClipConfig, run_clips
 
-      config = ClipConfig(**filled(ClipConfig, args) | {"tracker": tracker_of(args)})
-      summary = run_clips(config, progress=shown)
+      summary = run_clips(ClipConfig(**filled(ClipConfig, args)), progress=progress)
     else:
       from sam3lt_jax.jobs.run import JobConfig, run_job
 
-      summary = run_job(JobConfig(**filled(JobConfig, args)), progress=shown)
+      summary = run_job(JobConfig(**filled(JobConfig, args)), progress=progress)
   print(json.dumps(summary.to_json()) if args.json else summary)
   return summary.exit_code
-
-
-class _Shown:
-  """A job's progress, on the bar that `cli.progress` shows."""
-
-  def __init__(self, text: str):
-    self._text = text
-
-  def __enter__(self) -> _Shown:
-    self._stack = contextlib.ExitStack()
-    self._bar = self._stack.enter_context(busy(self._text))
-    return self
-
-  def __exit__(self, *exception) -> None:
-    self._stack.close()
-
-  def phase(self, text: str) -> None:
-    self._bar.describe(text)
-
-  def total(self, images: int) -> None:
-    self._stack.close()
-    self._bar = self._stack.enter_context(busy("", total=images))
-
-  def image(self, failed: bool) -> None:
-    self._bar.advance()
-
-  def note(self, text: str) -> None:
-    self._bar.say(f"{PROGRAM}: {text}", file=sys.stderr)

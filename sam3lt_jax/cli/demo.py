@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add = parser.add_argument
   add("phrases", nargs="*", metavar="PHRASE", help="what to find (default: phrases about the scene)")
-  add("--seed", type=whole, default=SEED, metavar="N", help=f"which scene, 0 or more (default: {SEED})")
+  add("--seed", type=whole, default=SEED, metavar="N", help="which scene, 0 or more")
   add_device(parser)
   add_out(parser)
   add("--data", metavar="DIR",

@@ -11,6 +11,7 @@ import textwrap
 from sam3lt_jax.cli import UserError
 from sam3lt_jax.cli.arguments import (
   RANDOM,
+  add_decays,
   add_device,
   add_hosts,
   add_out,
@@ -18,11 +19,8 @@ from sam3lt_jax.cli.arguments import (
   count,
   filled,
   join_hosts,
-  not_negative,
   note,
   positive,
-  say_nothing,
-  up_to_one,
   whole,
 )
 
@@ -66,18 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="phrases: text, JSON or JSON lines, told by content; folders, too")  # fmt: skip
   add_out(parser, None, help="the run's folder; a run in it goes on")
   add("--teacher", default="sam3", metavar="sam3|shapes|ID|DIR|FILE",
-      help="whose text encoder is learnt from and whose detector is kept; shapes comes with the package"
-      " (default: sam3)",
+      help="whose text encoder is learnt from and whose detector is kept; shapes comes with the package",
   ).fills = ("source",)  # fmt: skip
   add("--student", default="s0", metavar="s0|s1|l|FILE.json",
-      help="text encoder to train: a released size, or its numbers in a file, see below (default: s0)",
+      help="text encoder to train: a released size, or its numbers in a file, see below",
   )  # fmt: skip
   add("--init", default="random", metavar="random|ID|DIR|FILE",
-      help="where it starts: random, MobileCLIP's weights or a LiteText checkpoint (default: random)",
+      help="where it starts: random, MobileCLIP's weights or a LiteText checkpoint",
   )  # fmt: skip
   add("--profile", choices=("transformers", "original"), default="transformers",
       help="the rules that the student reads phrases by: those that transformers will run it by, or the"
-      " authors', which transformers does not follow (default: transformers)",
+      " authors', which transformers does not follow",
   )  # fmt: skip
   add("--context", dest="context_length", type=count, metavar="T",
       help="tokens a phrase (default: the profile's, 32 for transformers and 16 for original, or the"
@@ -92,29 +89,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   length.add_argument("--epochs", type=positive, metavar="N",
       help="(default: 100 for s0 and sizes of your own, 80 for s1, 60 for l)")  # fmt: skip
   length.add_argument("--steps", type=count, metavar="N", help="batches to train on, instead of epochs")
-  add("--batch", dest="batch_size", type=count, metavar="N",
-      help="phrases a step (default: 64, 32 for l)")  # fmt: skip
-  add("--accumulate", type=count, metavar="N",
-      help="steps that make one update (default: 2, 4 for l)")  # fmt: skip
+  add("--batch", dest="batch_size", type=count, metavar="N", help="phrases a step (default: 64, 32 for l)")
+  add("--accumulate", type=count, metavar="N", help="steps that make one update (default: 2, 4 for l)")
   add("--lr", dest="peak_lr", type=positive, metavar="RATE",
       help="peak rate for 512 phrases an update; it is scaled to batch x accumulate (default: 0.005 for s0"
       " and sizes of your own, 0.003 for s1, 0.001 for l)",
   )  # fmt: skip
   add("--lr-as-given", dest="lr_rows", action="store_const", const=None, default=512,
       help="take --lr as it stands, whatever the batch")  # fmt: skip
-  add("--layer-decay", type=up_to_one, default=1.0, metavar="F",
-      help="rate of a layer against the one above it (default: 1, all alike)")  # fmt: skip
-  add("--weight-decay", type=not_negative, default=0.05, metavar="F", help="AdamW's (default: 0.05)")
-  add("--ema", dest="ema_decay", type=below_one, metavar="F",
-      help="keep an average of the weights with this decay, and ship it")  # fmt: skip
-  add("--dropout", type=below_one, default=0.0, metavar="F", help="in the student (default: 0)")
+  add_decays(parser, "a layer", "1", 0.05)
+  add("--dropout", type=below_one, default=0.0, metavar="F", help="in the student")
   add("--freeze-batch-stats", dest="update_batch_stats", action="store_false",
       help="leave BatchNorm's statistics as they start")  # fmt: skip
   add("--held-out", type=below_one, default=0.02, metavar="SHARE",
-      help="share of the phrases to evaluate on, never trained on (default: 0.02)")  # fmt: skip
-  add("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
-      help="the student computes in (default: bfloat16)")  # fmt: skip
-  add("--seed", type=whole, default=0, metavar="N", help="(default: 0)")
+      help="share of the phrases to evaluate on, never trained on")  # fmt: skip
+  add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="the student computes in")
+  add("--seed", type=whole, default=0, metavar="N", help="of all that is drawn")
   add("--eval-image", dest="images", action="append", default=[], metavar="PHOTO",
       help="compare student and teacher on it at the end; repeatable")  # fmt: skip
   add("--eval-phrase", dest="phrases", action="append", default=[], metavar="PHRASE",
@@ -128,9 +118,8 @@ def run(args: argparse.Namespace) -> int:
 
   _check(args)
   numbers = _student_numbers(args.student) if args.student.endswith(".json") else None
-  layer_decay = None if args.layer_decay == 1 else args.layer_decay
   # Its checks come before anything is downloaded.
-  config = DistillationConfig(**filled(DistillationConfig, args) | {"layer_decay": layer_decay})
+  config = DistillationConfig(**filled(DistillationConfig, args))
   leads = join_hosts(args)
   if args.teacher.startswith(RANDOM) and leads:
     note("RANDOM WEIGHTS: the teacher knows nothing, nor will the student")
@@ -142,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     config,
     images=args.images,
     phrases=args.phrases or None,
-    report=None if leads else say_nothing,
+    report=None if leads else lambda line: None,
   )
   if leads:
     _show(result)

@@ -44,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="do not ask for categories that an image has none of (AP is then not the published figure)",
   )  # fmt: skip
   add("--limit", type=count, metavar="N", help="only the first N images")
-  add("--threshold", type=fraction, default=0.5, metavar="T",
-      help="of cgF1: results scored at least T count (default: 0.5)")  # fmt: skip
+  add("--threshold", type=fraction, default=0.5, metavar="T", help="of cgF1: results scored at least T count")
   add_out(parser, None, required=False, help="folder for predictions.jsonl and report.json")
   add("--json", action="store_true", help="print the report as JSON instead of the table")
 

@@ -50,18 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_tracker(parser, required=True)
   add_out(parser)
   add("--top-k", type=count, metavar="N", help="keep the best N of each photo (default: all)")
-  add("--points-per-side", type=count, default=32, metavar="N", help="of the grid of points (default: 32)")
+  add("--points-per-side", type=count, default=32, metavar="N", help="of the grid of points")
   add("--pred-iou-thresh", type=fraction, default=0.88, metavar="T",
-      help="keep masks whose expected IoU is above T (default: 0.88)")  # fmt: skip
+      help="keep masks whose expected IoU is above T")  # fmt: skip
   add("--stability-score-thresh", type=fraction, default=0.95, metavar="T",
-      help="keep masks that hardly depend on their threshold: of a stability of at least T (default: 0.95)",
+      help="keep masks that hardly depend on their threshold: of a stability of at least T",
   )  # fmt: skip
   add("--box-nms-thresh", type=fraction, default=0.7, metavar="T",
-      help="of masks whose boxes overlap by more than T keep the best (default: 0.7)")  # fmt: skip
+      help="of masks whose boxes overlap by more than T keep the best")  # fmt: skip
   add("--crop-n-layers", type=whole, default=0, metavar="N",
-      help="look at 2 x 2, 4 x 4, ... crops as well, N layers of them (default: 0)")  # fmt: skip
+      help="look at 2 x 2, 4 x 4, ... crops as well, N layers of them")  # fmt: skip
   add("--min-mask-region-area", type=whole, default=0, metavar="PIXELS",
-      help="take out holes and islands of fewer pixels (default: 0)")  # fmt: skip
+      help="take out holes and islands of fewer pixels")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from sam3lt_jax.cli import UserError
-from sam3lt_jax.cli.arguments import add_model, add_out, load
+from sam3lt_jax.cli.arguments import add_model, add_out, load, number
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\
@@ -27,6 +27,13 @@ written to the output folder:
 """
 
 
+_size = number(
+  lambda text: text if text == "symbolic" else int(text),
+  lambda n: n == "symbolic" or n >= 1,
+  "a whole number of at least 1, or 'symbolic'",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add = parser.add_argument
@@ -34,22 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_out(parser, None, help="output folder, new or empty")
   add("--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="P",
       help="what it is to run on: cpu, cuda, tpu, rocm (default: cpu cuda tpu)")  # fmt: skip
-  add("--batch", type=_count, default="symbolic", metavar="N|symbolic",
-      help="images a call, a fixed number or any (default: symbolic)")  # fmt: skip
-  add("--prompts", type=_count, default="symbolic", metavar="N|symbolic",
-      help="prompts a call, a fixed number or any (default: symbolic)")  # fmt: skip
-  add("--boxes", type=int, default=8, metavar="N",
-      help="slots for example boxes a prompt, 0 for none (default: 8)")  # fmt: skip
+  add("--batch", type=_size, default="symbolic", metavar="N|symbolic",
+      help="images a call, a fixed number or any")  # fmt: skip
+  add("--prompts", type=_size, default="symbolic", metavar="N|symbolic",
+      help="prompts a call, a fixed number or any")  # fmt: skip
+  add("--boxes", type=int, default=8, metavar="N", help="slots for example boxes a prompt, 0 for none")
   add("--phrases", nargs="+", default=[], metavar="PHRASE", help="keep the token ids of these phrases")
-
-
-def _count(text: str) -> int | str:
-  if text == "symbolic":
-    return text
-  try:
-    return int(text)
-  except ValueError:
-    raise argparse.ArgumentTypeError(f"must be a whole number or 'symbolic', got {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> int:

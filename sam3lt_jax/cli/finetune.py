@@ -9,19 +9,16 @@ import os
 from sam3lt_jax.cli import UserError
 from sam3lt_jax.cli.arguments import (
   RANDOM,
+  add_decays,
   add_hosts,
   add_model,
   add_out,
-  below_one,
   count,
   filled,
   fraction,
   join_hosts,
-  not_negative,
   note,
   positive,
-  say_nothing,
-  up_to_one,
   whole,
 )
 from sam3lt_jax.cli.progress import busy
@@ -75,21 +72,15 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
       help="instead: this share of the images, drawn at random",
   ).fills = ("share",)  # fmt: skip
   add("--iou", choices=("segm", "bbox"), default="segm",
-      help="measure by masks or, where annotations have none, by boxes (default: segm)")  # fmt: skip
+      help="measure by masks or, where annotations have none, by boxes")  # fmt: skip
   add("--batch", dest="batch_size", type=count, default=1, metavar="N",
-      help="images a step, over all devices (default: 1)")  # fmt: skip
-  add("--prompts", type=count, default=4, metavar="N", help="phrases an image (default: 4)")
-  add("--objects", type=count, default=32, metavar="N", help="objects a phrase, the largest (default: 32)")
-  add("--negatives", type=fraction, default=0.5, metavar="SHARE",
-      help="absent phrases among them (default: 0.5)")  # fmt: skip
+      help="images a step, over all devices")  # fmt: skip
+  add("--prompts", type=count, default=4, metavar="N", help="phrases an image")
+  add("--objects", type=count, default=32, metavar="N", help="objects a phrase, the largest")
+  add("--negatives", type=fraction, default=0.5, metavar="SHARE", help="absent phrases among them")
   add("--box-prompts", type=fraction, default=0.0, metavar="SHARE",
-      help="present phrases that come with example boxes (default: 0)")  # fmt: skip
-  add(
-    "--no-augment",
-    dest="augment",
-    action="store_false",
-    help="images as they are: no flip, zoom, crop, colour",
-  )
+      help="present phrases that come with example boxes")  # fmt: skip
+  add("--no-augment", dest="augment", action="store_false", help="no flip, zoom, crop or colour of images")
   add("--mask-side", type=count, metavar="PX",
       help="side of the true masks, to which predicted ones are made larger (default: the model's input; a"
       " quarter takes a sixteenth of the memory)",
@@ -117,31 +108,25 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
       help="mask losses at N random points a mask instead of every pixel")  # fmt: skip
   add("--remat", action="store_true", help="less memory: compute layers twice")
   add("--moment-dtype", choices=("float32", "bfloat16"), default="float32",
-      help="to keep Adam's mean of gradients in; bfloat16 saves 2 bytes each (default: float32)",
+      help="to keep Adam's mean of gradients in; bfloat16 saves 2 bytes each",
   )  # fmt: skip
 
 
 def _add_run(run: argparse._ArgumentGroup) -> None:
   add = run.add_argument
   add_out(run, None, dest="directory", help="the run's folder; a run in it goes on")
-  add("--steps", type=count, default=1000, metavar="N", help="(default: 1000)")
-  add("--accumulate", type=count, default=1, metavar="N", help="steps that make one update (default: 1)")
+  add("--steps", type=count, default=1000, metavar="N", help="batches to train on")
+  add("--accumulate", type=count, default=1, metavar="N", help="steps that make one update")
   for name, default, what in (
     ("lr", 8e-5, "the detector"), ("vision-lr", 2.5e-5, "the vision encoder"),
     ("text-lr", 5e-6, "the text encoder"), ("lora-lr", 2e-4, "adapters"),
   ):  # fmt: skip
-    help = f"peak rate of {what} (default: {default:g})"
-    add(f"--{name}", type=positive, default=default, metavar="RATE", help=help)
-  add("--layer-decay", type=up_to_one, default=0.9, metavar="F",
-      help="rate of a vision layer against the one above it; 1: all alike (default: 0.9)")  # fmt: skip
-  add("--weight-decay", type=not_negative, default=0.1, metavar="F", help="AdamW's (default: 0.1)")
-  add("--clip", dest="clip_norm", type=positive, default=0.1, metavar="F",
-      help="norm gradients are cut to (default: 0.1)")  # fmt: skip
-  add("--ema", dest="ema_decay", type=below_one, metavar="F",
-      help="keep an average of the weights with this decay, and ship it")  # fmt: skip
+    add(f"--{name}", type=positive, default=default, metavar="RATE", help=f"peak rate of {what}")
+  add_decays(run, "a vision layer", "0.9", 0.1)
+  add("--clip", dest="clip_norm", type=positive, default=0.1, metavar="F", help="norm gradients are cut to")
   add("--evaluate-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
   add("--checkpoint-every", type=count, metavar="N", help="steps (default: a tenth of the run)")
-  add("--seed", type=whole, default=0, metavar="N", help="(default: 0)")
+  add("--seed", type=whole, default=0, metavar="N", help="of all that is drawn")
   add_hosts(run)
 
 
@@ -171,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
       "iou": args.iou,
       "validation_annotations": _facts(args.validation) if args.validation else None,
     },
-    report=None if leads else say_nothing,
+    report=None if leads else lambda line: None,
   )
   if leads:
     print(f"wrote {', '.join(result.written.values())}")
@@ -196,15 +181,11 @@ def _config(args: argparse.Namespace):
   from sam3lt_jax.training.detection.losses import DetectionLossConfig
   from sam3lt_jax.training.detection.setup import FinetuneConfig
 
-  lora = None
-  if args.rank is not None:
-    lora = LoraConfig(rank=args.rank, alpha=args.alpha or float(args.rank))
   augment = AugmentConfig() if args.augment else None
   given = filled(FinetuneConfig, args) | {
     "data": BatchConfig(**filled(BatchConfig, args) | {"augment": augment}),
     "loss": DetectionLossConfig(**filled(DetectionLossConfig, args)),
-    "lora": lora,
-    "layer_decay": None if args.layer_decay == 1 else args.layer_decay,
+    "lora": args.rank and LoraConfig(rank=args.rank, alpha=args.alpha or float(args.rank)),
   }
   return FinetuneConfig(**given)
 

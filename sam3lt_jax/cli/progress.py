@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from sam3lt_jax.cli import PROGRAM
+
 DELAY = 2.0  # seconds before anything is shown
 _LOG_PERIOD = 30.0  # seconds between lines where stderr is no terminal
 
@@ -15,14 +17,20 @@ _LOG_PERIOD = 30.0  # seconds between lines where stderr is no terminal
 class Progress:
   """A tqdm bar that appears after `DELAY` and whose clock runs while the work blocks; see `busy`."""
 
-  def __init__(self, description: str, total: int | None, unit: str | None = None, done: int = 0):
-    self._description, self._total, self._unit = description, total, unit
-    self._before, self._done, self._start = done, done, time.time()
-    self._first: float | None = None  # when the first was done: what it waited for compiling does not count
-    self._bar = None
+  def __init__(self, description: str):
+    self._description, self._bar = description, None
     self._lock = threading.RLock()
-    self._end = threading.Event()
-    self._clock = threading.Thread(target=self._tick, daemon=True)
+    self.end = threading.Event()
+    self.clock = threading.Thread(target=self._tick, daemon=True)
+    self.expect(None)
+
+  def expect(self, total: int | None, unit: str = "", done: int = 0) -> None:
+    """What is counted from now on, when the clock starts anew; see `busy`."""
+    with self._lock:
+      self.hide()
+      self._total, self.unit, self._before, self._done = total, unit, done, done
+      self._start = time.time()
+      self._first: float | None = None  # when the first was done: what it waited for compiling does not count
 
   def describe(self, description: str) -> None:
     """What is being done now."""
@@ -31,8 +39,8 @@ class Progress:
       if self._bar is not None:
         self._bar.set_description_str(description, refresh=False)
 
-  def advance(self) -> None:
-    """One more of `total` is done."""
+  def advance(self, failed: bool = False) -> None:
+    """One more is done."""
     with self._lock:
       self._done += 1
       self._first = self._first or time.time()
@@ -46,25 +54,32 @@ class Progress:
         self._bar.clear()
       print(text, file=file, flush=True)
 
+  def note(self, text: str) -> None:
+    """A line for the reader, on stderr."""
+    self.say(f"{PROGRAM}: {text}", file=sys.stderr)
+
+  def hide(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+    self._bar = None
+
   def _show(self, terminal: bool) -> None:
     from tqdm import tqdm
 
+    counts = self._total is not None and self._total > 1
     if self._bar is None:
-      counts = self._total is not None and self._total > 1
-      layout = "{desc} {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if counts else "{desc} [{elapsed}]"
-      if self._unit is not None and not counts:
-        layout = "{desc} {n_fmt} [{elapsed}{postfix}]"
+      layout = "{desc} {n_fmt}" if counts or self.unit else "{desc}"
+      layout += "/{total_fmt} [{elapsed}{postfix}]" if counts else " [{elapsed}{postfix}]"
       self._bar = tqdm(
-        desc=self._description, total=self._total, initial=self._before, unit=self._unit or "it", leave=False,
-        bar_format=layout,
+        desc=self._description, total=self._total, initial=self._before, leave=False, bar_format=layout,
         file=sys.stderr, mininterval=1.0 if terminal else _LOG_PERIOD, delay=1e-9,
       )  # fmt: skip
       self._bar.start_t = self._start
       self._bar.update(self._done - self._before)
     new = self._done - self._before - 1
-    if new > 0 and (self._total is not None or self._unit is not None):
+    if new > 0 and (counts or self.unit):
       rate = new / max(time.time() - self._first, 1e-9)
-      told = f"{rate:.3g}{self._unit or ''} a second"
+      told = f"{rate:.3g}{self.unit} a second"
       if self._total is not None:
         told += f", {tqdm.format_interval(max(self._total - self._done, 0) / rate)} left"
       self._bar.set_postfix_str(told, refresh=False)
@@ -74,34 +89,26 @@ class Progress:
 
   def _tick(self) -> None:
     terminal, wait = sys.stderr.isatty(), DELAY
-    while not self._end.wait(wait):
+    while not self.end.wait(wait):
       with self._lock:
         self._show(terminal)
       wait = 1.0 if terminal else _LOG_PERIOD
 
-  def start(self) -> None:
-    self._clock.start()
-
-  def close(self) -> None:
-    self._end.set()
-    self._clock.join()
-    if self._bar is not None:
-      self._bar.close()
-
 
 @contextlib.contextmanager
-def busy(
-  description: str, total: int | None = None, unit: str | None = None, done: int = 0
-) -> Iterator[Progress]:
+def busy(description: str, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[Progress]:
   """Shows on stderr what is being done and for how long; with `total` over 1, how many of them are done.
 
   unit: " frames": also how many of them a second, also where nobody knows how many there are. done: before.
 
   A terminal is redrawn every second, a log file gets a line every half minute.
   """
-  progress = Progress(description, total, unit, done)
-  progress.start()
+  progress = Progress(description)
+  progress.expect(total, unit, done)
+  progress.clock.start()
   try:
     yield progress
   finally:
-    progress.close()
+    progress.end.set()
+    progress.clock.join()
+    progress.hide()

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 
-from sam3lt_jax.cli.arguments import add_device, add_out, load, make_folder, note
+from sam3lt_jax.cli.arguments import add_device, add_out, load, make_folder, note, number
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\
@@ -29,10 +29,10 @@ written to the output folder:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.epilog = _EPILOG
   add = parser.add_argument
-  add("files", nargs="+", metavar="FILE",
-      help="text, JSON or JSON lines, told by content; folders, too")  # fmt: skip
+  add("files", nargs="+", metavar="FILE", help="text, JSON or JSON lines, told by content; folders, too")
   add("--synonyms", action="store_true", help="take the synonyms of LVIS categories, too")
-  add("--context", dest="context_length", type=_tokens, metavar="T",
+  add("--context", dest="context_length", metavar="T",
+      type=number(int, lambda n: n >= 2, "a number of tokens, at least 2"),
       help="context length in tokens to judge (default: the profile's)")  # fmt: skip
   add("-m", "--model", metavar="s0|s1|l|shapes|ID|DIR|FILE",
       help="measure the dimension of this model's text features as well (default: no model)",
@@ -42,12 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_device(parser)
   add_out(parser, "sam3lt_prompts")
   add("--json", action="store_true", help="print JSON instead of the table")
-
-
-def _tokens(text: str) -> int:
-  if not text.isdecimal() or int(text) < 2:
-    raise argparse.ArgumentTypeError(f"must be a number of tokens, at least 2, got {text!r}")
-  return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

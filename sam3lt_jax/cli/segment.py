@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       help="where the hub cannot be reached, run with random weights, to see the program work")  # fmt: skip
   add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
   add("--mask-threshold", type=fraction, default=0.5, metavar="T",
-      help="keep pixels of a probability above T, 0 to 1 (default: 0.5)")  # fmt: skip
+      help="keep pixels of a probability above T, 0 to 1")  # fmt: skip
   add("--top-k", type=count, metavar="N", help="keep the best N of each photo (default: all)")
   add("--clean", type=count, metavar="N",
       help="fill holes and take out specks of up to N pixels in each mask (default: leave them)",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 
 from sam3lt_jax.cli import UserError
+from sam3lt_jax.cli.arguments import number
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\
@@ -29,36 +29,34 @@ content; 2 no job is there, or its plan is damaged.
 """
 
 
+SECONDS = number(float, lambda x: 0.1 <= x <= 86400, "a number of seconds from 0.1 to 86400")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = "%(prog)s DIR [options]"
   parser.epilog = _EPILOG
   add = parser.add_argument
   add("directory", metavar="DIR", help="the job's output folder, or its URL")
   add("--json", action="store_true", help="print JSON; with --watch an object a line")
-  add("--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS",
+  add("--watch", nargs="?", type=SECONDS, const=5.0, metavar="SECONDS",
       help="look again every SECONDS (default: 5) until the job is finished")  # fmt: skip
   add("--verify", action="store_true", help="read every shard that is done and compare it with its digest")
   add("--repair", action="store_true", help="set damaged shards aside, so that the job does them again")
 
 
-def _seconds(text: str) -> float:
-  try:
-    value = float(text)
-  except ValueError:
-    value = math.nan
-  if not 0.1 <= value <= 86400:
-    raise argparse.ArgumentTypeError(f"must be a number of seconds from 0.1 to 86400, got {text!r}")
-  return value
-
-
 def run(args: argparse.Namespace) -> int:
+  from sam3lt_jax.jobs.ledger import SHARDS
+  from sam3lt_jax.jobs.plan import Plan
   from sam3lt_jax.jobs.status import Watcher, table
 
   if args.watch is not None and (args.verify or args.repair):
     raise UserError("--watch looks again and again; --verify and --repair read everything: give one of them")
   watcher = Watcher(args.directory)
   if args.repair:
-    _repair(args.directory)
+    with busy("reading the shards"):
+      repaired = Plan.load(args.directory).set_damaged_aside(strays=True)
+    for what in repaired:
+      print(f"{what}; set aside as {SHARDS}/*.damaged", file=sys.stderr)
   while True:
     with busy("reading the shards"):
       status = watcher.look(verify=args.verify)
@@ -72,14 +70,3 @@ def run(args: argparse.Namespace) -> int:
     if args.watch is None or status.finished:
       return 1 if status.damaged else 0
     time.sleep(args.watch)
-
-
-def _repair(directory: str) -> None:
-  from sam3lt_jax.jobs.ledger import SHARDS
-  from sam3lt_jax.jobs.plan import Plan
-
-  plan = Plan.load(directory)
-  with busy("reading the shards"):
-    repaired = plan.set_damaged_aside(strays=True)
-  for what in repaired:
-    print(f"{what}; set aside as {SHARDS}/*.damaged", file=sys.stderr)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
-import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from sam3lt_jax.cli import PROGRAM
 from sam3lt_jax.cli.arguments import add_model, add_out, add_tracking, fraction, load, positive
-from sam3lt_jax.cli.progress import Progress
+from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.errors import shown
 
 if TYPE_CHECKING:
@@ -69,10 +66,16 @@ def run(args: argparse.Namespace) -> int:
   with storage.signals(stop.set) as caught, open_frames(source, args.rate) as frames:
     predictor = _load(args)
     options = {name: getattr(args, name) for name in ("latency", "threshold", "max_objects")}
-    with contextlib.closing(_Bar()) as bar:
+    with busy("tracking") as progress:
+
+      def on_frame(done: int, total: int | None) -> None:
+        if not progress.unit:
+          progress.expect(total, " frames", done - 1)
+        progress.advance()
+
       written = write_tracks(
         predictor, frames, Files(args.out, args.overlay, args.davis, args.every), args.phrases,
-        stop=stop.is_set, on_frame=bar.frame, note=bar.note, **options,
+        stop=stop.is_set, on_frame=on_frame, note=lambda text: progress.note(shown(text)), **options,
       )  # fmt: skip
   new = written.frames - written.before
   rate = f", {new / written.seconds:.1f} frames/s" if new and written.seconds else ""
@@ -98,23 +101,3 @@ def _files(args: argparse.Namespace) -> list[str]:
 
   names = [writing.MASKS, writing.OVERLAY if args.overlay else "", writing.VIS, writing.OBJECTS]
   return [name for name in [*names, "davis/" if args.davis else ""] if name]
-
-
-class _Bar:
-  """Frames, of how many, and how many a second, from the first one on."""
-
-  _bar: Progress | None = None
-
-  def frame(self, done: int, total: int | None) -> None:
-    if self._bar is None:
-      self._bar = Progress("tracking", total, " frames", done - 1)
-      self._bar.start()
-    self._bar.advance()
-
-  def note(self, text: str) -> None:
-    line = f"{PROGRAM}: {shown(text)}"
-    print(line, file=sys.stderr) if self._bar is None else self._bar.say(line, file=sys.stderr)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()

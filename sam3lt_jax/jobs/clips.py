@@ -146,7 +146,7 @@ class _Clips:
         raise
       summary.stopped = "stopped"
 
-    self._progress.phase("")
+    self._progress.describe("")
     summary.devices = len(self._predictors)
     with futures.ThreadPoolExecutor(len(self._predictors), "sam3lt-clip") as pool:
       for done in [pool.submit(on_device, predictor) for predictor in self._predictors]:
@@ -174,7 +174,7 @@ class _Clips:
       with self._lock:
         summary.count(record)
         summary.frames += new
-        self._progress.image("error" in record)
+        self._progress.advance("error" in record)
     writer.commit()
     with self._lock:
       summary.shards_done += 1

@@ -329,4 +329,4 @@ class Pipeline:
 
   def _on_record(self, record: results.Record) -> None:
     self.summary.count(record)
-    self.progress.image("error" in record)
+    self.progress.advance("error" in record)

@@ -144,13 +144,13 @@ class JobConfig(Config):
 class Progress:
   """What a job tells while it runs; this one says nothing."""
 
-  def phase(self, text: str) -> None:
+  def describe(self, text: str) -> None:
     """What is being done now."""
 
-  def total(self, images: int) -> None:
+  def expect(self, total: int) -> None:
     """How many images this process may do at most: all that the job has left."""
 
-  def image(self, failed: bool) -> None:
+  def advance(self, failed: bool) -> None:
     """One more is written."""
 
   def note(self, text: str) -> None:
@@ -180,10 +180,10 @@ def run_part(job: Any, progress: Progress, stop: threading.Event) -> Summary:
   index, count = config.process()
   with storage.signals(stop.set) as caught:
     files.make_folder(files.absolute(config.out))
-    progress.phase("listing the source")
+    progress.describe("listing the source")
     items = job.items()
     devices.keep_compiled(config.compilation_cache)
-    progress.phase(f"loading {config.model}")
+    progress.describe(f"loading {config.model}")
     fingerprint = job.load(items)
     plan = Plan.open(
       config.out, items, fingerprint, job.shard_size(len(items), count),
@@ -197,7 +197,7 @@ def run_part(job: Any, progress: Progress, stop: threading.Event) -> Summary:
     summary.images_before = sum(plan.sizes[i] for i in committed)
     if len(committed) == len(plan.sizes):
       return summary.finish(plan)
-    progress.total(plan.num_items - summary.images_before)
+    progress.expect(plan.num_items - summary.images_before)
     job.work(plan, items, plan.missing(index, count), summary)
     if caught and summary.stopped is not None:
       summary.signal, summary.stopped = caught[0], f"{summary.stopped} by {signal.Signals(caught[0]).name}"
@@ -258,7 +258,7 @@ class _Images:
 
   def work(self, plan: Plan, items: Sequence[Item], shards: Iterator[Shard], summary: Summary) -> None:
     config, progress = self.config, self.progress
-    progress.phase("preparing the devices")
+    progress.describe("preparing the devices")
     if (engine := self.engine) is None:
       loaded, options = self.predictor, engine_options(config, self.asked)
       engine = self.engine = Engine(loaded.model, loaded.variables, loaded.processor, **options)
@@ -267,7 +267,7 @@ class _Images:
     if config.batch is None:
       engine.fit_memory(self.asked)
     summary.startup_s = time.perf_counter() - summary.started
-    progress.phase("")
+    progress.describe("")
     overlays, stop = Overlays(plan.directory, items, config.overlays), self.stop.is_set
     pipeline = Pipeline(engine, self.questions, config, summary, progress, stop, overlays.draw)
     pipeline.run(plan, shards, config.process()[0])

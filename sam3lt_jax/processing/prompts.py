@@ -63,9 +63,7 @@ def label_rows(labels: Any, boxes: list[np.ndarray]) -> list[np.ndarray]:
     raise ValueError(f"{name} must be [prompt][box], got {labels!r}")
   if len(rows) != len(boxes):
     raise ValueError(f"{name} are for {len(rows)} prompts, input_boxes for {len(boxes)}")
-  return [
-    _labels(row or [], len(own), name, f"prompt {i}") for i, (row, own) in enumerate(zip(rows, boxes))
-  ]
+  return [_labels(row or [], len(own), name, f"prompt {i}") for i, (row, own) in enumerate(zip(rows, boxes))]
 
 
 def _labels(row: Any, count: int, name: str, whose: str) -> np.ndarray:

@@ -40,8 +40,8 @@ def test_a_port_in_use(capsys, never):
 
 
 def test_an_address_that_cannot_be(capsys, never):
-  assert "--port must be at most 65535, got 65536" in mistake(capsys, "--port", "65536")
-  assert "--port: must be a whole number" in mistake(capsys, "--port", "x").replace("argument ", "")
+  assert "--port: must be a port, from 1 to 65535, got '65536'" in mistake(capsys, "--port", "65536")
+  assert "--port: must be a port, from 1 to 65535, got 'x'" in mistake(capsys, "--port", "x")
   assert "--host 192.0.2.7 is no address of this machine" in mistake(capsys, "--host", "192.0.2.7")
 
 

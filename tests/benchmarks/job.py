@@ -107,7 +107,7 @@ def child(task: Task) -> dict[str, Any]:
   class Watch(run.Progress):
     done = 0
 
-    def image(self, failed: bool) -> None:
+    def advance(self, failed: bool) -> None:
       self.done += 1
       if self.done == 1:
         found["first_s"] = time.time() - started

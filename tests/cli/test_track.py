@@ -79,15 +79,16 @@ def test_pictures_without_an_overlay(tmp_path, loaded, capsys):
 def test_a_signal_ends_it_and_the_same_command_goes_on(clip, tmp_path, loaded, capsys, monkeypatch, number):
   command = [clip, *fake.PHRASES, "--out", tmp_path / "out"]
   assert track(*command[:-1], tmp_path / "whole") == 0
-  frame = verb._Bar.frame
+  advance, done = progress.Progress.advance, []
 
-  def signalled(bar, done, total):
-    frame(bar, done, total)
-    if done == 5:
+  def signalled(bar):
+    advance(bar)
+    done.append(bar)
+    if len(done) == 5:
       os.kill(os.getpid(), number)
 
   with monkeypatch.context() as patch:
-    patch.setattr(verb._Bar, "frame", signalled)
+    patch.setattr(progress.Progress, "advance", signalled)
     assert track(*command) == 128 + number
   told = capsys.readouterr().out.splitlines()[-1]
   name = signal.Signals(number).name

@@ -46,7 +46,7 @@ class Notes(Progress):
   def note(self, text):
     self.lines.append(text)
 
-  def image(self, failed):
+  def advance(self, failed):
     self.done += 1
 
 

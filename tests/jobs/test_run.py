@@ -82,7 +82,7 @@ class After(Progress):
   def __init__(self, images=0, act=lambda: None):
     self.images, self.act, self.notes, self.failed = images, act, [], 0
 
-  def image(self, failed):
+  def advance(self, failed):
     self.failed += failed
     self.images -= 1
     if self.images == 0:

@@ -34,7 +34,7 @@ class Watch(run.Progress):
   def __init__(self, task: dict):
     self._task, self._written = task, 0
 
-  def image(self, failed: bool) -> None:
+  def advance(self, failed: bool) -> None:
     self._written += 1
     if self._written == self._task.get("mark_after"):
       pathlib.Path(self._task["mark"]).touch()
