@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sam3lt_jax.cli import UserError
 from sam3lt_jax.cli.arguments import add_device, add_out, count, load, make_folder, whole
 from sam3lt_jax.cli.progress import busy
+
+if TYPE_CHECKING:
+  from sam3lt_jax.processing.results import Results
 
 _EPILOG = """\
 examples:
@@ -116,7 +119,8 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
       part = parts["train" if (i + 1) % VALIDATION else "val"]
       part["images"].append({"id": i + 1, "file_name": name, "height": SIDE, "width": SIDE})
       first = len(part["annotations"]) + 1
-      part["annotations"] += [_annotation(first + k, i + 1, o) for k, o in enumerate(scene.objects)]
+      ids = {category["name"]: category["id"] for category in categories}
+      part["annotations"] += _results(scene).to_coco(i + 1, ids, first)
       progress.advance()
     for i, scene in enumerate(draw_clip(CLIP, FRAMES, SceneConfig(side=SIDE, min_objects=2, max_objects=5))):
       Image.fromarray(scene.image).save(os.path.join(folder, "clip", f"{i:03d}.png"))
@@ -133,16 +137,11 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
   return 0
 
 
-def _annotation(number: int, image: int, thing) -> dict[str, Any]:
-  """An object of a scene as COCO has it."""
-  from sam3lt_jax.data import rle
-  from sam3lt_jax.shapes.scenes import KINDS
+def _results(scene) -> Results:
+  """What a model that makes no mistake finds in a scene."""
+  from sam3lt_jax.processing.results import Results
 
-  x1, y1, x2, y2 = thing.box
-  return {
-    "id": number,
-    "image_id": image,
-    "category_id": KINDS.index(thing.kind) + 1,
-    "bbox": [x1, y1, x2 - x1, y2 - y1],
-    "iscrowd": 0,
-  } | rle.described(thing.mask)
+  things, size = scene.objects, scene.image.shape[:2]
+  return Results(
+    [t.box for t in things], [1.0] * len(things), [t.mask for t in things], [t.kind for t in things], size
+  )

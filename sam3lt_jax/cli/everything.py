@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from typing import Any
 
 import numpy as np
 
-from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
+from sam3lt_jax.cli import UserError
 from sam3lt_jax.cli.arguments import (
   add_model,
   add_out,
   add_tracker,
   count,
+  each_photo,
   filled,
   fraction,
   load,
   make_folder,
+  output_names,
   whole,
 )
-from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.errors import shown
 
 _SHOWN = 2048  # pixels of the longer side of an overlay, which holds a mask of each thing at that size
@@ -72,32 +72,22 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.isfile(photo):
       raise UserError(f"no such photo: {shown(photo)}")
   make_folder(args.out)
-  predictor = load(args)
-  failed = 0
-  for photo in args.photos:
-    try:
-      with busy(shown(photo)):
-        line = _one(predictor, photo, args.out, args.top_k, options)
-      print(line)
-    except Exception as e:
-      if not is_users_mistake(e):
-        raise
-      print(error_line(e), file=sys.stderr)
-      failed += 1
-  if failed and len(args.photos) > 1:
-    print(f"{PROGRAM}: {failed} of {len(args.photos)} photos failed", file=sys.stderr)
-  return 2 if failed else 0
+  predictor, names = load(args), output_names(args.photos)
+
+  def one(photo: str) -> str:
+    return _one(predictor, photo, os.path.join(args.out, names[photo]), args.top_k, options)
+
+  return each_photo(names, one)
 
 
-def _one(predictor: Any, photo: str, out: str, top_k: int | None, options: dict[str, Any]) -> str:
-  """Segments a photo and writes what is found; returns the line to show."""
+def _one(predictor: Any, photo: str, base: str, top_k: int | None, options: dict[str, Any]) -> str:
+  """Segments a photo and writes what is found; returns what to print. base: of the files' names."""
   from sam3lt_jax.processing.images import load_image
 
   start = time.perf_counter()
   image = load_image(photo)
   records = predictor.generate_masks(image, **options)[:top_k]
   seconds = time.perf_counter() - start
-  base = os.path.join(out, os.path.splitext(os.path.basename(photo))[0])
   height, width = image.shape[:2]
   data = {
     "images": [{"id": 1, "file_name": photo, "height": height, "width": width}],
@@ -125,7 +115,6 @@ def _overlay(image: np.ndarray, records: list[dict[str, Any]]):
   from PIL import Image
 
   from sam3lt_jax.data import rle
-  from sam3lt_jax.processing.masks import mask_box
   from sam3lt_jax.processing.results import Results
 
   height, width = image.shape[:2]
@@ -136,7 +125,6 @@ def _overlay(image: np.ndarray, records: list[dict[str, Any]]):
   for mask, record in zip(masks, records):
     whole_mask = Image.fromarray(rle.decode(record["segmentation"]))
     mask[:] = whole_mask.resize(size[::-1], Image.Resampling.NEAREST)
-  boxes = np.stack([mask_box(mask) for mask in masks]) if records else np.zeros((0, 4))
-  scores = np.array([record["predicted_iou"] for record in records])
-  found = Results(boxes, scores, masks, tuple(str(i) for i in range(1, len(records) + 1)), size)
+  scores, names = [record["predicted_iou"] for record in records], range(1, len(records) + 1)
+  found = Results(np.zeros((len(records), 4)), scores, masks, tuple(map(str, names)), size)
   return found.render(np.asarray(small), scale="auto")

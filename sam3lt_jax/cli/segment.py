@@ -13,25 +13,27 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sam3lt_jax.cli import PROGRAM, UserError, error_line, is_users_mistake
+from sam3lt_jax.cli import PROGRAM, UserError, error_line
 from sam3lt_jax.cli.arguments import (
   RANDOM,
   RANDOM_WARNING,
   add_model,
   add_out,
+  add_thresholds,
   add_tracker,
   count,
-  fraction,
+  each_photo,
   load,
   make_folder,
   note,
+  output_names,
 )
-from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs.sources import images_in
 from sam3lt_jax.storage import is_image
 
 if TYPE_CHECKING:
+  from sam3lt_jax.config import Profile
   from sam3lt_jax.predictor import Predictor
   from sam3lt_jax.processing.results import Results
 
@@ -78,22 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--box", action="append", default=[], type=_box, metavar="X1,Y1,X2,Y2[:0|1]",
       help="an example in pixels of every photo, of what is sought (:1, default) or is not (:0); repeatable",
   )  # fmt: skip
-  add("--point", dest="clicks", action="append", default=[], type=_point, metavar="X,Y[:0|1]",
+  add("--point", dest="objects", action=_Pointing, default=[], type=_point, metavar="X,Y[:0|1]",
       help="a point in pixels of every photo, on one object (:1, default) or off it (:0); repeatable. Joins "
       "the object before it: the last --object or --outline",
   ).fills = ("points", "point_labels")  # fmt: skip
-  add("--object", dest="clicks", action="append", type=_object, metavar="X,Y",
+  add("--object", dest="objects", action=_Pointing, default=[], type=_point, metavar="X,Y",
       help="like --point, and begins the next object")  # fmt: skip
-  add("--outline", dest="clicks", action="append", type=_outline, metavar="X1,Y1,X2,Y2",
+  add("--outline", dest="objects", action=_Pointing, default=[], type=_box, metavar="X1,Y1,X2,Y2",
       help="the outline of one object in pixels, begins the next object; --box is an example instead",
   )  # fmt: skip
   add_model(parser)
   add_tracker(parser)
   add("--random-if-offline", action="store_true",
       help="where the hub cannot be reached, run with random weights, to see the program work")  # fmt: skip
-  add("--threshold", type=fraction, metavar="T", help="keep scores above T, 0 to 1 (default: the profile's)")
-  add("--mask-threshold", type=fraction, default=0.5, metavar="T",
-      help="keep pixels of a probability above T, 0 to 1")  # fmt: skip
+  add_thresholds(parser)
   add("--top-k", type=count, metavar="N", help="keep the best N of each photo (default: all)")
   add("--clean", type=count, metavar="N",
       help="fill holes and take out specks of up to N pixels in each mask (default: leave them)",
@@ -104,61 +104,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--json", action="store_true", help="print the COCO JSON of all photos instead of the table")
 
 
-def _box(text: str) -> tuple[list[float], int]:
-  """`x1,y1,x2,y2[:label]` -> ([x1, y1, x2, y2], label)."""
-  corners, colon, label = text.partition(":")
-  try:
-    box = [float(v) for v in corners.split(",")]
-  except ValueError:
-    box = []
-  if len(box) != 4 or not all(map(math.isfinite, box)) or (colon and label not in ("0", "1")):
-    raise argparse.ArgumentTypeError(f"must be x1,y1,x2,y2 in pixels, then :0 or :1 or nothing, got {text!r}")
-  if box[0] >= box[2] or box[1] >= box[3]:
-    raise argparse.ArgumentTypeError(f"must have x1 < x2 and y1 < y2, got {text!r}")
-  return box, int(label or 1)
-
-
-@dataclasses.dataclass
-class _Click:
-  """A point, or the outline of an object; `begins`: of the next object."""
-
-  point: tuple[list[float], int] | None = None
-  outline: list[float] | None = None
-  begins: bool = False
-
-
-def _point(text: str) -> _Click:
-  """`x,y[:label]`."""
+def _numbers(text: str, form: str) -> tuple[list[float], int]:
+  """`x1,y1,x2,y2[:label]` -> ([x1, y1, x2, y2], label); likewise of another `form`."""
   place, colon, label = text.partition(":")
   try:
-    point = [float(v) for v in place.split(",")]
+    values = [float(v) for v in place.split(",")]
   except ValueError:
-    point = []
-  if len(point) != 2 or not all(map(math.isfinite, point)) or (colon and label not in ("0", "1")):
-    raise argparse.ArgumentTypeError(f"must be x,y in pixels, then :0 or :1 or nothing, got {text!r}")
-  return _Click((point, int(label or 1)))
+    values = []
+  good = len(values) == form.count(",") + 1 and all(map(math.isfinite, values))
+  if not good or (colon and label not in ("0", "1")):
+    raise argparse.ArgumentTypeError(f"must be {form} in pixels, then :0 or :1 or nothing, got {text!r}")
+  return values, int(label or 1)
 
 
-def _object(text: str) -> _Click:
-  return dataclasses.replace(_point(text), begins=True)
+def _box(text: str) -> tuple[list[float], int]:
+  box, label = _numbers(text, "x1,y1,x2,y2")
+  if box[0] >= box[2] or box[1] >= box[3]:
+    raise argparse.ArgumentTypeError(f"must have x1 < x2 and y1 < y2, got {text!r}")
+  return box, label
 
 
-def _outline(text: str) -> _Click:
-  return _Click(outline=_box(text)[0], begins=True)
+def _point(text: str) -> tuple[list[float], int]:
+  return _numbers(text, "x,y")
 
 
-def _objects(clicks: Sequence[_Click]) -> list[dict[str, Any]]:
-  """What `Predictor.predict` is asked for each object."""
-  objects: list[dict[str, Any]] = []
-  for click in clicks:
-    if click.begins or not objects:
-      objects.append({"points": None, "point_labels": None, "box": None})
-    if click.outline is not None:
-      objects[-1]["box"] = click.outline
-    if click.point is not None:
-      objects[-1]["points"] = [*(objects[-1]["points"] or []), click.point[0]]
-      objects[-1]["point_labels"] = [*(objects[-1]["point_labels"] or []), click.point[1]]
-  return objects
+class _Pointing(argparse.Action):
+  """Gathers what `Predictor.predict` is asked for each object; all but --point begin the next one."""
+
+  def __call__(self, parser, namespace, value, option=None):
+    (*before, last), (place, label) = namespace.objects or [None], value
+    if option != "--point" or last is None:
+      before, last = namespace.objects, {"points": None, "point_labels": None, "box": None}
+    if option == "--outline":
+      last = last | {"box": place}
+    else:
+      labels = [*(last["point_labels"] or []), label]
+      last = last | {"points": [*(last["points"] or []), place], "point_labels": labels}
+    namespace.objects = [*before, last]
 
 
 def sort_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -222,69 +204,51 @@ def _bad_photos(photos: Sequence[str], given: Sequence[str]) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> int:
   photos, phrases = sort_inputs(args.inputs)
-  photos = list(dict.fromkeys(photos))
   bad = _bad_photos(photos, args.inputs)
   phrases = list(dict.fromkeys([*phrases, *args.text]))
   if any(not phrase.strip() for phrase in phrases):
     raise UserError("a phrase is empty")
-  if not phrases and not args.box and not args.clicks:
+  if not phrases and not args.box and not args.objects:
     raise UserError(
       f"nothing to look for: give a phrase or --box, or --point at one thing (see {PROGRAM} segment --help)"
     )
-  if args.clicks and (phrases or args.box):
+  if args.objects and (phrases or args.box):
     raise UserError(
       "--point, --object and --outline mean one object each, phrases and --box all that match: one kind a"
       " call"
     )
-  if args.clicks and args.tracker is None:
+  if args.objects and args.tracker is None:
     raise UserError("--point, --object and --outline need --tracker, where SAM 3's tracker is: facebook/sam3")
   make_folder(args.out)
   for why in bad.values():
     print(why, file=sys.stderr)
-  names = {photo: name for photo, name in zip(photos, _output_names(photos)) if photo not in bad}
-  failed = len(photos) - len(names)
+  names = {photo: name for photo, name in output_names(photos).items() if photo not in bad}
   if names:
-    failed += _segment_all(args, names, phrases)
-  if failed and len(photos) > 1:
-    note(f"{failed} of {len(photos)} photos failed")
-  return 2 if failed else 0
+    from sam3lt_jax.checkpoints import sources
 
+    sources.check_phrases(args.model, phrases)
+    predictor = _load(args)
+    random = args.model.startswith(RANDOM)
+    if random and args.threshold is None:
+      args.threshold, args.top_k = 0.0, args.top_k or _RANDOM_SHOWN
+    data = _dataset(args, phrases, predictor.model.config.profile)
 
-def _segment_all(args: argparse.Namespace, names: dict[str, str], phrases: list[str]) -> int:
-  """Segments photos (path -> name of what is written of it); returns how many failed."""
-  from sam3lt_jax.checkpoints import sources
+  def one(photo: str) -> str:
+    start = time.perf_counter()
+    image, results = _segment(predictor, photo, phrases, args)
+    seconds = time.perf_counter() - start
+    paths = _write(args, data, names[photo], photo, image, results)
+    if args.json:
+      return ""
+    found = table(shown(photo), results, seconds, data["info"]["threshold"])
+    return f"{found}\n  wrote {', '.join(map(shown, paths))}"
 
-  sources.check_phrases(args.model, phrases)
-  predictor = _load(args)
-  random = args.model.startswith(RANDOM)
-  if random and args.threshold is None:
-    args.threshold, args.top_k = 0.0, args.top_k or _RANDOM_SHOWN
-  report = _Report(args, phrases, predictor.model.config.profile)
-  failed = 0
-  with busy("", total=len(names)) as progress:
-    for i, (photo, name) in enumerate(names.items()):
-      label = shown(photo)
-      progress.describe(f"{label} (the first photo compiles the model, too)" if i == 0 else label)
-      try:
-        start = time.perf_counter()
-        image, results = _segment(predictor, photo, phrases, args)
-        seconds = time.perf_counter() - start
-        paths = _write(args, report, name, photo, image, results)
-      except Exception as e:
-        if not is_users_mistake(e):
-          raise
-        progress.say(error_line(e), file=sys.stderr)
-        failed += 1
-        continue
-      progress.advance()
-      if not args.json:
-        found = table(label, results, seconds, report.threshold)
-        progress.say(f"{found}\n  wrote {', '.join(map(shown, paths))}")
-  if args.json:
-    print(json.dumps(report.everything()))
-  if random:
+  code = each_photo(names, one, len(bad))
+  if names and args.json:
+    print(json.dumps(data))
+  if names and random:
     note(RANDOM_WARNING.replace("below", "above"))
-  return failed
+  return code
 
 
 def _load(args: argparse.Namespace) -> Predictor:
@@ -303,8 +267,8 @@ def _segment(predictor, photo: str, phrases: list[str], args) -> tuple[Any, Resu
   from sam3lt_jax.processing.images import load_image
 
   image = load_image(photo)  # upright, once for the model and the overlay
-  if args.clicks:
-    results = _clicked(predictor, image, _objects(args.clicks), args.mask_threshold)
+  if args.objects:
+    results = _clicked(predictor, image, args.objects, args.mask_threshold)
   else:
     results = predictor(
       image,
@@ -333,82 +297,47 @@ def _object_names(count: int) -> list[str]:
   return ["object"] if count == 1 else [f"object {i}" for i in range(1, count + 1)]
 
 
-def _output_names(photos: Sequence[str]) -> list[str]:
-  """A different name for every photo: a/x.jpg, b/x.jpg -> x, x_2. Compared without case, as some disks do."""
-  names, taken = [], set()
-  for photo in photos:
-    stem = os.path.splitext(os.path.basename(photo))[0]
-    name, count = stem, 1
-    while name.lower() in taken:
-      count += 1
-      name = f"{stem}_{count}"
-    taken.add(name.lower())
-    names.append(name)
-  return names
+def _dataset(args: argparse.Namespace, phrases: list[str], profile: Profile) -> dict[str, Any]:
+  """A COCO data set of no photo yet."""
+  from sam3lt_jax import __version__
+
+  info = {
+    "description": f"sam3lt_jax {__version__}",
+    "model": args.model,
+    "random_weights": args.model.startswith(RANDOM),
+    "profile": profile.name,
+    "threshold": profile.score_threshold if args.threshold is None else args.threshold,
+    "mask_threshold": args.mask_threshold,
+    "boxes": [{"xyxy": box, "label": label} for box, label in args.box],
+    "objects": args.objects,
+  }
+  if info["random_weights"]:
+    info["warning"] = RANDOM_WARNING.split("; ")[0]
+  names = phrases or _object_names(len(args.objects)) or ["visual"]
+  categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+  return {"info": info, "images": [], "categories": categories, "annotations": []}
 
 
-@dataclasses.dataclass
-class _Report:
-  """The COCO data set, growing photo by photo."""
-
-  args: argparse.Namespace
-  phrases: list[str]
-  profile: Any
-  images: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-  @property
-  def threshold(self) -> float:
-    return self.profile.score_threshold if self.args.threshold is None else self.args.threshold
-
-  @property
-  def categories(self) -> list[dict[str, Any]]:
-    names = self.phrases or _object_names(len(_objects(self.args.clicks))) or ["visual"]
-    return [{"id": i, "name": name} for i, name in enumerate(names, 1)]
-
-  def add(self, photo: str, results: Results) -> dict[str, Any]:
-    """Takes in a photo's results and returns the data set of this photo alone."""
-    image = {
-      "id": len(self.images) + 1, "file_name": photo, "height": results.size[0], "width": results.size[1]
-    }  # fmt: skip
-    ids = {category["name"]: category["id"] for category in self.categories}
-    annotations = results.to_coco(image["id"], ids, first_id=len(self.annotations) + 1)
-    self.images.append(image)
-    self.annotations += annotations
-    return self._dataset([image], annotations)
-
-  def everything(self) -> dict[str, Any]:
-    return self._dataset(self.images, self.annotations)
-
-  def _dataset(self, images, annotations) -> dict[str, Any]:
-    from sam3lt_jax import __version__
-
-    info = {
-      "description": f"sam3lt_jax {__version__}",
-      "model": self.args.model,
-      "random_weights": self.args.model.startswith(RANDOM),
-      "profile": self.profile.name,
-      "threshold": self.threshold,
-      "mask_threshold": self.args.mask_threshold,
-      "boxes": [{"xyxy": box, "label": label} for box, label in self.args.box],
-      "objects": _objects(self.args.clicks),
-    }
-    if info["random_weights"]:
-      info["warning"] = RANDOM_WARNING.split("; ")[0]
-    return {"info": info, "images": images, "categories": self.categories, "annotations": annotations}
-
-
-def _write(args, report: _Report, name: str, photo: str, image, results: Results) -> list[str]:
+def _write(args, data: dict[str, Any], name: str, photo: str, image, results: Results) -> list[str]:
+  """Adds a photo to the data set and writes what belongs to it alone; returns the paths."""
   base = os.path.join(args.out, name)
-  overlay, data = f"{base}_overlay.jpg", f"{base}.json"
+  overlay = f"{base}_overlay.jpg"
   results.render(image, scale="auto").save(overlay, quality=92, subsampling=0)
   masks = results.save_png(f"{base}_masks.png", separate=args.separate_masks)
-  with open(data, "w", encoding="utf-8") as f:
-    json.dump(report.add(photo, results), f)
+  number, (height, width) = len(data["images"]) + 1, results.size
+  ids = {category["name"]: category["id"] for category in data["categories"]}
+  own = {
+    "images": [{"id": number, "file_name": photo, "height": height, "width": width}],
+    "annotations": results.to_coco(number, ids, first_id=len(data["annotations"]) + 1),
+  }
+  for key, entries in own.items():
+    data[key] += entries
+  with open(f"{base}.json", "w", encoding="utf-8") as f:
+    json.dump(data | own, f)
     f.write("\n")
   if len(masks) > 1:
     masks = [f"{masks[0]} to {os.path.basename(masks[-1])}"]
-  return [overlay, *masks, data]
+  return [overlay, *masks, f"{base}.json"]
 
 
 def table(photo: str, results: Results, seconds: float, threshold: float) -> str:

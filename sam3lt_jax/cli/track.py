@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   from sam3lt_jax import storage
   from sam3lt_jax.video.frames import open_frames
-  from sam3lt_jax.video.writing import Files, write_tracks
+  from sam3lt_jax.video.writing import MASKS, OBJECTS, OVERLAY, VIS, Files, write_tracks
 
   source: Any = args.source
   if source.isdecimal() and not os.path.exists(source):
@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
   size = "x".join(map(str, frames.size[::-1]))
   found = f"{written.objects} object{'' if written.objects == 1 else 's'}"
   print(f"{shown(args.source)}  {size}  {written.frames} frames{rate}  {found}")
-  print(f"  wrote {shown(args.out)}/: {', '.join(_files(args))}")
+  overlay, davis = ([name] * asked for name, asked in ((OVERLAY, args.overlay), ("davis/", args.davis)))
+  print(f"  wrote {shown(args.out)}/: {', '.join([MASKS, *overlay, VIS, OBJECTS, *davis])}")
   return 0
 
 
@@ -94,10 +95,3 @@ def _load(args: argparse.Namespace) -> VideoPredictor:
   from sam3lt_jax.video.predictor import VideoPredictor
 
   return VideoPredictor(load(args))
-
-
-def _files(args: argparse.Namespace) -> list[str]:
-  from sam3lt_jax.video import writing
-
-  names = [writing.MASKS, writing.OVERLAY if args.overlay else "", writing.VIS, writing.OBJECTS]
-  return [name for name in [*names, "davis/" if args.davis else ""] if name]
