@@ -5,10 +5,8 @@ gradio has no tool for boxes, so the picture is an `<img>` with the listeners of
 
 from __future__ import annotations
 
-import base64
 import functools
 import html
-import io
 import itertools
 import os
 import pathlib
@@ -22,6 +20,7 @@ from gradio.processing_utils import save_file_to_cache
 
 from sam3lt_jax.app.session import Session
 from sam3lt_jax.predictor import Predictor
+from sam3lt_jax.processing.show import data_url
 
 NO_TRACKER = (
   "Clicks that outline an object need SAM 3's tracker, which is not loaded: start the page with a full model"
@@ -203,7 +202,7 @@ class Page:
     return [
       gr.update(visible=not opened, value=None),
       gr.update(visible=not opened and self._example is not None),
-      gr.update(value=_address(session) if opened else None, tool=tool, answer=next(self._answers)),
+      gr.update(value=data_url(session.picture()) if opened else None, tool=tool, answer=next(self._answers)),
       _line(said, _next(session, tool)),
       gr.update(choices=choices, value=_NO_OBJECT if session.current is None else session.current),
       gr.update(interactive=session.can_undo),
@@ -320,10 +319,3 @@ def _next(session: Session, tool: str) -> str:
 
 def _line(*parts: str | None) -> str:
   return f'<p role="status">{" ".join(html.escape(part) for part in parts if part)}</p>'
-
-
-def _address(session: Session) -> str:
-  """The picture as a data URL: no file is left on the disk for each click."""
-  data = io.BytesIO()
-  session.picture().save(data, "JPEG", quality=90, subsampling=0)
-  return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -29,6 +29,11 @@ def mask_box(mask: np.ndarray) -> np.ndarray:
   return np.zeros(4, np.float32) if bounds is None else bounds
 
 
+def drawing_order(areas: np.ndarray) -> list[int]:
+  """Indices from the largest area to the smallest, so that what is drawn last, on top, is the smaller."""
+  return np.argsort(-areas, kind="stable").tolist()
+
+
 def clean(logits: np.ndarray, hole_area: int = 0, speck_area: int = 0, threshold: float = 0.0) -> np.ndarray:
   """Fills holes and takes out specks of up to so many cells, 8-connected; what is larger stays.
 

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from sam3lt_jax.processing.images import load_image
-from sam3lt_jax.processing.masks import largest_part, mask_bounds
+from sam3lt_jax.processing.masks import drawing_order, largest_part, mask_bounds
 
 if TYPE_CHECKING:
   from sam3lt_jax.processing.results import Results
@@ -147,7 +147,10 @@ def render(
     raise ValueError(f"scale must be 'auto' or above 0 and at most 64, got {scale!r}")
   if font is not None:
     font = os.fspath(font)
-    _check_font(font)
+    try:
+      _font(font, _MIN_FONT)
+    except OSError as e:
+      raise ValueError(f"font must be the path of a TrueType or OpenType font, got {font!r} ({e})") from e
   canvas = Image.fromarray(load_image(image))
   if (canvas.height, canvas.width) != results.size:
     raise ValueError(
@@ -162,8 +165,9 @@ def render(
     results = scaled(results, scale)
     canvas = canvas.resize(results.size[::-1], Image.Resampling.BICUBIC)
   line = max(1, round(_unit(canvas.size) / 220))
-  crops = [_bounds(one.mask) for one in results]
-  order = _drawing_order(results, crops)
+  bounds = (mask_bounds(one.mask) for one in results)
+  crops = [None if box is None else tuple(box.astype(int).tolist()) for box in bounds]
+  order = drawing_order(results.areas)
   if opacity > 0:
     _fill(canvas, results, crops, order, colors, opacity)
   draw = ImageDraw.Draw(canvas)
@@ -193,22 +197,6 @@ def scaled(results: Results, scale: float) -> Results:
 def _unit(size: tuple[int, int]) -> float:
   """The length that line widths and text follow: the picture's mean side, less in a narrow strip."""
   return min(math.sqrt(size[0] * size[1]), 3.0 * min(size))
-
-
-def _bounds(mask: np.ndarray) -> Box | None:
-  """`mask_bounds` in whole numbers."""
-  bounds = mask_bounds(mask)
-  return None if bounds is None else tuple(bounds.astype(int).tolist())
-
-
-def _drawing_order(results: Results, crops: Sequence[Box | None]) -> list[int]:
-  from sam3lt_jax.processing.results import drawing_order
-
-  areas = [
-    0 if crop is None else np.count_nonzero(one.mask[crop[1] : crop[3], crop[0] : crop[2]])
-    for one, crop in zip(results, crops)
-  ]
-  return drawing_order(areas)
 
 
 def _fill(canvas, results: Results, crops, order, colors, opacity: float) -> None:
@@ -270,13 +258,6 @@ def _rectangle(draw: ImageDraw.ImageDraw, box: np.ndarray, color: Color, line: i
 @functools.lru_cache(maxsize=32)
 def _font(path: str | None, size: int):
   return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
-
-
-def _check_font(path: str) -> None:
-  try:
-    _font(path, _MIN_FONT)
-  except OSError as e:
-    raise ValueError(f"font must be the path of a TrueType or OpenType font, got {path!r} ({e})") from e
 
 
 @functools.lru_cache(maxsize=4096)

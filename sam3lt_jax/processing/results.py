@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -47,33 +48,23 @@ class PackedMasks:
   def __init__(self, bits: np.ndarray, size: tuple[int, int]):
     self.bits, self.size = bits, size
 
-  @classmethod
-  def of(cls, masks: Iterable[np.ndarray], count: int, size: tuple[int, int]) -> PackedMasks:
-    """`count` masks, bool [H, W], each let go before the next one comes."""
-    bits = np.empty((count, size[0], -(-size[1] // 8)), np.uint8)
-    for row, mask in zip(bits, masks):
-      row[...] = np.packbits(mask, axis=-1)
-    return cls(bits, size)
-
   def __len__(self) -> int:
     return len(self.bits)
 
-  def __getitem__(self, i: int) -> np.ndarray:
-    """bool [H, W]."""
-    return np.unpackbits(self.bits[i], axis=-1, count=self.size[1]).view(bool)
-
-  def take(self, index: np.ndarray) -> PackedMasks:
-    return PackedMasks(self.bits[index], self.size)
+  def __getitem__(self, index: Any) -> np.ndarray | PackedMasks:
+    """A mask, bool [H, W], by its number; of several numbers they stay packed."""
+    if np.ndim(index):
+      return PackedMasks(self.bits[index], self.size)
+    return np.unpackbits(self.bits[index], axis=-1, count=self.size[1]).view(bool)
 
 
 def hold_masks(masks: Iterable[np.ndarray], count: int, size: tuple[int, int]) -> np.ndarray | PackedMasks:
-  """`count` masks, bool [H, W] each, for `Results`: 20 of 180 megapixels would take 3.6 GB as they are."""
-  if count * size[0] * size[1] > PACKED_ABOVE:
-    return PackedMasks.of(masks, count, size)
-  held = np.empty((count, *size), bool)
+  """`count` masks, bool [H, W] each and one at a time, for `Results`; 20 of 180 megapixels would take 3.6 GB."""
+  packed = count * size[0] * size[1] > PACKED_ABOVE
+  held = np.empty((count, size[0], -(-size[1] // 8)), np.uint8) if packed else np.empty((count, *size), bool)
   for row, mask in zip(held, masks):
-    row[...] = mask
-  return held
+    row[...] = np.packbits(mask, axis=-1) if packed else mask
+  return PackedMasks(held, size) if packed else held
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -112,7 +103,7 @@ class Results:
   image: Any = None
 
   def __post_init__(self):
-    size = tuple(int(s) for s in self.size)
+    size = tuple(map(int, self.size))
     if len(size) != 2 or min(size) < 1:
       raise ValueError(f"size must be (height, width), both positive, got {self.size!r}")
     if isinstance(self.labels, str):
@@ -151,9 +142,7 @@ class Results:
   def _unpacked(self, name: str) -> Any:
     if name != "masks" or "_packed" not in self.__dict__:
       raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-    masks = np.empty((len(self), *self.size), bool)
-    for i in range(len(self)):
-      masks[i] = self._packed[i]
+    masks = np.unpackbits(self._packed.bits, axis=-1, count=self.size[1]).view(bool)
     self.__dict__["masks"] = masks
     return masks
 
@@ -266,14 +255,11 @@ class Results:
     return self._take(index)
 
   def _take(self, index: np.ndarray) -> Results:
-    labels, held = tuple(self.labels[i] for i in index), self._held
-    masks = held.take(index) if isinstance(held, PackedMasks) else held[index]
-    extra = {
-      name: None if (rows := getattr(self, name)) is None else rows[index] for name in ("logits", "ids")
-    }
-    return dataclasses.replace(
-      self, boxes=self.boxes[index], scores=self.scores[index], masks=masks, labels=labels, **extra
-    )
+    taken = {"masks": self._held[index], "labels": tuple(self.labels[i] for i in index)}
+    for name in ("boxes", "scores", "logits", "ids"):
+      rows = getattr(self, name)
+      taken[name] = None if rows is None else rows[index]
+    return dataclasses.replace(self, **taken)
 
   def with_image(self, image: Any) -> Results:
     """The same instances, remembering `image` (see the attribute); None forgets it, and frees it."""
@@ -332,7 +318,15 @@ class Results:
 
   def categories(self) -> list[dict[str, Any]]:
     """COCO categories of the labels that occur, `[{"id": 1, "name": ...}, ...]` in order of appearance."""
-    return [{"id": i, "name": label} for i, label in enumerate(dict.fromkeys(self.labels), 1)]
+    return [{"id": i, "name": label} for label, i in self._numbers("", None, 1).items()]
+
+  def _numbers(self, name: str, given: Mapping[str, int] | None, first: int) -> Mapping[str, int]:
+    """Label -> number: the argument `name`, or from `first` on in order of appearance."""
+    if given is None:
+      return {label: i for i, label in enumerate(dict.fromkeys(self.labels), first)}
+    if missing := sorted(set(self.labels) - set(given)):
+      raise ValueError(f"{name} must hold every label, missing {missing}, got {dict(given)}")
+    return given
 
   def to_coco(
     self,
@@ -359,9 +353,7 @@ class Results:
     """
     from sam3lt_jax.data import rle as rle_ops
 
-    if category_ids is None:
-      category_ids = {category["name"]: category["id"] for category in self.categories()}
-    self._all_named("category_ids", category_ids)
+    category_ids = self._numbers("category_ids", category_ids, 1)
     annotations = []
     for i, (box, score, mask, label) in enumerate(self):
       x1, y1, x2, y2 = (float(v) for v in box)
@@ -380,11 +372,6 @@ class Results:
         annotations[-1]["track_id"] = int(self.ids[i])
     return annotations
 
-  def _all_named(self, name: str, ids: Mapping[str, int]) -> None:
-    missing = sorted(set(self.labels) - set(ids))
-    if missing:
-      raise ValueError(f"{name} must hold every label, missing {missing}, got {dict(ids)}")
-
   def to_json(self, image_id: int | str = 1, **options: Any) -> str:
     """A whole COCO data set of this one image, which `from_coco`, `sam3lt eval` and pycocotools read.
 
@@ -395,8 +382,6 @@ class Results:
     Raises:
       ValueError: image_id is the name of a file to write.
     """
-    import json
-
     if str(image_id).endswith(".json"):
       raise ValueError(f"image_id must be no file's name, got {image_id!r}: to_json returns the text")
 
@@ -419,10 +404,7 @@ class Results:
       ValueError: `class_ids` lacks a label that occurs.
       ImportError: contourpy is not installed.
     """
-    if class_ids is None:
-      class_ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
-    self._all_named("class_ids", class_ids)
-    lines = []
+    class_ids, lines = self._numbers("class_ids", class_ids, 0), []
     for one in self:
       outline = masks_module.outline(one.mask) / np.array(self.size[::-1])
       if len(outline):
@@ -450,7 +432,7 @@ class Results:
     """
     with needed("to_supervision needs", "supervision", "viz"):
       import supervision
-    class_ids = {label: i for i, label in enumerate(dict.fromkeys(self.labels))}
+    class_ids = self._numbers("", None, 0)
     return supervision.Detections(
       xyxy=self.boxes.copy(),
       mask=self.masks.copy(),
@@ -466,7 +448,7 @@ class Results:
     Where instances overlap the smaller one shows: a wheel stays visible on its truck.
     """
     out = np.zeros(self.size, np.int32)
-    for i in drawing_order(self.areas):
+    for i in masks_module.drawing_order(self.areas):
       out[self[i].mask] = i + 1
     return out
 
@@ -499,16 +481,15 @@ class Results:
     if separate:
       paths = [f"{root}_{i:03d}{suffix}" for i in range(len(self))]
       for one, name in zip(self, paths):
-        Image.fromarray(one.mask.astype(np.uint8) * 255).convert("1").save(name)
+        Image.fromarray(one.mask).save(name)
       return paths
     if len(self) > np.iinfo(np.uint16).max:
       raise ValueError(f"a PNG label map holds at most 65535 instances, got {len(self)}; use separate=True")
-    numbers = self.label_map()
-    if len(self) > _MAX_PALETTE:
-      Image.fromarray(numbers.astype(np.uint16)).save(path)
-      return [path]
-    image = Image.fromarray(numbers.astype(np.uint8))
-    image.putpalette([0, 0, 0, *(v for colour in instance_colors(self.labels, ids=self.ids) for v in colour)])
+    small = len(self) <= _MAX_PALETTE
+    image = Image.fromarray(self.label_map().astype(np.uint8 if small else np.uint16))
+    if small:
+      colors = instance_colors(self.labels, ids=self.ids)
+      image.putpalette([0, 0, 0, *(v for color in colors for v in color)])
     image.save(path)
     return [path]
 
@@ -565,8 +546,3 @@ class Results:
 
 def _line(label: str, score: float, box: np.ndarray) -> str:
   return f"{label!r} {score:.3f} box=({', '.join(f'{v:.1f}' for v in box)})"
-
-
-def drawing_order(areas: Sequence[int] | np.ndarray) -> list[int]:
-  """Indices from the largest area to the smallest, so that what is drawn last, on top, is the smaller."""
-  return [int(i) for i in np.argsort(-np.asarray(areas, np.int64), kind="stable")]

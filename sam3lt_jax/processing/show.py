@@ -58,7 +58,11 @@ def _thumbnail(results: Results) -> str:
     picture = results.render(picture, scale=min(1.0, _SIDE / max(picture.size)))
   except (OSError, ValueError):  # moved, changed: a display is no place to fail
     return ""
+  return f'<img src="{data_url(picture)}" alt="the image with what was found">'
+
+
+def data_url(picture: Image.Image) -> str:
+  """The picture itself as an address, a JPEG: no file is left on the disk."""
   data = io.BytesIO()
-  picture.save(data, "JPEG", quality=88, subsampling=0)
-  encoded = base64.b64encode(data.getvalue()).decode("ascii")
-  return f'<img src="data:image/jpeg;base64,{encoded}" alt="the image with what was found">'
+  picture.save(data, "JPEG", quality=90, subsampling=0)
+  return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
