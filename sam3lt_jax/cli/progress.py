@@ -29,7 +29,7 @@ class Progress:
     with self._lock:
       self.hide()
       self._total, self.unit, self._before, self._done = total, unit, done, done
-      self._start = time.time()
+      self._start, self._due = time.time(), time.time() + DELAY
       self._first: float | None = None  # when the first was done: what it waited for compiling does not count
 
   def describe(self, description: str) -> None:
@@ -88,11 +88,12 @@ class Progress:
       print(file=sys.stderr, flush=True)
 
   def _tick(self) -> None:
-    terminal, wait = sys.stderr.isatty(), DELAY
-    while not self.end.wait(wait):
+    terminal = sys.stderr.isatty()
+    while not self.end.wait(min(DELAY, 1.0)):
       with self._lock:
-        self._show(terminal)
-      wait = 1.0 if terminal else _LOG_PERIOD
+        if time.time() >= self._due:
+          self._show(terminal)
+          self._due = time.time() + (0 if terminal else _LOG_PERIOD)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sam3lt_jax.config import Profile, Sam3LiteTextConfig, read_json, typed
 from sam3lt_jax.errors import ArgumentError, warn
@@ -131,34 +130,23 @@ class Sam3Processor:
       path = _download(path)
     if os.path.isfile(path):
       return cls(Profile.named(profile or "original"))
-    return cls._from_directory(path, profile)
+    if os.path.isfile(os.path.join(path, "config.json")):
+      return cls.beside(path, Sam3LiteTextConfig.from_json(path, profile))
+    return cls.beside(path, Profile.named(profile or "transformers"))
 
   @classmethod
   def beside(
-    cls, directory: str | None, config: Sam3LiteTextConfig, image_size: int | None = None
+    cls, directory: str | None, config: Sam3LiteTextConfig | Profile, image_size: int | None = None
   ) -> Sam3Processor:
-    """For a model of `config` whose weights lie in `directory`, with the tokenizer and the image size that
-    lie there; a file, or None, has neither.
+    """For a model of `config` whose weights lie in `directory`, with the tokenizer, the image size and the
+    vocabulary that lie there; a file, or None, has none of them.
     """
     if directory is None or not os.path.isdir(directory):
       return cls(config, image_size=image_size)
-    saved = cls.from_pretrained(directory, config.profile)
-    image_size = saved.image_size if image_size is None else image_size
-    made = cls(config, image_size=image_size, tokenizer=saved.tokenizer)
-    made.vocabulary = saved.vocabulary
-    return made
-
-  @classmethod
-  def _from_directory(cls, path: str, profile: str | Profile | None) -> Sam3Processor:
-    if os.path.isfile(os.path.join(path, "config.json")):
-      config = Sam3LiteTextConfig.from_json(path, profile)
-    else:
-      config = Profile.named(profile or "transformers")
-    tokenizer = None
-    if os.path.isfile(os.path.join(path, "tokenizer.json")):
-      tokenizer = ClipTokenizer.from_file(path, getattr(config, "profile", config))
-    made = cls(config, image_size=_saved_image_size(path), tokenizer=tokenizer)
-    made.vocabulary = Vocabulary.beside(path)
+    made = cls(config, _saved_image_size(directory) if image_size is None else image_size)
+    if os.path.isfile(os.path.join(directory, "tokenizer.json")):
+      made._tokenizer = ClipTokenizer.from_file(directory, made.profile)
+    made.vocabulary = Vocabulary.beside(directory)
     return made
 
   def check_phrases(self, phrases: Iterable[str]) -> None:
@@ -215,12 +203,11 @@ class Sam3Processor:
     out = ProcessorOutput()
     sizes = None
     if images is not None:
-      pixels, sizes = zip(*(image_ops.preprocess(image, self.image_size) for image in image_list(images)))
-      out["pixel_values"] = np.stack(pixels)
+      out["pixel_values"], sizes = preprocess_all(images, self.image_size)
     if original_sizes is not None:
       given = postprocess.check_sizes("original_sizes", original_sizes)
-      if sizes is not None and list(sizes) != given:
-        raise ValueError(f"original_sizes {given} contradict the images, whose sizes are {list(sizes)}")
+      if sizes is not None and sizes != given:
+        raise ValueError(f"original_sizes {given} contradict the images, whose sizes are {sizes}")
       sizes = given
     if sizes is not None:
       out["original_sizes"] = np.asarray(sizes, np.int64).reshape(-1, 2)
@@ -237,7 +224,11 @@ class Sam3Processor:
       sizes = prompts.sizes_for(boxes, sizes)
       if any(len(row) for row in boxes):
         out["input_boxes"], out["input_boxes_labels"] = prompts.pad_boxes(boxes, labels, sizes)
-    return _to_jax(out) if return_tensors == "jax" else out
+    if return_tensors == "jax":
+      import jax.numpy as jnp
+
+      return ProcessorOutput({k: v if k == "original_sizes" else jnp.asarray(v) for k, v in out.items()})
+    return out
 
   def _tokenize(self, phrases: list[str], truncation: bool) -> tuple[np.ndarray, np.ndarray]:
     for phrase in phrases:
@@ -314,7 +305,7 @@ class Sam3Processor:
       for i, (scores, boxes, keep, size) in enumerate(self._detections(outputs, threshold, target_sizes))
     ]
 
-  def _detections(self, outputs, threshold, target_sizes):
+  def _detections(self, outputs: Any, threshold: float | None, target_sizes: Any) -> list[tuple]:
     """A prompt at a time: (scores [N], boxes [N, 4], keep bool [Q], size or None)."""
     threshold = postprocess.check_threshold(
       "threshold", self.profile.score_threshold if threshold is None else threshold
@@ -365,15 +356,13 @@ class Sam3Processor:
     return results if return_segmentation_scores else [r.segmentation for r in results]
 
 
-def image_list(images: Any) -> list[Any]:
-  """One image or several to a list; an array [B, H, W, C] is taken apart."""
-  if isinstance(images, (list, tuple)):
-    if not images:
-      raise ValueError("images must hold at least one image, got an empty list")
-    return list(images)
-  if not isinstance(images, Image.Image) and getattr(images, "ndim", None) == 4 and len(images):
-    return list(images)
-  return [images]
+def preprocess_all(images: Any, side: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+  """One image, several or an array [B, H, W, C] to (float32 [B, side, side, 3], (height, width) of each)."""
+  several = isinstance(images, (list, tuple)) or getattr(images, "ndim", None) == 4
+  if several and not len(images):
+    raise ValueError("images must hold at least one image, got none")
+  pixels, sizes = zip(*(image_ops.preprocess(image, side) for image in (images if several else [images])))
+  return np.stack(pixels), list(sizes)
 
 
 def _output(outputs: Any, name: str, optional: bool = False) -> np.ndarray | None:
@@ -383,12 +372,6 @@ def _output(outputs: Any, name: str, optional: bool = False) -> np.ndarray | Non
       return None
     raise ValueError(f"outputs has no {name}")
   return to_numpy(value, f"outputs.{name}").astype(np.float32, copy=False)
-
-
-def _to_jax(out: ProcessorOutput) -> ProcessorOutput:
-  import jax.numpy as jnp
-
-  return ProcessorOutput({k: v if k == "original_sizes" else jnp.asarray(v) for k, v in out.items()})
 
 
 def _download(source: str) -> str:

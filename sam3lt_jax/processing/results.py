@@ -59,7 +59,7 @@ class PackedMasks:
 
 
 def hold_masks(masks: Iterable[np.ndarray], count: int, size: tuple[int, int]) -> np.ndarray | PackedMasks:
-  """`count` masks, bool [H, W] each and one at a time, for `Results`; 20 of 180 megapixels would take 3.6 GB."""
+  """`count` masks, bool [H, W], one at a time, for `Results`: 20 of 180 megapixels would take 3.6 GB."""
   packed = count * size[0] * size[1] > PACKED_ABOVE
   held = np.empty((count, size[0], -(-size[1] // 8)), np.uint8) if packed else np.empty((count, *size), bool)
   for row, mask in zip(held, masks):

@@ -31,12 +31,6 @@ _ORIGINAL_PATTERN = "|".join(_ORIGINAL_SPECIALS) + "|'[sſ]" + _WORDS
 _TRANSFORMERS_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s" + _WORDS
 
 
-def _byte_symbols() -> list[str]:
-  """The 256 characters that stand for bytes, in the order of CLIP's vocabulary: printable Latin-1 first."""
-  printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-  return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-
-
 @functools.cache
 def bundled_merges() -> tuple[tuple[str, str], ...]:
   """CLIP's 48,894 merges in rank order, from `assets/bpe_merges.txt.gz` (see the NOTICE beside it)."""
@@ -51,7 +45,9 @@ def _bundled_model():
   from tokenizers import models
 
   merges = bundled_merges()
-  symbols = _byte_symbols()
+  # The 256 characters that stand for bytes, in the order of CLIP's vocabulary: printable Latin-1 first.
+  printable = "".join(map(chr, [*range(33, 127), *range(161, 173), *range(174, 256)]))
+  symbols = [*printable, *map(chr, range(256, 512 - len(printable)))]
   tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), _SOT, _EOT]
   return models.BPE(
     vocab={token: i for i, token in enumerate(tokens)},

@@ -13,12 +13,11 @@ import numpy as np
 
 from sam3lt_jax.config import NOT_A_POINT, PADDING_LABEL, TrackerConfig
 from sam3lt_jax.errors import ArgumentError
-from sam3lt_jax.processing import images as image_ops
 from sam3lt_jax.processing import postprocess
 from sam3lt_jax.processing.arrays import to_numpy
 from sam3lt_jax.processing.clicks import ClickArrays, clicks_of
 from sam3lt_jax.processing.masks import clean
-from sam3lt_jax.processing.processor import ProcessorOutput, image_list
+from sam3lt_jax.processing.processor import ProcessorOutput, preprocess_all
 
 _NAMES = ("input_points", "input_labels", "input_boxes", "input_masks")
 _LABELS = (0, 1, NOT_A_POINT, PADDING_LABEL)
@@ -78,18 +77,16 @@ class Sam3TrackerProcessor:
     if segmentation_maps is not None:
       raise ValueError("segmentation_maps is not supported: this processor prepares images and prompts only")
     given = dict(zip(_NAMES, (input_points, input_labels, input_boxes, input_masks)))
-    prompted = any(value is not None for value in given.values())
     if images is None and original_sizes is None:
       raise ValueError("give images, or original_sizes with prompts")
     out = ProcessorOutput()
     if images is not None:
-      pixels, sizes = zip(*(image_ops.preprocess(image, self.image_size) for image in image_list(images)))
-      out["pixel_values"] = np.stack(pixels)
+      out["pixel_values"], sizes = preprocess_all(images, self.image_size)
     else:
       sizes = postprocess.check_sizes("original_sizes", original_sizes)
     out["original_sizes"] = np.asarray(sizes, np.int64).reshape(-1, 2)
-    if prompted:
-      out["clicks"] = self._clicks(given, [tuple(int(n) for n in size) for size in sizes])
+    if any(value is not None for value in given.values()):
+      out["clicks"] = self._clicks(given, sizes)
     return out
 
   def _clicks(self, given: dict[str, Any], sizes: list[tuple[int, int]]) -> ClickArrays:
