@@ -194,7 +194,7 @@ class Page:
 
   def _show(self, session: Session, tool: str, said: str | None) -> list[Any]:
     """Updates of `_shown`; `said` comes before what to do next."""
-    opened, things = session.photo is not None, session.things
+    opened, (things, current) = session.photo is not None, (session.state.things, session.state.current)
     choices = [("a new one" if self._clicks else "none", _NO_OBJECT)]
     choices += [
       (f"{i + 1}: {thing.found.labels[0]} {thing.found.scores[0]:.2f}", i) for i, thing in enumerate(things)
@@ -204,10 +204,10 @@ class Page:
       gr.update(visible=not opened and self._example is not None),
       gr.update(value=data_url(session.picture()) if opened else None, tool=tool, answer=next(self._answers)),
       _line(said, _next(session, tool)),
-      gr.update(choices=choices, value=_NO_OBJECT if session.current is None else session.current),
+      gr.update(choices=choices, value=_NO_OBJECT if current is None else current),
       gr.update(interactive=session.can_undo),
-      gr.update(interactive=bool(things or session.examples)),
-      gr.update(interactive=session.current is not None),
+      gr.update(interactive=bool(things or session.state.examples)),
+      gr.update(interactive=current is not None),
       *[gr.update(interactive=bool(things)) for _ in self._saves],
     ]
 
@@ -285,10 +285,10 @@ def _point(session: Session, tool: str, event: dict[str, Any]) -> str | None:
 
 
 def _found(session: Session) -> str:
-  count = sum(not thing.by_hand for thing in session.things)
+  count = sum(not thing.by_hand for thing in session.state.things)
   if count:
     return f"{count} found."
-  if not session.phrases and not any(label for _, label in session.examples):
+  if not session.state.phrases and not any(label for _, label in session.state.examples):
     return "Nothing is asked for yet: type a phrase, or draw a box around an example."
   return f"Nothing found with a score above {session.threshold:g}: try other words or a lower score."
 
@@ -303,13 +303,13 @@ def _next(session: Session, tool: str) -> str:
       _LIKE: "Drag a box around an example: everything like it is found.",
       _UNLIKE: "Drag a box around something that should not be found.",
     }[tool]
-  if session.current is None:
+  if session.state.current is None:
     return {
       _ON: "Click on an object: it is outlined.",
       _OFF: "Choose an object first, then click on what is not part of it.",
       _PICK: "Click on a found object to choose it.",
     }[tool]
-  chosen = f"object {session.current + 1}"
+  chosen = f"object {session.state.current + 1}"
   return {
     _ON: f"Click on what else belongs to {chosen}, right-click on what does not.",
     _OFF: f"Click on what does not belong to {chosen}.",

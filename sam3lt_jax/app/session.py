@@ -7,7 +7,6 @@ never meets the photo of another. A photo is encoded once; every answer after th
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import threading
 from collections.abc import Sequence
@@ -49,7 +48,7 @@ class Thing:
 
 
 @dataclasses.dataclass(frozen=True)
-class _State:
+class State:
   """What undo goes back to. `current` is the index of the thing that clicks change; None: they make one."""
 
   phrases: tuple[str, ...] = ()
@@ -64,6 +63,10 @@ class Session:
 
   Every method that asks the model raises ValueError, with a sentence for the user, and then changes nothing.
   Threads may call it; one call waits for the other.
+
+  Attributes:
+    photo: uint8 [H, W, 3], or None. name: of its file.
+    state: what was asked and found.
   """
 
   def __init__(self, predictor: Predictor):
@@ -72,7 +75,7 @@ class Session:
     self.name = ""
     self._image: Encoded | None = None
     self._shown: Image.Image | None = None  # the photo at the picture's size
-    self._state, self._history = _State(), []
+    self.state, self._history = State(), []
     self._lock = threading.RLock()
 
   def __deepcopy__(self, memo: Any) -> Session:
@@ -82,30 +85,9 @@ class Session:
   # ------------------------------------------------------------------ what there is
 
   @property
-  def can_click(self) -> bool:
-    """Whether a tracker is loaded, which clicks and outlines need."""
-    return self.predictor.engine.tracker is not None
-
-  @property
-  def things(self) -> tuple[Thing, ...]:
-    return self._state.things
-
-  @property
-  def current(self) -> int | None:
-    return self._state.current
-
-  @property
-  def phrases(self) -> tuple[str, ...]:
-    return self._state.phrases
-
-  @property
-  def examples(self) -> tuple[tuple[Box, int], ...]:
-    return self._state.examples
-
-  @property
   def threshold(self) -> float:
     """Finds with a score above it are kept."""
-    chosen = self._state.threshold
+    chosen = self.state.threshold
     return self.predictor.processor.profile.score_threshold if chosen is None else chosen
 
   @property
@@ -115,13 +97,14 @@ class Session:
   @property
   def results(self) -> Results:
     """All things, in order."""
-    return Results.concatenate([Results.empty(self._photo().shape[:2]), *(t.found for t in self.things)])
+    nothing = Results.empty(self._photo().shape[:2])
+    return Results.concatenate([nothing, *(thing.found for thing in self.state.things)])
 
   def at(self, x: float, y: float) -> int | None:
     """The thing at a pixel, the smallest of several; None: there is none."""
     column, row = int(x), int(y)
-    here = [i for i, t in enumerate(self.things) if t.found.masks[0, row, column]]
-    return min(here, key=lambda i: np.count_nonzero(self.things[i].found.masks), default=None)
+    here = [i for i, t in enumerate(self.state.things) if t.found.masks[0, row, column]]
+    return min(here, key=lambda i: np.count_nonzero(self.state.things[i].found.masks), default=None)
 
   # ------------------------------------------------------------------ what the user does
 
@@ -135,7 +118,7 @@ class Session:
       self._image = self.predictor.encode(photo)
       self.photo, self.name = photo, os.path.basename(name)
       self._shown = Results.empty(photo.shape[:2]).render(photo, scale=self._scale)
-      self._state, self._history = _State(threshold=self._state.threshold), []
+      self.state, self._history = State(threshold=self.state.threshold), []
 
   def find(self, phrases: Sequence[str]) -> None:
     """All that matches these phrases, and the example boxes; things made by hand stay."""
@@ -147,19 +130,19 @@ class Session:
     """Searches again, keeping finds with a score above it."""
     with self._lock:
       if self.photo is None:
-        self._state = dataclasses.replace(self._state, threshold=threshold)
+        self.state = dataclasses.replace(self.state, threshold=threshold)
       elif threshold != self.threshold:
         self._search(threshold=threshold)
 
   def add_example(self, box: Sequence[float], label: int) -> None:
     """A box around something like what is sought (label 1) or unlike it (0); searches again."""
     with self._lock:
-      self._search(examples=(*self.examples, (self._box(box), label)))
+      self._search(examples=(*self.state.examples, (self._box(box), label)))
 
   def click(self, x: float, y: float, label: int = 1) -> None:
     """A click on (1) or off (0) the current thing, which is refined; where there is none, a new thing."""
     with self._lock:
-      photo, index = self._photo(), self.current
+      photo, index = self._photo(), self.state.current
       if not (0 <= x < photo.shape[1] and 0 <= y < photo.shape[0]):
         return
       if index is None:
@@ -168,12 +151,12 @@ class Session:
         found = self.predictor.predict(points=[[x, y]], image=self._image)
         self._add(self._thing(found, ((x, y, 1),), True))
         return
-      thing = self.things[index]
+      thing = self.state.things[index]
       clicks = (*thing.clicks, (x, y, label))
       points, labels = [[x, y] for x, y, _ in clicks], [label for *_, label in clicks]
       found = self.predictor.refine(thing.found, 0, points, labels, image=self._image)
       thing = self._thing(found, clicks, True)
-      self._change(things=(*self.things[:index], thing, *self.things[index + 1 :]))
+      self._change(things=(*self.state.things[:index], thing, *self.state.things[index + 1 :]))
 
   def outline(self, box: Sequence[float]) -> None:
     """A new thing: the one object that this box lies around."""
@@ -183,29 +166,29 @@ class Session:
   def choose(self, index: int | None) -> None:
     """Which thing further clicks are about; None: the next click makes one."""
     with self._lock:
-      if index is not None and not 0 <= index < len(self.things):
+      if index is not None and not 0 <= index < len(self.state.things):
         index = None
-      self._state = dataclasses.replace(self._state, current=index)
+      self.state = dataclasses.replace(self.state, current=index)
 
   def remove(self) -> None:
     """Takes the current thing away."""
     with self._lock:
-      if self.current is not None:
-        things = tuple(t for i, t in enumerate(self.things) if i != self.current)
+      if self.state.current is not None:
+        things = tuple(t for i, t in enumerate(self.state.things) if i != self.state.current)
         self._change(things=things, current=None)
 
   def undo(self) -> None:
     """Goes back to before the last change."""
     with self._lock:
       if self._history:
-        self._state = self._history.pop()
+        self.state = self._history.pop()
 
   def clear(self) -> None:
     """Takes everything off the photo. Can be undone."""
     with self._lock:
-      empty = _State(threshold=self._state.threshold)
-      if self._state != empty:
-        self._change(**{f.name: getattr(empty, f.name) for f in dataclasses.fields(empty)})
+      empty = State(threshold=self.state.threshold)
+      if self.state != empty:
+        self._change(**vars(empty))
 
   # ------------------------------------------------------------------ what the user sees and takes home
 
@@ -215,30 +198,18 @@ class Session:
       self._photo()
       scale = self._scale
       nothing = Results.empty((self._shown.height, self._shown.width))
-      picture = Results.concatenate([nothing, *(thing.shown for thing in self.things)]).render(self._shown)
+      shown = Results.concatenate([nothing, *(thing.shown for thing in self.state.things)])
+      picture = shown.render(self._shown)
       draw = ImageDraw.Draw(picture)
-      for box, label in self.examples:
+      for box, label in self.state.examples:
         _rectangle(draw, [v * scale for v in box], _ON if label else _OFF)
-      if self.current is not None:
-        thing = self.things[self.current]
+      if self.state.current is not None:
+        thing = self.state.things[self.state.current]
         mask = Image.fromarray(thing.shown.masks[0].astype(np.uint8) * 255)
         picture.paste(_WHITE, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(9)), mask))
         for x, y, label in thing.clicks:
           _mark(draw, (x + 0.5) * scale, (y + 0.5) * scale, label)
       return picture
-
-  def coco(self) -> dict[str, Any]:
-    """A COCO data set of this one photo."""
-    from sam3lt_jax import __version__
-
-    results = self.results
-    height, width = results.size
-    return {
-      "info": {"description": f"sam3lt_jax {__version__}"},
-      "images": [{"id": 1, "file_name": self.name, "height": height, "width": width}],
-      "categories": results.categories(),
-      "annotations": results.to_coco(),
-    }
 
   def save(self, kind: str, folder: str | os.PathLike) -> str:
     """Writes what is seen now; returns the file.
@@ -250,7 +221,7 @@ class Session:
       path = os.path.join(folder, f"{os.path.splitext(self.name)[0]}{suffix}")
       if kind == "json":
         with open(path, "w", encoding="utf-8") as f:
-          json.dump(self.coco(), f)
+          f.write(self.results.with_image(self.name).to_json())
       elif kind == "masks":
         self.results.save_png(path)
       else:
@@ -283,17 +254,17 @@ class Session:
 
   def _change(self, **changes: Any) -> None:
     """The one way to a new state that undo knows of."""
-    self._history = [*self._history[1 - _MOST_UNDONE :], self._state]
-    self._state = dataclasses.replace(self._state, **changes)
+    self._history = [*self._history[1 - _MOST_UNDONE :], self.state]
+    self.state = dataclasses.replace(self.state, **changes)
 
   def _add(self, thing: Thing) -> None:
-    self._change(things=(*self.things, thing), current=len(self.things))
+    self._change(things=(*self.state.things, thing), current=len(self.state.things))
 
   def _search(self, **changes: Any) -> None:
     """Finds anew what phrases and examples ask for. What was made by hand stays, once."""
-    asked = dataclasses.replace(self._state, **changes)
+    asked = dataclasses.replace(self.state, **changes)
     self._photo()
-    mine = [t for t in self.things if t.by_hand]
+    mine = [t for t in self.state.things if t.by_hand]
     found = []
     if asked.phrases or any(label for _, label in asked.examples):
       results = self.predictor.predict(

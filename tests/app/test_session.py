@@ -36,11 +36,11 @@ def direct(**asked):
 
 def test_phrases_find_what_the_predictor_finds(session):
   session.find([" a  star", "", "ring", "a star"])
-  assert session.phrases == ("a star", "ring")
+  assert session.state.phrases == ("a star", "ring")
   same(session.results, direct(text=["a star", "ring"], threshold=LOW))
-  assert len(session.things) > 2
+  assert len(session.state.things) > 2
   session.find([])
-  assert session.things == ()
+  assert session.state.things == ()
 
 
 def test_example_boxes_join_the_phrases(session):
@@ -48,7 +48,7 @@ def test_example_boxes_join_the_phrases(session):
   session.add_example((40, 50, 10, 20), 1)  # any two corners
   session.add_example((-5, 0, 8, 200), 0)  # cut to the photo
   boxes = [[10, 20, 40, 50], [0, 0, 8, HEIGHT]]
-  assert [list(box) for box, _ in session.examples] == boxes
+  assert [list(box) for box, _ in session.state.examples] == boxes
   same(session.results, direct(text=["a star"], boxes=boxes, box_labels=[1, 0], threshold=LOW))
   session.find([])
   same(session.results, direct(boxes=boxes, box_labels=[1, 0], threshold=LOW))
@@ -57,30 +57,30 @@ def test_example_boxes_join_the_phrases(session):
   session.undo()
   session.find([])
   session.add_example((0, 0, 8, 8), 0)
-  assert session.things == ()  # nothing is asked for by what it is not
+  assert session.state.things == ()  # nothing is asked for by what it is not
 
 
 def test_a_click_makes_an_object_and_more_refine_it(session):
   session.click(*ON)
   first = direct(points=[ON])
   same(session.results, first)
-  assert session.current == 0
+  assert session.state.current == 0
   session.click(*OTHER, 0)
   points = {"points": [ON, OTHER], "point_labels": [1, 0]}
   refined = predictor().refine(first, 0, **points, image=predictor().encode(image()))
   same(session.results, refined)
   session.choose(None)
   session.click(*OTHER)
-  assert len(session.things) == 2 and session.current == 1
+  assert len(session.state.things) == 2 and session.state.current == 1
   np.testing.assert_array_equal(session.results.masks[0], refined.masks[0])
   session.click(WIDTH, 3)  # beside the photo
-  assert len(session.things[1].clicks) == 1
+  assert len(session.state.things[1].clicks) == 1
 
 
 def test_an_outline_is_one_object(session):
   session.outline((50, 50, 10, 20))
   same(session.results, direct(box=[10, 20, 50, 50]))
-  assert session.current == 0
+  assert session.state.current == 0
 
 
 def test_what_is_found_can_be_refined_and_then_stays(session):
@@ -91,15 +91,15 @@ def test_what_is_found_can_be_refined_and_then_stays(session):
   after = session.results
   assert after.labels == before.labels
   np.testing.assert_array_equal(after.masks[0], before.masks[0])
-  mine = session.things[1]
+  mine = session.state.things[1]
   assert mine.clicks == ((*ON, 1),)
   session.find(["ring"])
-  assert session.things[0] is mine and set(session.results.labels[1:]) == {"ring"}
+  assert session.state.things[0] is mine and set(session.results.labels[1:]) == {"ring"}
   session.find(["a star"])
-  assert session.things[0] is mine
+  assert session.state.things[0] is mine
   overlaps = [
     np.count_nonzero(t.found.masks & mine.found.masks) / np.count_nonzero(t.found.masks | mine.found.masks)
-    for t in session.things[1:]
+    for t in session.state.things[1:]
   ]
   assert max(overlaps, default=0) <= 0.5
 
@@ -113,9 +113,9 @@ def test_undo_goes_back_a_step_and_clear_is_a_step(session):
   session.click(*OTHER, 0)
   seen.append(session.results)
   session.remove()
-  assert len(session.things) == len(seen[1])
+  assert len(session.state.things) == len(seen[1])
   session.clear()
-  assert not session.things and not session.phrases
+  assert not session.state.things and not session.state.phrases
   session.undo()
   session.undo()
   for wanted in reversed(seen):
@@ -146,7 +146,7 @@ def test_a_photo_is_encoded_once(session):
 
 def test_sessions_do_not_mix(session):
   other = copy.deepcopy(session)
-  assert other.photo is None and other.things == ()
+  assert other.photo is None and other.state.things == ()
   other.open(image(1), "other.png")
   session.click(*ON)
   other.click(*ON)
@@ -231,7 +231,7 @@ def test_mistakes_are_sentences_and_change_nothing(session):
   with pytest.raises(ValueError, match="this box is empty"):
     session.outline((200, 5, 300, 40))
   same(session.results, before)
-  assert session.name == "scene.png" and session.examples == ()
+  assert session.name == "scene.png" and session.state.examples == ()
   for act in (lambda s: s.click(*ON), lambda s: s.find(["a"]), lambda s: s.picture(), lambda s: s.results):
     with pytest.raises(ValueError, match="there is no photo yet"):
       act(Session(predictor()))
