@@ -8,7 +8,8 @@ import errno
 import socket
 import threading
 
-from sam3lt_jax.cli.arguments import add_model, add_tracker, load, number
+from sam3lt_jax.cli.arguments import add_model, add_tracker, load
+from sam3lt_jax.cli.kinds import number
 from sam3lt_jax.errors import ArgumentError, needed
 
 _EPILOG = """\

@@ -1,50 +1,23 @@
-"""What several verbs share: kinds of numbers for argparse's `type`, options, the output folder."""
+"""What several verbs share: options, and what is made of them."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
-import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax import storage
-from sam3lt_jax.cli import PROGRAM, error_line, is_users_mistake
+from sam3lt_jax.cli import PROGRAM
+from sam3lt_jax.cli.kinds import below_one, count, fraction, not_negative, up_to_one, whole
 from sam3lt_jax.cli.progress import busy
-from sam3lt_jax.errors import shown
 
 if TYPE_CHECKING:
   from sam3lt_jax.predictor import Predictor
 
 RANDOM = "random:"
 RANDOM_WARNING = "RANDOM WEIGHTS: no trained model was loaded; the masks and scores below mean nothing"
-
-
-def number(kind: Callable[[str], Any], good: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-  """For argparse's `type`: `kind(text)`, if it is `good`. wanted: "a number above 0"."""
-
-  def parse(text: str) -> Any:
-    try:
-      value = kind(text)
-    except ValueError:
-      value = math.nan  # compares false
-    if not good(value):
-      raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-    return value
-
-  return parse
-
-
-count = number(int, lambda n: n >= 1, "a whole number of at least 1")
-whole = number(int, lambda n: n >= 0, "a whole number of at least 0")
-positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
-not_negative = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-fraction = number(float, lambda x: 0 <= x <= 1, "a number within [0, 1]")
-below_one = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-up_to_one = number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 
 
 def add_model(
@@ -61,12 +34,11 @@ def add_model(
       help="released variant, the bundled model (shapes), hub id, folder, or .pt file; random:s0 for random"
       " weights",
   ).fills = ("source",)  # fmt: skip
-  default = profile or "the checkpoint's own"
   add("--profile", choices=("original", "transformers"), default=profile,
-      help=f"{rules} (default: {default})")  # fmt: skip
+      help=rules if profile else f"{rules} (default: the checkpoint's own)")  # fmt: skip
   add("--image-size", type=count, metavar="PIXELS",
       help="side of the model's input, a multiple of 14 (default: the model's)")  # fmt: skip
-  add("--dtype", choices=("float32", "bfloat16"), default="float32", help=f"{dtype}")
+  add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype)
   add_device(parser)
 
 
@@ -139,14 +111,11 @@ def load(args: argparse.Namespace, warning: str = RANDOM_WARNING, **options: Any
 
 def add_tracker(parser: argparse.ArgumentParser, required: bool = False) -> None:
   """--tracker, of `Predictor.from_pretrained`."""
-  parser.add_argument(
-    "--tracker",
-    required=required,
-    type=lambda text: True if text == "same" else text,
-    metavar="ID|DIR|FILE|same",
-    help="where SAM 3's tracker is, which clicks need: 'facebook/sam3', a folder, a .pt file of SAM 3 or "
-    "SAM3-LiteText; 'same': in --model itself",
-  )
+  parser.add_argument("--tracker", required=required, metavar="ID|DIR|FILE|same",
+      type=lambda text: True if text == "same" else text,
+      help="where SAM 3's tracker is, which clicks need: 'facebook/sam3', a folder, a .pt file of SAM 3 or "
+      "SAM3-LiteText; 'same': in --model itself",
+  )  # fmt: skip
 
 
 def add_tracking(parser: argparse.ArgumentParser) -> None:
@@ -177,55 +146,13 @@ def make_folder(folder: str, name: str = "out") -> None:
   os.makedirs(folder, exist_ok=True)
 
 
-def output_names(photos: Iterable[str]) -> dict[str, str]:
-  """Photo -> a name for what is written of it: a/x.jpg, b/x.jpg -> x, x_2; case does not tell two apart."""
-  names: dict[str, str] = {}
-  taken = set()
-  for photo in dict.fromkeys(photos):
-    stem = name = os.path.splitext(os.path.basename(photo))[0]
-    for count in itertools.count(2):
-      if name.lower() not in taken:
-        break
-      name = f"{stem}_{count}"
-    taken.add(name.lower())
-    names[photo] = name
-  return names
-
-
-def each_photo(photos: Collection[str], do: Callable[[str], str], failed: int = 0) -> int:
-  """Prints what `do` returns of each photo, or why it failed; returns the exit code.
-
-  failed: how many more photos there were, which failed before.
-  """
-  total = len(photos) + failed
-  with busy("", total=len(photos)) as progress:
-    for i, photo in enumerate(photos):
-      progress.describe(f"{shown(photo)}{'' if i else ' (the first photo compiles the model, too)'}")
-      try:
-        said = do(photo)
-      except Exception as e:
-        if not is_users_mistake(e):
-          raise
-        progress.say(error_line(e), file=sys.stderr)
-        failed += 1
-        continue
-      progress.advance()
-      if said:
-        progress.say(said)
-  if failed and total > 1:
-    note(f"{failed} of {total} photos failed")
-  return 2 if failed else 0
-
-
 def add_hosts(parser: argparse.ArgumentParser) -> None:
   """The option that `join_hosts` reads, beside `add_device`'s."""
-  parser.add_argument(
-    "--hosts",
-    action="store_true",
-    help="train together with the same command on other hosts that see --out, too: found by"
-    " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else by what Slurm, Open MPI, GKE or a"
-    " TPU slice tells",
-  )
+  parser.add_argument("--hosts", action="store_true",
+      help="train together with the same command on other hosts that see --out, too: found by"
+      " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, else by what Slurm, Open MPI, GKE or a"
+      " TPU slice tells",
+  )  # fmt: skip
 
 
 def join_hosts(args: argparse.Namespace) -> bool:

@@ -13,12 +13,10 @@ from sam3lt_jax.cli.arguments import (
   add_out,
   add_thresholds,
   add_tracking,
-  count,
   filled,
-  fraction,
   start,
-  whole,
 )
+from sam3lt_jax.cli.kinds import count, fraction, whole
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\
@@ -52,9 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("source", nargs="+", metavar="SOURCE", help="images, see below")
   what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument(
-    "--prompts", dest="phrases", nargs="+", default=[], metavar="PHRASE", help="phrases for every image"
-  )
+  what.add_argument("--prompts", dest="phrases", nargs="+", default=[], metavar="PHRASE",
+      help="phrases for every image")  # fmt: skip
   what.add_argument("--prompts-file", metavar="FILE", help="phrases, or questions an image, see below")
   add_out(parser, None, help="the job's folder: plan, shards of results, summaries")
   add("--images", metavar="DIR", help="where COCO's file names are (default: beside the JSON file)")

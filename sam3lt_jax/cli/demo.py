@@ -11,7 +11,8 @@ import os
 from typing import TYPE_CHECKING
 
 from sam3lt_jax.cli import UserError
-from sam3lt_jax.cli.arguments import add_device, add_out, count, load, make_folder, whole
+from sam3lt_jax.cli.arguments import add_device, add_out, load, make_folder
+from sam3lt_jax.cli.kinds import count, whole
 from sam3lt_jax.cli.progress import busy
 
 if TYPE_CHECKING:
@@ -51,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--data", metavar="DIR",
       help="draw a data set into DIR instead: images/, train.json and val.json (COCO), phrases.txt, clip/",
   )  # fmt: skip
-  add(
-    "--scenes", type=count, metavar="N", help=f"of --data, a quarter of them for val.json (default: {SCENES})"
-  )
+  add("--scenes", type=count, metavar="N",
+      help=f"of --data, a quarter of them for val.json (default: {SCENES})")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,6 +110,7 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
   for name in ("images", "clip"):
     make_folder(os.path.join(folder, name), "data")
   categories = [{"id": i, "name": kind} for i, kind in enumerate(KINDS, 1)]
+  ids = {category["name"]: category["id"] for category in categories}
   parts = {n: {"images": [], "categories": categories, "annotations": []} for n in ("train", "val")}
   with busy("drawing", total=scenes + FRAMES) as progress:
     for i in range(scenes):
@@ -119,7 +120,6 @@ def _write_data(folder: str, scenes: int, seed: int) -> int:
       part = parts["train" if (i + 1) % VALIDATION else "val"]
       part["images"].append({"id": i + 1, "file_name": name, "height": SIDE, "width": SIDE})
       first = len(part["annotations"]) + 1
-      ids = {category["name"]: category["id"] for category in categories}
       part["annotations"] += _results(scene).to_coco(i + 1, ids, first)
       progress.advance()
     for i, scene in enumerate(draw_clip(CLIP, FRAMES, SceneConfig(side=SIDE, min_objects=2, max_objects=5))):

@@ -15,14 +15,11 @@ from sam3lt_jax.cli.arguments import (
   add_device,
   add_hosts,
   add_out,
-  below_one,
-  count,
   filled,
   join_hosts,
   note,
-  positive,
-  whole,
 )
+from sam3lt_jax.cli.kinds import below_one, count, positive, whole
 
 _EPILOG = """\
 examples:

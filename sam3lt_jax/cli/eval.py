@@ -7,7 +7,8 @@ import json
 import os
 
 from sam3lt_jax.cli import UserError
-from sam3lt_jax.cli.arguments import add_model, add_out, count, fraction, load, make_folder
+from sam3lt_jax.cli.arguments import add_model, add_out, load, make_folder
+from sam3lt_jax.cli.kinds import count, fraction
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\

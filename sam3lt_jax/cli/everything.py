@@ -11,19 +11,9 @@ from typing import Any
 import numpy as np
 
 from sam3lt_jax.cli import UserError
-from sam3lt_jax.cli.arguments import (
-  add_model,
-  add_out,
-  add_tracker,
-  count,
-  each_photo,
-  filled,
-  fraction,
-  load,
-  make_folder,
-  output_names,
-  whole,
-)
+from sam3lt_jax.cli.arguments import add_model, add_out, add_tracker, filled, load, make_folder
+from sam3lt_jax.cli.kinds import count, fraction, whole
+from sam3lt_jax.cli.photos import each_photo, output_names
 from sam3lt_jax.errors import shown
 
 _SHOWN = 2048  # pixels of the longer side of an overlay, which holds a mask of each thing at that size

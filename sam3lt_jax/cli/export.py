@@ -6,7 +6,8 @@ import argparse
 import os
 
 from sam3lt_jax.cli import UserError
-from sam3lt_jax.cli.arguments import add_model, add_out, load, number
+from sam3lt_jax.cli.arguments import add_model, add_out, load
+from sam3lt_jax.cli.kinds import number
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\

@@ -13,14 +13,11 @@ from sam3lt_jax.cli.arguments import (
   add_hosts,
   add_model,
   add_out,
-  count,
   filled,
-  fraction,
   join_hosts,
   note,
-  positive,
-  whole,
 )
+from sam3lt_jax.cli.kinds import count, fraction, positive, whole
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\

@@ -7,10 +7,13 @@ import collections
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sam3lt_jax.cli.arguments import RANDOM
 from sam3lt_jax.cli.progress import busy
+
+if TYPE_CHECKING:
+  from sam3lt_jax.config import Sam3LiteTextConfig
 
 SAM3_TEXT_PARAMETERS = 353_724_672  # CLIP text tower, its two projections; a test counts it again
 _VARIANTS = ("s0", "s1", "l", "sam3")
@@ -61,32 +64,21 @@ def describe(source: str, profile: str | None = None) -> dict[str, Any]:
   }
 
 
-def _open(source: str, profile: str | None):
-  """(config, variables or their shapes, where that was read); loads weights only if nothing else tells."""
-  from sam3lt_jax import devices
+def _open(source: str, profile: str | None) -> tuple[Sam3LiteTextConfig, dict[str, Any], str]:
+  """(config, the variables' shapes, where those were read); no weights are."""
   from sam3lt_jax.checkpoints.engine import unflatten
-  from sam3lt_jax.checkpoints.pretrained import abstract_leaves
-  from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
+  from sam3lt_jax.checkpoints.pretrained import build, open_checkpoint
   from sam3lt_jax.config import Sam3LiteTextConfig
-  from sam3lt_jax.model import Sam3LiteText
 
-  devices.check()
-  name = source.removeprefix(RANDOM)
-  if name in (RANDOM_CONFIGS if name != source else _VARIANTS) and not os.path.exists(source):
-    config = RANDOM_CONFIGS[name]()
-    if profile is not None:
-      config = config.replace(profile=profile)
-    where = "built-in configuration; nothing was downloaded"
-  elif os.path.isfile(os.path.join(source, "config.json")):
-    config = Sam3LiteTextConfig.from_json(source, profile)
-    where = "its config.json; the weights were not read"
-  else:
-    from sam3lt_jax.checkpoints import from_pretrained
-
-    model, variables = from_pretrained(source, profile=profile)
-    return model.config, variables, "its weights"
   with busy(f"counting the parameters of {source}"):
-    return config, unflatten(abstract_leaves(Sam3LiteText(config))), where
+    if os.path.isfile(os.path.join(source, "config.json")):
+      config = Sam3LiteTextConfig.from_json(source, profile)
+      _, leaves = build(config, "float32", "float32")
+      return config, unflatten(leaves), "its config.json; the weights were not read"
+    built_in = source in _VARIANTS and not os.path.exists(source)
+    opened = open_checkpoint(RANDOM + source if built_in else source, profile=profile)
+  where = "built-in configuration; nothing was downloaded" if opened.random else "the shapes of its weights"
+  return opened.model.config, opened.shapes, where
 
 
 def _files(source: str) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 
-from sam3lt_jax.cli.arguments import add_device, add_out, load, make_folder, note, number
+from sam3lt_jax.cli.arguments import add_device, add_out, load, make_folder, note
+from sam3lt_jax.cli.kinds import number
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\

@@ -21,13 +21,12 @@ from sam3lt_jax.cli.arguments import (
   add_out,
   add_thresholds,
   add_tracker,
-  count,
-  each_photo,
   load,
   make_folder,
   note,
-  output_names,
 )
+from sam3lt_jax.cli.kinds import count
+from sam3lt_jax.cli.photos import each_photo, output_names
 from sam3lt_jax.errors import shown
 from sam3lt_jax.jobs.sources import images_in
 from sam3lt_jax.storage import is_image

@@ -8,7 +8,7 @@ import sys
 import time
 
 from sam3lt_jax.cli import UserError
-from sam3lt_jax.cli.arguments import number
+from sam3lt_jax.cli.kinds import number
 from sam3lt_jax.cli.progress import busy
 
 _EPILOG = """\

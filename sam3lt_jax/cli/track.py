@@ -8,7 +8,8 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-from sam3lt_jax.cli.arguments import add_model, add_out, add_tracking, fraction, load, positive
+from sam3lt_jax.cli.arguments import add_model, add_out, add_tracking, load
+from sam3lt_jax.cli.kinds import fraction, positive
 from sam3lt_jax.cli.progress import busy
 from sam3lt_jax.errors import shown
 

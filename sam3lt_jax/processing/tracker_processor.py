@@ -151,18 +151,11 @@ class Sam3TrackerProcessor:
 def _joined(rows: list[tuple[int, ClickArrays]], side: int) -> ClickArrays:
   """Clicks of several images as one."""
   slots = max(clicks.valid.shape[1] for _, clicks in rows)
-
-  def padded(x: np.ndarray) -> np.ndarray:
-    return np.pad(x, ((0, 0), (0, slots - x.shape[1]), (0, 0))[: x.ndim])
-
-  points, labels, valid = (
-    np.concatenate([padded(getattr(clicks, name)) for _, clicks in rows])
-    for name in ("points", "labels", "valid")
-  )
-  index = np.repeat([i for i, _ in rows], [len(clicks.valid) for _, clicks in rows]).astype(np.int32)
-  masks = has_mask = None
-  if any(clicks.masks is not None for _, clicks in rows):
-    none = [np.zeros((len(clicks.valid), side, side), np.float32) for _, clicks in rows]
-    masks = np.concatenate([n if c.masks is None else c.masks for n, (_, c) in zip(none, rows)])
-    has_mask = np.concatenate([np.full(len(c.valid), c.masks is not None) for _, c in rows])
-  return ClickArrays(points, labels, valid, masks, has_mask, index)
+  parts = []
+  for i, clicks in rows:
+    P, N = clicks.valid.shape
+    masks = np.zeros((P, side, side), np.float32) if clicks.masks is None else clicks.masks
+    padded = [np.pad(x, ((0, 0), (0, slots - N), (0, 0))[: x.ndim]) for x in clicks[:3]]
+    parts.append((*padded, masks, np.full(P, clicks.masks is not None), np.full(P, i, np.int32)))
+  joined = ClickArrays(*map(np.concatenate, zip(*parts)))
+  return joined if joined.has_mask.any() else joined._replace(masks=None, has_mask=None)
