@@ -225,7 +225,7 @@ class Session:
       elif kind == "masks":
         self.results.save_png(path)
       else:
-        self.results.render(self._photo(), scale="auto").save(path)
+        self.results.save(path, self._photo(), scale="auto")
       return path
 
   # ------------------------------------------------------------------ how

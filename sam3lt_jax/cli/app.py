@@ -41,7 +41,13 @@ def run(args: argparse.Namespace) -> int:
   with needed("the page needs", "gradio", "app"):
     from sam3lt_jax.app import page
 
-  made = page.Page(load(args), args.model, _example(args.model))
+  example = None
+  if args.model == "shapes":  # which knows no photos
+    from sam3lt_jax.cli.demo import SEED, SIDE
+    from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
+
+    example = "scene.png", draw_scene(SEED, SceneConfig(side=SIDE)).image
+  made = page.Page(load(args), args.model, example)
   address = page.launch(made.blocks, args.host, args.port)
   print(f"{address}  (Ctrl-C stops it)", flush=True)
   threading.Event().wait()
@@ -61,13 +67,3 @@ def _check_free(host: str, port: int) -> None:
     if e.errno == errno.EACCES:
       raise ArgumentError("port", f" {port} is not for every user; give one above 1023") from e
     raise ArgumentError("host", f" {host} is no address of this machine ({e.strerror})") from e
-
-
-def _example(model: str):
-  """What the bundled model can be tried on: it knows no photos."""
-  if model != "shapes":
-    return None
-  from sam3lt_jax.cli.demo import SEED, SIDE
-  from sam3lt_jax.shapes.scenes import SceneConfig, draw_scene
-
-  return "scene.png", draw_scene(SEED, SceneConfig(side=SIDE)).image

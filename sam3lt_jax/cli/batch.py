@@ -45,6 +45,8 @@ Ctrl-C or SIGTERM, after writing what was in work. All but 2 print a summary, on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+  from sam3lt_jax.jobs.reading import MAX_PIXELS
+
   parser.usage = "%(prog)s SOURCE... --prompts PHRASE... --out DIR [options]"
   parser.epilog = _EPILOG
   add = parser.add_argument
@@ -59,16 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   model = parser.add_argument_group("model")
   add_model(model)
   add_thresholds(model)
-  _add_devices(parser)
-  _add_job(parser)
-  clips = parser.add_argument_group("clips")
-  clips.add_argument(
-    "--video", action="store_true", help="the source is clips: follow the phrases through each"
-  )
-  add_tracking(clips)
-
-
-def _add_devices(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument_group("devices and processes").add_argument
   add("--batch", type=count, metavar="N",
       help="images a device (default: 8, or what its memory holds; 1 on a CPU)")  # fmt: skip
@@ -84,20 +76,13 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
   add("--worker-processes", action="store_true",
       help="decode in processes instead of threads: not faster, but a decoder that crashes costs one image",
   )  # fmt: skip
-  add(
-    "--process-index", type=int, metavar="I", help="this process's number, from 0, of those that share a job"
-  )
+  add("--process-index", type=int, metavar="I", help="this process's number, from 0, where several share one")  # fmt: skip
   add("--process-count", type=count, metavar="N", help="how many there are (default: as jax.distributed has)")
   add("--compilation-cache", metavar="DIR",
       help="where compiled programs are kept for the next start (default: in the user's cache folder)",
   )  # fmt: skip
   add("--no-compilation-cache", dest="compilation_cache", action="store_const", const="",
       help="compile anew at each start")  # fmt: skip
-
-
-def _add_job(parser: argparse.ArgumentParser) -> None:
-  from sam3lt_jax.jobs.reading import MAX_PIXELS
-
   add = parser.add_argument_group("job").add_argument
   add("--shard-size", type=count, metavar="N", help="images committed together (default: by the job, 16-500)")
   add("--max-pixels", type=count, default=MAX_PIXELS, metavar="N",
@@ -109,6 +94,9 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
       help="go on where the job had other images, phrases or options; what is done stays")  # fmt: skip
   add("--verify", action="store_true", help="read all that is done, and do again what is damaged")
   add("--json", action="store_true", help="print the summary as JSON")
+  clips = parser.add_argument_group("clips")
+  clips.add_argument("--video", action="store_true", help="follow the phrases through clips: SOURCE is those")
+  add_tracking(clips)
 
 
 def run(args: argparse.Namespace) -> int:

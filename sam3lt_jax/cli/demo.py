@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
   with busy("compiling and segmenting"):
     results = predictor(scene.image, text=phrases)
   Image.fromarray(scene.image).save(picture)
-  results.render(scene.image).save(overlay)
+  results.save(overlay, scene.image)
   for phrase in phrases:
     scores = [f"{score:.2f}" for score, label in zip(results.scores, results.labels) if label == phrase]
     print(f"{phrase}: {len(scores)} found" + (f", scores {', '.join(scores)}" if scores else ""))

@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _one(predictor: Any, photo: str, base: str, top_k: int | None, options: dict[str, Any]) -> str:
   """Segments a photo and writes what is found; returns what to print. base: of the files' names."""
+  from sam3lt_jax.data import rle
   from sam3lt_jax.processing.images import load_image
+  from sam3lt_jax.processing.results import Results, hold_masks
 
   start = time.perf_counter()
   image = load_image(photo)
@@ -93,28 +95,12 @@ def _one(predictor: Any, photo: str, base: str, top_k: int | None, options: dict
   with open(f"{base}_everything.json", "w", encoding="utf-8") as f:
     json.dump(data, f)
     f.write("\n")
-  _overlay(image, records).save(f"{base}_everything.jpg", quality=92)
+  n, size, scale = len(records), (height, width), _SHOWN / max(height, width)
+  masks = hold_masks((rle.decode(record["segmentation"]) for record in records), n, size)
+  scores, names = [record["predicted_iou"] for record in records], tuple(map(str, range(1, n + 1)))
+  found = Results(np.zeros((n, 4)), scores, masks, names, size)
+  found.save(f"{base}_everything.jpg", image, scale=scale if scale < 1 else "auto")
   return (
-    f"{shown(photo)}  {width}x{height}  {seconds:.1f} s  {len(records)} found\n"
+    f"{shown(photo)}  {width}x{height}  {seconds:.1f} s  {n} found\n"
     f"  wrote {shown(base)}_everything.jpg, {shown(base)}_everything.json"
   )
-
-
-def _overlay(image: np.ndarray, records: list[dict[str, Any]]):
-  """The photo with the masks, both at most `_SHOWN` pixels a side."""
-  from PIL import Image
-
-  from sam3lt_jax.data import rle
-  from sam3lt_jax.processing.results import Results
-
-  height, width = image.shape[:2]
-  scale = min(1.0, _SHOWN / max(height, width))
-  size = max(1, round(height * scale)), max(1, round(width * scale))
-  small = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-  masks = np.zeros((len(records), *size), bool)
-  for mask, record in zip(masks, records):
-    whole_mask = Image.fromarray(rle.decode(record["segmentation"]))
-    mask[:] = whole_mask.resize(size[::-1], Image.Resampling.NEAREST)
-  scores, names = [record["predicted_iou"] for record in records], range(1, len(records) + 1)
-  found = Results(np.zeros((len(records), 4)), scores, masks, tuple(map(str, names)), size)
-  return found.render(np.asarray(small), scale="auto")

@@ -52,13 +52,7 @@ written to the output folder:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.usage = "%(prog)s --annotations FILE --images DIR --out DIR [options]"
   parser.epilog = _EPILOG
-  _add_data(parser.add_argument_group("data"))
-  _add_model(parser.add_argument_group("model"))
-  _add_run(parser.add_argument_group("run"))
-
-
-def _add_data(data: argparse._ArgumentGroup) -> None:
-  add = data.add_argument
+  add = parser.add_argument_group("data").add_argument
   add("--annotations", required=True, metavar="FILE", help="COCO or SA-Co JSON")
   add("--images", required=True, metavar="DIR", help="the folder that the annotations' file names are in")
   add("--validation", metavar="FILE",
@@ -82,9 +76,7 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
       help="side of the true masks, to which predicted ones are made larger (default: the model's input; a"
       " quarter takes a sixteenth of the memory)",
   )  # fmt: skip
-
-
-def _add_model(model: argparse._ArgumentGroup) -> None:
+  model = parser.add_argument_group("model")
   add = model.add_argument
   add_model(
     model,
@@ -107,9 +99,7 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
   add("--moment-dtype", choices=("float32", "bfloat16"), default="float32",
       help="to keep Adam's mean of gradients in; bfloat16 saves 2 bytes each",
   )  # fmt: skip
-
-
-def _add_run(run: argparse._ArgumentGroup) -> None:
+  run = parser.add_argument_group("run")
   add = run.add_argument
   add_out(run, None, dest="directory", help="the run's folder; a run in it goes on")
   add("--steps", type=count, default=1000, metavar="N", help="batches to train on")

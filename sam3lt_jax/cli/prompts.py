@@ -49,20 +49,21 @@ def run(args: argparse.Namespace) -> int:
   from sam3lt_jax.analysis.plots import save_plots
   from sam3lt_jax.analysis.prompts import prompt_report, table
   from sam3lt_jax.data.prompts import read_prompts
+  from sam3lt_jax.processing.tokenizer import ClipTokenizer
 
   make_folder(args.out)
-  tokenizer, model, variables = _load(args)
+  model = variables = None
+  if args.model is None:  # then no jax is imported
+    tokenizer = ClipTokenizer(profile=args.profile or "original")
+  else:
+    warning = "RANDOM WEIGHTS: the dimensions below are of no trained model"
+    predictor = load(args, warning, compile_ahead=False)
+    tokenizer, model, variables = predictor.processor.tokenizer, predictor.model, predictor.variables
   with busy("reading the prompts") as progress:
     prompts = read_prompts(args.files, tokenizer.profile, synonyms=args.synonyms)
     progress.describe(f"measuring {len(prompts.phrases):,} phrases")
-    report = prompt_report(
-      prompts,
-      tokenizer,
-      args.context_length,
-      model=model,
-      variables=variables,
-      model_name=args.model or "model",
-    )
+    given = {"model": model, "variables": variables, "model_name": args.model or "model"}
+    report = prompt_report(prompts, tokenizer, args.context_length, **given)
     progress.describe("writing the report")
     paths = [os.path.join(args.out, "report.json"), os.path.join(args.out, "report.png")]
     with open(paths[0], "w", encoding="utf-8") as f:
@@ -77,14 +78,3 @@ def run(args: argparse.Namespace) -> int:
   else:
     print(f"{table(report)}\n\nwrote {', '.join(paths)}")
   return 0
-
-
-def _load(args: argparse.Namespace):
-  """(tokenizer, model, variables); the last two None without --model, which then imports no jax."""
-  from sam3lt_jax.processing.tokenizer import ClipTokenizer
-
-  if args.model is None:
-    return ClipTokenizer(profile=args.profile or "original"), None, None
-  warning = "RANDOM WEIGHTS: the dimensions below are of no trained model"
-  predictor = load(args, warning, compile_ahead=False)
-  return predictor.processor.tokenizer, predictor.model, predictor.variables

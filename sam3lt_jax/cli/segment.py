@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -116,15 +117,14 @@ def _numbers(text: str, form: str) -> tuple[list[float], int]:
   return values, int(label or 1)
 
 
+_point = functools.partial(_numbers, form="x,y")
+
+
 def _box(text: str) -> tuple[list[float], int]:
   box, label = _numbers(text, "x1,y1,x2,y2")
   if box[0] >= box[2] or box[1] >= box[3]:
     raise argparse.ArgumentTypeError(f"must have x1 < x2 and y1 < y2, got {text!r}")
   return box, label
-
-
-def _point(text: str) -> tuple[list[float], int]:
-  return _numbers(text, "x,y")
 
 
 class _Pointing(argparse.Action):
@@ -321,7 +321,7 @@ def _write(args, data: dict[str, Any], name: str, photo: str, image, results: Re
   """Adds a photo to the data set and writes what belongs to it alone; returns the paths."""
   base = os.path.join(args.out, name)
   overlay = f"{base}_overlay.jpg"
-  results.render(image, scale="auto").save(overlay, quality=92, subsampling=0)
+  results.save(overlay, image, scale="auto")
   masks = results.save_png(f"{base}_masks.png", separate=args.separate_masks)
   number, (height, width) = len(data["images"]) + 1, results.size
   ids = {category["name"]: category["id"] for category in data["categories"]}

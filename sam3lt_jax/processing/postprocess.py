@@ -23,17 +23,11 @@ MaskOrder = Literal["upsample_then_sigmoid", "sigmoid_then_upsample"]
 _STRIP = 1 << 22  # pixels of a mask that are resampled at once on the host
 
 
-def _namespace(x):
-  if isinstance(x, (np.ndarray, np.generic)):
-    return np
-  import jax.numpy as jnp
-
-  return jnp
-
-
 def sigmoid(x):
   """Logistic function of any float array, without overflow at either end."""
-  xp = _namespace(x)
+  xp = np
+  if not isinstance(x, (np.ndarray, np.generic)):
+    import jax.numpy as xp
   e = xp.exp(-xp.abs(x))
   return xp.where(x >= 0, 1 / (1 + e), e / (1 + e))
 
@@ -69,16 +63,14 @@ def scale_boxes(boxes, sizes):
   Returns:
     [..., N, 4] in pixels, dtype of `boxes`.
   """
-  xp = _namespace(boxes)
-  height_width = xp.asarray(sizes, boxes.dtype)
-  return boxes * xp.concatenate([height_width[..., ::-1]] * 2, axis=-1)[..., None, :]
+  width_height = np.asarray(sizes, boxes.dtype)[..., ::-1]
+  return boxes * np.concatenate([width_height] * 2, axis=-1)[..., None, :]
 
 
 def clip_boxes(boxes, size):
   """Boxes [N, 4], (x1, y1, x2, y2) in pixels, cut to an image of `size` (height, width). Same dtype."""
-  xp = _namespace(boxes)
   height, width = size
-  return xp.clip(boxes, 0, xp.asarray([width, height, width, height], boxes.dtype))
+  return boxes.clip(0, np.asarray([width, height] * 2, boxes.dtype))
 
 
 def check_threshold(name: str, value: Any) -> float:

@@ -358,10 +358,10 @@ class Sam3Processor:
 
 def preprocess_all(images: Any, side: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
   """One image, several or an array [B, H, W, C] to (float32 [B, side, side, 3], (height, width) of each)."""
-  several = isinstance(images, (list, tuple)) or getattr(images, "ndim", None) == 4
-  if several and not len(images):
+  images = images if prompts.is_several(images) else [images]
+  if not len(images):
     raise ValueError("images must hold at least one image, got none")
-  pixels, sizes = zip(*(image_ops.preprocess(image, side) for image in (images if several else [images])))
+  pixels, sizes = zip(*(image_ops.preprocess(image, side) for image in images))
   return np.stack(pixels), list(sizes)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import unicodedata
@@ -92,12 +93,8 @@ def instance_colors(
     while slot in slots.values() and len(slots) < choice:
       slot = (slot + 1) % choice
     slots[label] = slot
-  seen = dict.fromkeys(distinct, -1)
-  colors = []
-  for label in labels:
-    seen[label] += 1
-    colors.append(_shade(PALETTE[slots[label]], seen[label]))
-  return colors
+  shades = {label: itertools.count() for label in distinct}
+  return [_shade(PALETTE[slots[label]], next(shades[label])) for label in labels]
 
 
 def _shade(color: Color, step: int) -> Color:

@@ -125,8 +125,8 @@ class Results:
         raise ValueError(
           f"{name} must have shape {shape} for {n} labels and an image of size {size}, got {array.shape}"
         )
-      object.__setattr__(self, name, array)
-    object.__setattr__(self, "boxes", postprocess.clip_boxes(self.boxes, size))
+      self.__dict__[name] = array
+    self.__dict__ |= {"boxes": postprocess.clip_boxes(self.boxes, size), "labels": labels, "size": size}
     if self.logits is not None and (np.ndim(self.logits) != 3 or len(self.logits) != n):
       raise ValueError(f"logits must have shape ({n}, h, w), got {np.shape(self.logits)}")
     if self.ids is not None:
@@ -135,9 +135,7 @@ class Results:
         raise ValueError(
           f"ids must be {n} integers, one an instance, or None, got {ids.dtype} of shape {ids.shape}"
         )
-      object.__setattr__(self, "ids", ids.astype(np.int64, copy=False))
-    object.__setattr__(self, "labels", labels)
-    object.__setattr__(self, "size", size)
+      self.__dict__["ids"] = ids.astype(np.int64, copy=False)
 
   def _unpacked(self, name: str) -> Any:
     if name != "masks" or "_packed" not in self.__dict__:
@@ -202,9 +200,47 @@ class Results:
     Raises:
       ValueError: no such image, or what is wrong with an annotation.
     """
-    from sam3lt_jax.processing.coco import read
+    from sam3lt_jax.data import rle
 
-    return read(coco, image_id)
+    if not isinstance(coco, Mapping):
+      with open(coco, encoding="utf-8") as f:
+        coco = json.load(f)
+    try:
+      images = {image["id"]: image for image in coco["images"]}
+      if image_id is None:
+        if len(images) != 1:
+          raise ValueError(f"image_id must be given for a data set of {len(images)} images")
+        (image_id,) = images
+      if image_id not in images:
+        raise ValueError(f"image_id must be the id of one of {len(images)} images, got {image_id!r}")
+      size = int(images[image_id]["height"]), int(images[image_id]["width"])
+      names = {category["id"]: category["name"] for category in coco.get("categories", ())}
+      rows, masks, boxes = [], [], []
+      for row in coco.get("annotations", ()):
+        if row["image_id"] != image_id:
+          continue
+        try:
+          mask, _ = rle.read(row.get("segmentation"), size)
+        except ValueError as e:
+          raise ValueError(f"annotation {row.get('id')!r}: {e}") from e
+        if mask is None:
+          continue
+        rows.append(row)
+        masks.append(mask)
+        boxes.append(rle.bounds(mask))
+        if "bbox" in row:
+          x, y, width, height = row["bbox"]
+          boxes[-1] = x, y, x + width, y + height
+      return cls(
+        np.reshape(np.array(boxes, np.float32), (len(rows), 4)),
+        [row.get("score", 1.0) for row in rows],
+        hold_masks(map(rle.decode, masks), len(rows), size),
+        [names.get(row["category_id"], row["category_id"]) for row in rows],
+        size,
+        ids=[row["track_id"] for row in rows] if rows and all("track_id" in row for row in rows) else None,
+      )
+    except KeyError as e:
+      raise ValueError(f"coco must be a COCO data set: an entry of it has no {e}") from e
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -236,23 +272,18 @@ class Results:
       if not -len(self) <= i < len(self):
         raise IndexError(f"index {i} is out of range for {len(self)} instances")
       return Instance(self.boxes[i], float(self.scores[i]), self._held[i], self.labels[i])
-    if isinstance(key, slice):
-      return self._take(np.arange(len(self))[key])
-    index = to_numpy(key, "index")
-    if index.ndim == 1 and index.size == 0 and index.dtype != bool:
-      index = index.astype(np.int64)  # an empty list has dtype float
-    if index.ndim != 1 or index.dtype.kind not in "biu":
-      raise ValueError(
-        "an index must be an integer, a slice, a boolean mask [N] or a list of integers, "
-        f"got {index.dtype} of shape {index.shape}"
-      )
-    if index.dtype == bool:
-      if len(index) != len(self):
-        raise ValueError(f"a boolean mask must have one value an instance ({len(self)}), got {len(index)}")
-      index = np.flatnonzero(index)
-    elif index.size and not (-len(self) <= index.min() and index.max() < len(self)):
-      raise IndexError(f"indices {index.tolist()} are out of range for {len(self)} instances")
-    return self._take(index)
+    if not isinstance(key, slice):
+      key = to_numpy(key, "index")
+      if key.shape == (0,) and key.dtype != bool:
+        key = key.astype(np.int64)  # an empty list has dtype float
+      if key.ndim != 1 or key.dtype.kind not in "biu":
+        raise ValueError(
+          "an index must be an integer, a slice, a boolean mask [N] or a list of integers, "
+          f"got {key.dtype} of shape {key.shape}"
+        )
+      if key.dtype == bool and len(key) != len(self):
+        raise ValueError(f"a boolean mask must have one value an instance ({len(self)}), got {len(key)}")
+    return self._take(np.arange(len(self))[key])
 
   def _take(self, index: np.ndarray) -> Results:
     taken = {"masks": self._held[index], "labels": tuple(self.labels[i] for i in index)}
@@ -351,7 +382,7 @@ class Results:
     Raises:
       ValueError: `category_ids` lacks a label that occurs.
     """
-    from sam3lt_jax.data import rle as rle_ops
+    from sam3lt_jax.data import rle
 
     category_ids = self._numbers("category_ids", category_ids, 1)
     annotations = []
@@ -366,7 +397,7 @@ class Results:
           "iscrowd": 0,
           "score": score,
         }
-        | rle_ops.described(mask)
+        | rle.described(mask)
       )
       if self.ids is not None:
         annotations[-1]["track_id"] = int(self.ids[i])
