@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--worker-processes", action="store_true",
       help="decode in processes instead of threads: not faster, but a decoder that crashes costs one image",
   )  # fmt: skip
-  add("--process-index", type=int, metavar="I", help="this process's number, from 0, where several share one")  # fmt: skip
+  add("--process-index", type=int, metavar="I",
+      help="this process's number, from 0, where several share a job")  # fmt: skip
   add("--process-count", type=count, metavar="N", help="how many there are (default: as jax.distributed has)")
   add("--compilation-cache", metavar="DIR",
       help="where compiled programs are kept for the next start (default: in the user's cache folder)",
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--verify", action="store_true", help="read all that is done, and do again what is damaged")
   add("--json", action="store_true", help="print the summary as JSON")
   clips = parser.add_argument_group("clips")
-  clips.add_argument("--video", action="store_true", help="follow the phrases through clips: SOURCE is those")
+  clips.add_argument("--video", action="store_true", help="SOURCE is clips: follow the phrases through each")
   add_tracking(clips)
 
 
