@@ -63,11 +63,8 @@ def run(args: argparse.Namespace) -> int:
       raise UserError(f"no such photo: {shown(photo)}")
   make_folder(args.out)
   predictor, names = load(args), output_names(args.photos)
-
-  def one(photo: str) -> str:
-    return _one(predictor, photo, os.path.join(args.out, names[photo]), args.top_k, options)
-
-  return each_photo(names, one)
+  base = os.path.join(args.out, "")
+  return each_photo(names, lambda photo: _one(predictor, photo, base + names[photo], args.top_k, options))
 
 
 def _one(predictor: Any, photo: str, base: str, top_k: int | None, options: dict[str, Any]) -> str:

@@ -109,13 +109,11 @@ def sizes_for(boxes: list[np.ndarray], sizes: Sizes | None) -> Sizes:
   """(height, width) of the image of every prompt."""
   if sizes is None:
     raise ValueError("input_boxes are in pixels: give images or original_sizes as well")
-  if len(sizes) == 1:
-    return list(sizes) * len(boxes)
-  if len(sizes) != len(boxes):
+  if len(sizes) not in (1, len(boxes)):
     raise ValueError(
       f"input_boxes are for {len(boxes)} prompts, but there are {len(sizes)} images (or sizes)"
     )
-  return sizes
+  return sizes if len(sizes) > 1 else list(sizes) * len(boxes)
 
 
 def pad_boxes(
