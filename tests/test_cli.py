@@ -1,6 +1,7 @@
 """The command line, with a predictor that paints squares: what is read, written, printed and returned."""
 
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -362,6 +363,22 @@ def test_every_verb_teaches(verb, capsys):
   out = capsys.readouterr().out
   assert f"usage: sam3lt {verb}" in out and f"sam3lt {verb} " in out.split("examples:")[1]
   assert max(map(len, out.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_default_is_told_once(verb, capsys):
+  """By the formatter, which knows it; of positional arguments and switches there is none to tell."""
+  parser = cli.Parser(prog="sam3lt")
+  importlib.import_module(cli.VERBS[verb][0]).add_arguments(parser)
+  formatter = parser._get_formatter()
+  for action in parser._actions:
+    said = formatter._expand_help(action)
+    assert said.count("(default: ") <= 1 and "SUPPRESS" not in said
+    if action.option_strings and action.nargs != 0 and isinstance(action.default, (str, int, float)):
+      told = f"{action.default:g}" if isinstance(action.default, float) else action.default
+      assert f"(default: {told}" in said
+  assert cli.main([verb, "--help"]) == 0
+  assert "SUPPRESS" not in capsys.readouterr().out
 
 
 def test_exceptions_that_are_nobodys_mistake_keep_their_traceback(fake, folder, monkeypatch, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -90,6 +92,18 @@ def test_one_bad_photo_is_named_and_the_rest_is_done(folder, loaded, monkeypatch
   told = capsys.readouterr()
   assert code == 2 and "bad.png" in told.err and "1 of 2 photos failed" in told.err
   assert "photo.png" in told.out
+
+
+def test_photos_of_one_name_are_written_apart(folder, loaded, tmp_path, capsys):
+  paths = [str(tmp_path / name / "photo.png") for name in ("a", "b")]
+  for path in paths:
+    os.mkdir(os.path.dirname(path))
+    shutil.copy(folder / "photo.png", path)
+  options = ("--tracker", "same", "--points-per-side", "1", "--out", str(tmp_path / "out"))
+  assert cli.main(["everything", *paths, *options]) == 0, capsys.readouterr().err
+  for name, path in zip(("photo", "photo_2"), paths, strict=True):
+    data = json.loads((tmp_path / "out" / f"{name}_everything.json").read_text())
+    assert data["images"][0]["file_name"] == path
 
 
 # ---------------------------------------------------------------- sam3lt segment with clicks

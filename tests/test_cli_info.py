@@ -6,6 +6,7 @@ import pytest
 
 from sam3lt_jax import cli
 from sam3lt_jax.checkpoints import from_pretrained, save_pretrained
+from sam3lt_jax.checkpoints.pretrained import Opened
 from sam3lt_jax.cli import info
 
 
@@ -38,7 +39,7 @@ def test_sam3_text_parameters_are_counted():
   )  # fmt: skip
 
 
-def test_info_of_a_directory(tmp_path, capsys):
+def test_info_of_a_directory(tmp_path, capsys, monkeypatch):
   model, variables = from_pretrained("random:tiny", profile="transformers")
   for form in ("transformers", "orbax"):
     save_pretrained(tmp_path / form, model, variables, format=form)
@@ -52,7 +53,9 @@ def test_info_of_a_directory(tmp_path, capsys):
   assert file["tensors"]["F32"] > 100
   assert f"{file['tensors']['F32']} x F32" in info.format_report(report)
 
-  alone = info.describe(str(weights))  # a file: its weights are read
+  monkeypatch.setattr(Opened, "load", None)  # no weights are read
+  alone = info.describe(str(weights))
+  assert alone["source"] == "the shapes of its weights"
   assert alone["parts"] == wanted and alone["files"][0]["bytes"] == file["bytes"]
   saved = info.describe(str(tmp_path / "orbax"), profile="original")
   assert saved["parts"] == wanted and saved["profile"]["name"] == "original"

@@ -126,7 +126,7 @@ class Results:
           f"{name} must have shape {shape} for {n} labels and an image of size {size}, got {array.shape}"
         )
       self.__dict__[name] = array
-    self.__dict__ |= {"boxes": postprocess.clip_boxes(self.boxes, size), "labels": labels, "size": size}
+    self.__dict__.update(boxes=postprocess.clip_boxes(self.boxes, size), labels=labels, size=size)
     if self.logits is not None and (np.ndim(self.logits) != 3 or len(self.logits) != n):
       raise ValueError(f"logits must have shape ({n}, h, w), got {np.shape(self.logits)}")
     if self.ids is not None:

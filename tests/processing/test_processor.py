@@ -341,6 +341,7 @@ def test_from_pretrained(tmp_path, photos):
   assert Sam3Processor.from_pretrained(tmp_path / "weights.pt").profile == Profile.original()
   empty = tmp_path / "empty"
   empty.mkdir()
+  assert Sam3Processor.beside(empty, config).image_size == 112
   assert Sam3Processor.from_pretrained(empty).profile == Profile.transformers()
 
 
