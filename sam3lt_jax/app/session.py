@@ -7,6 +7,7 @@ never meets the photo of another. A photo is encoded once; every answer after th
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import threading
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from sam3lt_jax import __version__
 from sam3lt_jax.predictor import Encoded, Predictor
 from sam3lt_jax.processing.images import load_image
 from sam3lt_jax.processing.render import scaled
@@ -220,8 +222,9 @@ class Session:
       suffix = {"json": ".json", "masks": "_masks.png", "overlay": "_overlay.png"}[kind]
       path = os.path.join(folder, f"{os.path.splitext(self.name)[0]}{suffix}")
       if kind == "json":
+        info = {"description": f"sam3lt_jax {__version__}"}
         with open(path, "w", encoding="utf-8") as f:
-          f.write(self.results.with_image(self.name).to_json())
+          json.dump({"info": info} | json.loads(self.results.with_image(self.name).to_json()), f)
       elif kind == "masks":
         self.results.save_png(path)
       else:

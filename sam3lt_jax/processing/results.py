@@ -413,16 +413,13 @@ class Results:
     Raises:
       ValueError: image_id is the name of a file to write.
     """
-    from sam3lt_jax import __version__
-
     if str(image_id).endswith(".json"):
       raise ValueError(f"image_id must be no file's name, got {image_id!r}: to_json returns the text")
 
     image = {"id": image_id, "height": self.size[0], "width": self.size[1]}
     if isinstance(self.image, (str, os.PathLike)):
       image["file_name"] = os.fspath(self.image)
-    info, annotations = {"description": f"sam3lt_jax {__version__}"}, self.to_coco(image_id)
-    data = {"info": info, "images": [image], "annotations": annotations, "categories": self.categories()}
+    data = {"images": [image], "annotations": self.to_coco(image_id), "categories": self.categories()}
     return json.dumps(data, **options)
 
   def to_yolo(self, class_ids: Mapping[str, int] | None = None) -> str:

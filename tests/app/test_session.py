@@ -207,6 +207,7 @@ def test_downloads(session, tmp_path):
   with open(session.save("json", tmp_path), encoding="utf-8") as f:
     coco = json.load(f)
   assert coco["images"] == [{"id": 1, "file_name": "scene.png", "height": HEIGHT, "width": WIDTH}]
+  assert coco["info"]["description"].startswith("sam3lt_jax ")
   names = {category["id"]: category["name"] for category in coco["categories"]}
   assert tuple(names[a["category_id"]] for a in coco["annotations"]) == results.labels
   for annotation, mask in zip(coco["annotations"], results.masks, strict=True):
