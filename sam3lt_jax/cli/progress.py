@@ -29,7 +29,7 @@ class Progress:
     with self._lock:
       self.hide()
       self._total, self.unit, self._before, self._done = total, unit, done, done
-      self._start, self._due = time.time(), time.time() + DELAY
+      self._start, self._left = time.time(), DELAY  # seconds until it is shown again
       self._first: float | None = None  # when the first was done: what it waited for compiling does not count
 
   def describe(self, description: str) -> None:
@@ -88,12 +88,13 @@ class Progress:
       print(file=sys.stderr, flush=True)
 
   def _tick(self) -> None:
-    terminal = sys.stderr.isatty()
-    while not self.end.wait(min(DELAY, 1.0)):
+    terminal, step = sys.stderr.isatty(), DELAY / 8
+    while not self.end.wait(step):
       with self._lock:
-        if time.time() >= self._due:
+        self._left -= step
+        if self._left <= 0:
           self._show(terminal)
-          self._due = time.time() + (0 if terminal else _LOG_PERIOD)
+          self._left = 1.0 if terminal else _LOG_PERIOD
 
 
 @contextlib.contextmanager
