@@ -44,7 +44,7 @@ def check_whole(
 ) -> None:
   """Raises ArgumentError unless `value` is a whole number from `least` to `most`; True and 2.0 are none."""
   whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  if not (whole and least <= value <= most):
+  if not (whole and least <= int(value) <= most):
     bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
     raise ArgumentError(name, f" must be {what} {bounds}, got {value!r}")
 

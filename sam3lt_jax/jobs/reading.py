@@ -283,7 +283,7 @@ class Reader:
       self.waited_s += time.perf_counter() - start
 
   def _restart(self) -> None:
-    self._pool.shutdown(wait=False)
+    self._pool.shutdown()  # a broken pool kills its workers; its pipes are closed before new ones are made
     self._pool = self._kind(self._workers, self._max_pixels)
 
   def _result(self, future: futures.Future) -> Pixels | Failure:
