@@ -21,6 +21,7 @@ def test_info_of_a_variant(capsys):
   assert "pad_token_id           0                      (49407)" in out
 
 
+@pytest.mark.full  # 5 s
 @pytest.mark.parametrize("name, text", [("s1", 63_528_192), ("random:l", 123_800_320)])
 def test_info_json(name, text, capsys):
   assert cli.main(["info", name, "--json", "--profile", "transformers"]) == 0
@@ -31,6 +32,7 @@ def test_info_json(name, text, capsys):
   assert report["files"] == []
 
 
+@pytest.mark.full  # 2 s
 def test_sam3_text_parameters_are_counted():
   report = info.describe("sam3")
   # Besides what the detector uses, SAM3's file has CLIP's own projection to 512.

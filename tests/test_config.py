@@ -258,6 +258,7 @@ def test_unknown_profiles(name):
     Sam3LiteTextConfig.s0(name)
 
 
+@pytest.mark.full  # 3 s
 @pytest.mark.torch
 @pytest.mark.parametrize("variant", ["s0", "s1", "l", "sam3"])
 def test_transformers_own_file_gives_the_same_numbers(variant, tmp_path):

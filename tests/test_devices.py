@@ -78,6 +78,7 @@ def test_every_verb_that_runs_a_model_has_the_option(verb, capsys):
   assert ("--device cpu|gpu|gpu:1|tpu" in capsys.readouterr().out) == runs
 
 
+@pytest.mark.full  # 4 s
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
 def test_a_platform_that_is_not_there(platform, tmp_path):
   """One sentence and 2, out of the command line and the converters; a ValueError in Python."""

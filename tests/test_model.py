@@ -96,6 +96,7 @@ def test_parameter_counts(abstract):
   }  # fmt: skip
 
 
+@pytest.mark.full  # 3 s
 @pytest.mark.parametrize(
   "name, expected", [("s0", 42_541_312), ("s1", 63_528_192), ("l", 123_800_320), ("sam3", 353_724_672)]
 )
@@ -189,6 +190,7 @@ def test_projected_tokens_with_their_mask_are_text_features(whole, model, variab
   assert program(lambda tokens, mask: {"text_embeds": tokens, "attention_mask": mask}) == struct
 
 
+@pytest.mark.full  # 3 s
 def test_image_index_equals_separate_calls(encode, read, detect):
   """Three prompts over two images in one call, against a call each with that image's features alone."""
   vision, text = encode(tiny.pixels(2)), read(*tiny.phrases(3))
@@ -219,6 +221,7 @@ def test_one_image_serves_all_prompts_and_one_prompt_all_images(encode, read, de
   assert one_prompt.pred_logits.shape[0] == 2
 
 
+@pytest.mark.full  # 3 s
 def test_what_is_shared_by_prompts_is_what_each_would_compute(model, variables, encode):
   """Text, boxes and both: the fusion encoder's first self-attention once an image, and once a prompt."""
   vision = encode(tiny.pixels(2))
@@ -304,6 +307,7 @@ def test_outputs_are_in_range(whole):
 # Resolutions
 
 
+@pytest.mark.full  # 3 s
 @pytest.mark.parametrize("side", [28, 70, 168])
 def test_other_resolutions(side, model, variables, encode):
   """A grid of 2 is smaller than a window and than the position table, 5 divides neither, 12 both."""

@@ -36,6 +36,7 @@ def variables():
   return tiny.load(tiny.config())[1]
 
 
+@pytest.mark.full  # 4 s
 def test_bfloat16_is_close_and_gives_float32(model, variables):
   inputs = tiny.inputs()
   out = tiny.jit(lambda v, inputs: model.apply(v, **inputs))(variables, inputs)

@@ -42,6 +42,7 @@ def test_a_first_call_compiles_nothing_more(source, compiled, caplog):
   )
 
 
+@pytest.mark.full  # 3 s
 def test_it_can_be_left_out_and_changes_nothing(compiled):
   plain = Predictor.from_pretrained("random:tiny-s1", compile_ahead=False)
   assert not set(compiled()) & NAMES

@@ -83,6 +83,7 @@ def assert_rows(out, wanted, rows=slice(None), wanted_rows=slice(None), atol=ATO
     np.testing.assert_allclose(out[name][rows], wanted[name][wanted_rows], atol=atol, err_msg=name)
 
 
+@pytest.mark.full  # 4 s
 @pytest.mark.parametrize("profile", PROFILES)
 @few
 @given(order=st.permutations(range(P)))

@@ -37,6 +37,7 @@ def test_pieces_on_the_way_to_a_token_lie_beyond_the_table():
   assert max(pruned.encode("π")) >= len(kept)  # cannot be spelled at all
 
 
+@pytest.mark.full  # 3 s
 def test_a_pruned_model_gives_the_same_features_and_survives_saving(tmp_path):
   model, variables = from_pretrained("random:tiny")
   small, fewer, tokenizer = prune_vocabulary(model, variables, PHRASES)

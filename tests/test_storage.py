@@ -15,6 +15,7 @@ from sam3lt_jax.checkpoints import CheckpointError, save_pretrained
 from tests import mounts, tiny
 
 
+@pytest.mark.full  # 3 s
 @pytest.mark.parametrize(
   "format, size",
   [("orbax", "16k"), ("orbax", "300k"), ("orbax", "2m"), ("orbax", "6m"), ("transformers", "2m")],

@@ -52,6 +52,7 @@ def test_without_gradio(capsys, never, monkeypatch):
   assert "needs the package gradio: pip install 'sam3lt_jax[app]'" in mistake(capsys)
 
 
+@pytest.mark.full  # 3 s
 def test_arguments_reach_the_predictor(monkeypatch):
   pytest.importorskip("gradio")
   from sam3lt_jax.app import page

@@ -210,6 +210,7 @@ def test_offline_with_cache(server, download):
   assert download()["path"] == path
 
 
+@pytest.mark.full  # 3 s
 @pytest.mark.parametrize("source", [_REPO, "owner/pickles:deep/er/model.pt"])
 def test_no_network_and_nothing_cached(server, download, source):
   unreachable = download(source, endpoint="http://127.0.0.1:9")
@@ -227,6 +228,7 @@ def test_no_network_and_nothing_cached(server, download, source):
   assert "503" in download(source)["message"]
 
 
+@pytest.mark.full  # 4 s
 @pytest.mark.parametrize(
   ("args", "error", "base", "text"),
   [
@@ -255,6 +257,7 @@ def test_each_mistake_has_its_sentence(download, args, error, base, text):
 _OUT = "../../../../out"  # from blobs, snapshots or refs of a repository, past the cache
 
 
+@pytest.mark.full  # 4 s
 @pytest.mark.parametrize(
   ("source", "lies"),
   [

@@ -46,6 +46,7 @@ def test_orbax_round_trip(tmp_path, name):
   )
 
 
+@pytest.mark.full  # 3 s
 def test_fused_models_are_saved_as_ours_only(tmp_path, tiny):
   model, variables = tiny
   fused, folded = model.fuse(variables)
@@ -61,6 +62,7 @@ def test_fused_models_are_saved_as_ours_only(tmp_path, tiny):
     from_pretrained(tmp_path / "t", config=fused.config)
 
 
+@pytest.mark.full  # 3 s
 def test_broken_directories_of_ours(tmp_path, tiny_s1):
   model, variables = tiny_s1
   save_pretrained(tmp_path / "m", model, variables)
@@ -91,6 +93,7 @@ def test_broken_directories_of_ours(tmp_path, tiny_s1):
 # --- saving
 
 
+@pytest.mark.full  # 4 s
 @pytest.mark.parametrize("format", save.FORMATS)
 def test_a_crash_leaves_nothing(tmp_path, tiny_s1, monkeypatch, format):
   def crash(*args, **kwargs):
@@ -105,6 +108,7 @@ def test_a_crash_leaves_nothing(tmp_path, tiny_s1, monkeypatch, format):
   assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.full  # 3 s
 def test_existing_targets(tmp_path, tiny_s1):
   model, variables = tiny_s1
   target = tmp_path / "deep" / "m"
@@ -126,6 +130,7 @@ def test_existing_targets(tmp_path, tiny_s1):
     save_pretrained("gs://bucket/m", model, variables)
 
 
+@pytest.mark.full  # 4 s
 def test_a_failed_rename_restores_the_old(tmp_path, tiny_s1, monkeypatch):
   save_pretrained(tmp_path / "m", *tiny_s1)
   rename = os.rename
@@ -222,6 +227,7 @@ def flipped(data):
   return bytes(data)
 
 
+@pytest.mark.full  # 7 s
 @pytest.mark.parametrize(
   "text",
   [

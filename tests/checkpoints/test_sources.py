@@ -103,6 +103,7 @@ def test_paths_are_suggested(tmp_path, monkeypatch):
     from_pretrained("photo.jpg")
 
 
+@pytest.mark.full  # 5 s
 @pytest.mark.parametrize(
   ("source", "asked"),
   [
@@ -130,6 +131,7 @@ def test_hub_sources(tmp_path, tiny_s1, saved_s1, monkeypatch, source, asked):
   assert calls == [((asked,), kwargs)]
 
 
+@pytest.mark.full  # 4 s
 def test_profiles(tmp_path, tiny_s1):
   model, variables = tiny_s1
   assert model.config.profile == Profile.original()

@@ -84,6 +84,7 @@ def test_transforms_by_hand():
   np.testing.assert_array_equal(apply("drop_class_row")[0][0, 0], [0, 1, 2])
 
 
+@pytest.mark.full  # 9 s
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_released_files_match_the_model_exactly(variant):
   keys = real_size_layout(variant)

@@ -94,6 +94,7 @@ def test_a_tracker_without_its_neck(tmp_path):
     tracker_from_pretrained(write(tmp_path / "m.safetensors", state), reference.config())
 
 
+@pytest.mark.full  # 8 s
 def test_saved_with_its_model_it_comes_back(tmp_path):
   model, variables = tiny.load(tiny.config())
   tracker, weights = reference.load()

@@ -28,6 +28,7 @@ def saved(request, tmp_path_factory):
   return model.state_dict(), directory, ref.Sam3Model if request.param == "sam3" else ref.Sam3LiteTextModel
 
 
+@pytest.mark.full  # 6 s
 def test_round_trip_is_bit_equal(saved, tmp_path, capsys):
   state, directory, cls = saved
   ref = reference.import_torch_reference()

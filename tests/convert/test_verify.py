@@ -69,6 +69,7 @@ def test_the_bundled_model_and_its_own_vocabulary(capsys):
   assert code == 0 and out.splitlines()[-1].endswith("stages are within their tolerance"), out + err
 
 
+@pytest.mark.full  # 3 s
 def test_a_wrong_weight_is_found_where_it_acts(capsys, checkpoint, monkeypatch):
   from sam3lt_jax import checkpoints
 

@@ -117,6 +117,7 @@ def edit_part(rng, out):
     path.write_bytes(mutate_bytes(rng, data))
 
 
+@pytest.mark.full  # 3 s
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", KEPT)
 def test_an_edited_folder(tmp_path, template, what):

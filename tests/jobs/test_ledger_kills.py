@@ -13,6 +13,7 @@ from tests.jobs import ledgers, work
 from tests.jobs.ledgers import TAILS, start
 
 
+@pytest.mark.full  # 3 s
 def test_killed_at_random_moments(tmp_path):
   """10 lives of a job of 100 small shards, each SIGKILLed; some wounds get a torn tail besides."""
   seed = random.randrange(10**6)
@@ -45,6 +46,7 @@ def test_killed_at_random_moments(tmp_path):
   assert set(times) == {item.id for item in work.make_items(number)} and again <= 10 * 2
 
 
+@pytest.mark.full  # 6 s
 def test_killed_at_every_step(tmp_path):
   """A small job is killed at its first call of the file system, at its second, ...; each is restarted."""
   step, kills = 1, 0

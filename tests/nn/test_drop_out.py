@@ -70,6 +70,7 @@ def test_transformers_drops_branches_and_the_scoring_mlps_output():
   assert drawn_shapes("transformers") == sorted(RESIDUALS + [(B, L, D)])
 
 
+@pytest.mark.full  # 9 s
 @pytest.mark.parametrize("profile", PROFILES)
 def test_dropout_acts_when_asked_and_differs_with_the_key(profile):
   model, variables = tiny.load(tiny.config(profile))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import pytest
 
 from tests import tiny
 
 
+@pytest.mark.full  # 6 s
 def test_one_to_many_rows_change_no_other_output_and_hear_no_other_query():
   plain, variables = tiny.load(tiny.config())
   rng = np.random.default_rng(0)

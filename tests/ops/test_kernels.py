@@ -199,6 +199,7 @@ np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.fl
 """
 
 
+@pytest.mark.full  # 3 s
 def test_each_device_of_a_mesh_runs_the_kernel_on_its_rows():
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
   done = subprocess.run(

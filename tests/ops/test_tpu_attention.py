@@ -56,6 +56,7 @@ def test_attention_in_windows(shape, heads, window, rotated, dtype, tolerance, m
   np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), atol=tolerance)
 
 
+@pytest.mark.full  # 3 s
 def test_attention_in_windows_has_the_gradient_of_attention():
   tables = rope.axial_rope(8, 64, 1e4)
   args = maps(1, 8, 16, 128)
@@ -127,6 +128,7 @@ def test_splash_attention_is_attention(shape, dtype, tolerance):
   np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), atol=tolerance)
 
 
+@pytest.mark.full  # 2 s
 def test_splash_attention_has_the_gradient_of_attention():
   q, k, v = qkv(1, 70, 130, 1, 32)
 
@@ -172,6 +174,7 @@ def test_attention_with_the_bias_of_a_grid(dtype, tolerance, monkeypatch):
   np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), atol=tolerance)
 
 
+@pytest.mark.full  # 2 s
 def test_attention_with_the_bias_of_a_grid_has_its_gradient():
   args = biased(9, 4, 32)
 

@@ -16,7 +16,7 @@ from sam3lt_jax.cli import main
 from sam3lt_jax.training.rules import fitting, saved_config
 from tests.reference import import_torch_reference
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.full]
 
 MARGIN = 0.02  # a score so near to the threshold may fall on either side
 

@@ -24,6 +24,8 @@ from tests.parity import fixtures
 from tests.parity.tolerances import OUTPUTS, tolerance
 from tests.reference import random_torch_model, save_torch, tiny_config
 
+pytestmark = pytest.mark.full  # 12 s
+
 Leaves = dict[str, np.ndarray]
 
 _KEY_BIAS = "adds the same score to every key of a query, which the softmax cancels"

@@ -26,7 +26,7 @@ from tests.parity.tracker import taken_over
 from tests.reference import import_torch_reference, randomise_
 from tests.video.common import StubEngine
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.full]
 
 FRAMES, SIZE, SIDE, SLOTS = 14, 112, 32, 24
 THRESHOLDS = {

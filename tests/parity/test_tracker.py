@@ -157,6 +157,7 @@ def _bank(case, tracker):
   return bank, banks.Clock.at(frame, config, bool(case["reverse"]), int(case["num_frames"]))
 
 
+@pytest.mark.full  # 9 s
 @pytest.mark.parametrize(
   "name", sorted({k.split("/")[1] for k in fixture("tracker") if k.startswith("memory_attention/")})
 )

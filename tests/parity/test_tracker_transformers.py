@@ -16,7 +16,7 @@ from tests.parity.tracker import Watched, take_over
 from tests.reference import import_torch_reference, randomise_, tiny_config
 from tests.video.common import StubEngine
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.full]
 
 ROWS, SLOTS = 4, 5
 SIZE, WIDTH = 112, 128  # transformers' memory is 64 wide, whatever the configuration says

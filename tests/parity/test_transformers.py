@@ -16,7 +16,7 @@ from sam3lt_jax import Predictor, Sam3Processor, from_pretrained, save_pretraine
 from tests.parity import queries, tolerances
 from tests.reference import import_torch_reference, random_torch_model, run_stages, save_torch, tiny_config
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.full]
 
 # variant, image size, tokens: grids of 12 (three windows of 4), 10 (padded windows) and 5.
 SIZES = [("s0", 168, 16), ("s1", 140, 16), ("l", 70, 32)]

@@ -175,6 +175,7 @@ def test_one_pixel_and_a_thin_image():
   assert pixels.shape == (28, 28, 3) and size == (1, 500)
 
 
+@pytest.mark.full  # 2 s
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_12000x9000_image_is_accepted(tmp_path):
   path = _saved(tmp_path, Image.new("L", (12000, 9000), 60), "large.png", compress_level=1)

@@ -35,6 +35,7 @@ def test_labels_by_hand():
   assert not edges[~inside].any() and not classes[~inside].any()
 
 
+@pytest.mark.full  # 3 s
 def test_the_loss_of_right_and_wrong_answers():
   classes, edges = dense_labels(scene(), 4).values()
   classes, edges = jnp.array(classes)[None], jnp.array(edges)[None]

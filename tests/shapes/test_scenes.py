@@ -65,6 +65,7 @@ def test_plain_objects_have_their_colour():
   assert seen > 50
 
 
+@pytest.mark.full  # 3 s
 def test_sizes_do_not_overlap():
   """Side of the box over the side of the scene, of whole circles: small, medium and large stay apart."""
   extent = {size: [] for size in SIZES}

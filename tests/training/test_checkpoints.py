@@ -137,6 +137,7 @@ def damage(path, how):
     path.write_bytes(data)
 
 
+@pytest.mark.full  # 6 s
 @pytest.mark.parametrize("how", ["missing", "truncated", "one bit flipped"])
 def test_any_damaged_part_is_named_and_the_checkpoint_before_is_used(tmp_path, how):
   filled(tmp_path / "good", [1, 2])

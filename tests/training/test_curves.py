@@ -47,6 +47,7 @@ def test_smooth_is_a_centred_mean():
   np.testing.assert_allclose(curves.smooth([5.0]), [5.0])
 
 
+@pytest.mark.full  # 4 s
 def test_a_picture_is_drawn(tmp_path):
   pytest.importorskip("matplotlib")
   from PIL import Image

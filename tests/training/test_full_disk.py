@@ -23,6 +23,7 @@ def big(value: float, arrays: int = 40):
   return {f"w{i}": jnp.asarray(draw(size=40_000), jnp.float32) for i in range(arrays)}
 
 
+@pytest.mark.full  # 5 s
 @pytest.mark.parametrize("size", ["60k", "300k", "2m"])
 def test_nothing_of_a_checkpoint_stays_on_a_full_disk(tmp_path, size, complaints, caplog, capfd):
   """Without waiting for the writes under way, something was left in one of three."""
@@ -86,6 +87,7 @@ def test_the_files_beside_the_checkpoints(tmp_path):
     MetricsLog(str(small / "metrics.jsonl"), 5).close()
 
 
+@pytest.mark.full  # 2 s
 @pytest.mark.parametrize(
   "size, part",
   [("16k", "model"), ("300k", "model"), ("2m", "model"), ("8m", "transformers")],

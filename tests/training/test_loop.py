@@ -61,6 +61,7 @@ def test_the_newest_and_the_best_checkpoint_stay(whole):
   assert toy.equal(checkpoints.restore(state), state)
 
 
+@pytest.mark.full  # 5 s
 @pytest.mark.parametrize("stops", [[3, 4, 11], list(range(1, 12))])
 def test_resuming_at_any_step_changes_no_digit(tmp_path, whole, stops):
   for stop in stops:

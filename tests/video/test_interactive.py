@@ -51,6 +51,7 @@ def test_objects_of_one_session_are_each_on_their_own():
       np.testing.assert_allclose(shown[row], alone(i)[t][0], rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.full  # 5 s
 def test_an_object_may_come_and_go_in_mid_clip():
   video, state = session([1])
   run(video, state, 0, 2)

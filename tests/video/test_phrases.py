@@ -58,6 +58,7 @@ def results(objects: FrameObjects, texts=("thing",)):
 # ---------------------------------------------------------------- against the authors' code
 
 
+@pytest.mark.full  # 10 s
 @pytest.mark.parametrize("name", CLIPS)
 def test_recorded_clip(name, monkeypatch):
   """Every decision and every counter; masks as they are tracked; ids, boxes and pixels that are put out."""
@@ -135,6 +136,7 @@ def whole(name: str = "strict") -> list[FrameObjects]:
   return run(start(clip_of(name)), clip_of(name))
 
 
+@pytest.mark.full  # 4 s
 def test_a_camera_as_a_file():
   """Nobody knows the length, frames come one at a time: the same to the bit, from one code path."""
   same(run(start(clip_of("strict"), frames=None), clip_of("strict")), whole())
@@ -253,6 +255,7 @@ def failing(*_):
   raise RuntimeError("no room")
 
 
+@pytest.mark.full  # 3 s
 def test_state_does_not_grow_with_the_clip():
   clip = clip_of("strict")
   config = dataclasses.replace(clip.config, max_num_objects=4)

@@ -45,6 +45,7 @@ def _everything(jaxpr) -> Iterator[jax.core.ShapedArray]:
         yield from _everything(inner)
 
 
+@pytest.mark.full  # 4 s
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_no_matrix_of_all_scores_is_ever_written(platform):
   tracker, given = arguments(SLOTS)

@@ -66,6 +66,7 @@ def alone():
   return found
 
 
+@pytest.mark.full  # 4 s
 def test_together_as_alone_in_any_slots_with_anything_beside(alone):
   tracks = Tracks(engine(), slots=4)
   tracks.add([9], 0)  # takes the first slot, and leaves it

@@ -57,6 +57,7 @@ def test_default_targets_of_the_real_model():
   assert set(flatten(adapters)) == {f"{p}/{part}" for p in paths for part in "ab"}
 
 
+@pytest.mark.full  # 3 s
 def test_full_size_count():
   """S0, rank 16: 16 x (in + out) a matrix. ViT: 4 of 1024 x 1024 and two of 1024 x 4736 in 32 layers."""
   from sam3lt_jax import Sam3LiteText, Sam3LiteTextConfig
@@ -136,6 +137,7 @@ def test_bfloat16_kernels():
   assert lora.merge_lora(params, adapters, config)["fc1"]["kernel"].dtype == jnp.bfloat16
 
 
+@pytest.mark.full  # 3 s
 def test_merged_model_is_the_adapted_model():
   model, variables = tiny.load(tiny.config())
   config = LoraConfig(rank=2, alpha=4.0)

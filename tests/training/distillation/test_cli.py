@@ -68,6 +68,7 @@ def test_distill(folder, teacher, capsys):
   assert ids.shape == (1, 8) and ids.max() < model.config.text.vocab_size
 
 
+@pytest.mark.full  # 3 s
 def test_mistakes(folder, teacher, capsys):
   given = "--prompts phrases.json --out run".split()
   assert "required" in mistake(capsys, "--out", "run")

@@ -57,12 +57,14 @@ def wanted():
   return tiny.jit(TEACHER.features)(TEACHER.variables, b["input_ids"], b["attention_mask"])
 
 
+@pytest.mark.full  # 3 s
 def test_pooled_head_is_frozen_and_everything_else_learns():
   assert sorted(flatten(FROZEN)) == ["text_encoder/projection/kernel"]
   grads = run(gradient=True)[1]
   assert [path for path, g in flatten(grads).items() if not np.any(g)] == []
 
 
+@pytest.mark.full  # 3 s
 def test_frozen_statistics_give_the_loss_of_the_features():
   loss, (metrics, stats) = run(update_batch_stats=False)
   chex.assert_trees_all_equal(stats, STATS)
@@ -111,6 +113,7 @@ def test_dropout_follows_its_key():
   assert moving[0] == moving[2] and moving[0] != moving[1] and moving[0] != still[0]
 
 
+@pytest.mark.full  # 4 s
 def test_bfloat16_compute_keeps_float32_losses_statistics_and_gradients():
   (loss, aux), grads = run(dtype="bfloat16", gradient=True)
   assert {x.dtype for x in jax.tree.leaves((loss, aux, grads))} == {jnp.dtype("float32")}
@@ -138,6 +141,7 @@ def test_padding_of_the_batch_does_not_reach_the_loss():
   assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
 
 
+@pytest.mark.full  # 5 s
 def test_a_step_with_the_optimiser_moves_the_student_and_nothing_else():
   tx, schedule = make_optimizer(OptimizerConfig(peak_lr=1e-3, total_steps=10, layer_decay=0.9), PARAMS)
   step = make_train_step(make_distillation_loss_fn(STUDENT, TEACHER), tx, schedule=schedule)
