@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from tqdm import tqdm
 
 from sam3lt_jax import cli, errors
 from sam3lt_jax.checkpoints.errors import CheckpointError
@@ -458,7 +459,7 @@ def test_progress_shows_only_when_it_takes_time(monkeypatch):
       assert time.monotonic() < end, f"{shown} is not in {sys.stderr.getvalue()}"
       time.sleep(0.01)
 
-  with progress.busy("slow", total=3) as bar:
+  with tqdm(file=sys.stderr), progress.busy("slow", total=3) as bar:  # beside another bar
     wait_for(r"slow 0/3 \[[\d:]+\]")
     now[0] += 100
     bar.advance()
@@ -468,7 +469,7 @@ def test_progress_shows_only_when_it_takes_time(monkeypatch):
     bar.advance()
     bar.say("a line", file=sys.stderr)
     wait_for(r"slower 2/3 \[[\d:]+, 0\.5 a second, 00:02 left\]")
-  assert "a line\n" in sys.stderr.getvalue()
+  assert "a line\n" in sys.stderr.getvalue() and "\x1b" not in sys.stderr.getvalue()
 
 
 def test_runs_as_a_program_and_keeps_help_quick(folder):

@@ -73,6 +73,7 @@ class Progress:
       self._bar = tqdm(
         desc=self._description, total=self._total, initial=self._before, leave=False, bar_format=layout,
         file=sys.stderr, mininterval=1.0 if terminal else _LOG_PERIOD, delay=1e-9,
+        position=None if terminal else 0,  # a log has no lines above others: no escape that goes up
       )  # fmt: skip
       self._bar.start_t = self._start
       self._bar.update(self._done - self._before)
