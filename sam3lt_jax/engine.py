@@ -374,15 +374,7 @@ class Engine:
         for row, mine in enumerate(slots):
           chunk = mine[start : start + bucket]
           index[row, : len(chunk)] = chunk
-        row, slot = (int(at[0]) for at in np.nonzero(index >= 0))
-        some = row, index[row, slot]  # stands where there is no prompt
-        at = [[(row, i) if i >= 0 else some for i in line] for row, line in enumerate(index)]
-        boxes, labels = (
-          np.stack([np.stack([asked[row].boxes[i][part] for row, i in line]) for line in at])
-          for part in (0, 1)
-        )
-        phrases = [[asked[row].prompts[i].phrase for row, i in line] for line in at]
-        calls.append(Call(index, phrases, boxes, labels))
+        calls.append(_call(index, asked))
         start += bucket
     return calls
 
@@ -510,6 +502,16 @@ class Engine:
     if self.on_start is not None:
       self.on_start(start, min(jax.tree.leaves(out), key=lambda x: x.size))
     return out
+
+
+def _call(index: np.ndarray, asked: Sequence[Asked]) -> Call:
+  row, slot = (int(at[0]) for at in np.nonzero(index >= 0))
+  some = row, index[row, slot]  # stands where there is no prompt
+  at = [[(row, i) if i >= 0 else some for i in line] for row, line in enumerate(index)]
+  boxes, labels = (
+    np.stack([np.stack([asked[row].boxes[i][part] for row, i in line]) for line in at]) for part in (0, 1)
+  )
+  return Call(index, [[asked[row].prompts[i].phrase for row, i in line] for line in at], boxes, labels)
 
 
 def _bucket(count: int, sizes: Sequence[int]) -> int:

@@ -105,13 +105,12 @@ class MaskSource:
       mine = np.flatnonzero(row == i)
       local = (np.full(len(mine), i % own), slot[mine], query[mine])
       shard = shards[i // own].data
-      if self._on_device:
-        found.append(self._tiles(shard, local, size, mask_threshold))
-        continue
-      logits = np.asarray(shard)[local] if len(mine) else ()  # on a CPU a view: copies what is kept
-      rest = size, mask_threshold, self._order
-      found.append(lambda k, logits=logits, rest=rest: postprocess.binary_mask(logits[k], *rest))
+      found.append((self._tiles if self._on_device else self._copies)(shard, local, size, mask_threshold))
     return found
+
+  def _copies(self, shard: jax.Array, at: tuple, size: tuple[int, int], threshold: float) -> MaskOf:
+    logits = np.asarray(shard)[at] if len(at[0]) else ()  # on a CPU a view: copies what is kept
+    return lambda k: postprocess.binary_mask(logits[k], size, threshold, self._order)
 
   def _tiles(self, shard: jax.Array, at: tuple, size: tuple[int, int], threshold: float) -> MaskOf:
     """Starts enlarging; each tile of some masks is on its way to the host as soon as it is there."""

@@ -160,12 +160,14 @@ class _Measured:
   def __getattr__(self, name: str) -> Any:
     return getattr(self._file, name)
 
-  def readline(self, size: int | None = -1) -> bytes:
-    return self.read(size, self._file.readline)
+  def read(self, size: int | None = -1) -> bytes:
+    return self._take(self._file.read, size)
 
-  def read(self, size: int | None = -1, read: Callable[[int], bytes] | None = None) -> bytes:
-    size = self.left + 1 if size is None or not 0 <= size <= self.left else size
-    data = (read or self._file.read)(size)
+  def readline(self, size: int | None = -1) -> bytes:
+    return self._take(self._file.readline, size)
+
+  def _take(self, read: Callable[[int], bytes], size: int | None) -> bytes:
+    data = read(self.left + 1 if size is None or not 0 <= size <= self.left else size)
     self.left -= max(len(data), self.least)
     if self.left < 0:
       raise OSError("more bytes than its image can have")
