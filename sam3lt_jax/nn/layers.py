@@ -203,9 +203,8 @@ class Conv(nn.Module):
     q = queries.astype(self.dtype)
     turned = jnp.einsum("bqf,df->bqd", q, kernel[0, 0], preferred_element_type=jnp.float32).astype(self.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    if (
-      target.current().has_cpu
-    ):  # which would turn x for the other one; to turn the products takes it half as long
+    if target.current().has_cpu:
+      # XLA:CPU would turn the map for the other form; to turn the products takes it half as long.
       y = product("bhwd,bqd->bhwq", x.astype(self.dtype), turned).transpose(0, 3, 1, 2)
     else:
       y = product("bqd,bhwd->bqhw", turned, x.astype(self.dtype))
