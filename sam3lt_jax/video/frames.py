@@ -439,9 +439,13 @@ class _Stream(_Live):
       raise
 
   def _pictures(self, stream: Any) -> Iterator[tuple[float | None, np.ndarray]]:
-    ends: list[Exception | None] = [None]
-    decoded = _decoded(self._container, stream, lambda packet, end=None: ends.append(end))
-    begin, count = None, 0
+    begin, count, lost = None, 0, None
+
+    def broke(packet: int, end: Exception | None = None) -> None:
+      nonlocal lost
+      lost = end
+
+    decoded = _decoded(self._container, stream, broke)
     while True:
       with self._lock:  # who reads a closed container ends the process
         frame = None if self._is_closed else next(decoded, None)
@@ -449,8 +453,8 @@ class _Stream(_Live):
         break
       begin, count = frame.time or 0.0 if begin is None else begin, count + 1
       yield None if frame.time is None else frame.time - begin, _upright(frame)
-    if ends[-1] is not None:
-      raise FrameError(f"{self.name} broke off after {count} frames: {ends[-1].strerror}")
+    if lost is not None:
+      raise FrameError(f"{self.name} broke off after {count} frames: {lost.strerror}")
 
   def close(self) -> None:
     with self._lock:

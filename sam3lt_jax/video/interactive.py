@@ -113,9 +113,6 @@ class InferenceState:
   def obj_ids(self) -> list[int]:
     return list(self.objects)
 
-  def records(self) -> list[Record]:
-    return [r for thing in self.objects.values() for r in (*thing.records.values(), *thing.pending.values())]
-
   def fork(self) -> InferenceState:
     """Another state of the same clip, that goes its own way from here."""
     return InferenceState(self.frames, self.history, copy.deepcopy(self.objects))
@@ -136,8 +133,8 @@ class InferenceState:
       arrays |= {f"{i}/passed/{t}/": np.array(backward) for t, backward in thing.passed.items()}
     np.savez(file, clip=np.array([*self.size, self.frames.count]), objects=np.array(self.obj_ids), **arrays)
 
-  def _load(self, file: Any, dtype: Any) -> None:
-    """dtype: of pointers, the tracker's."""
+  def _load(self, file: Any, dtype: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """dtype: of pointers, the tracker's. shapes: of what it knows of an object on a frame, by name."""
     with saved_by("InferenceState.save", file) as state:
       clip, ids = state.pop("clip").tolist(), state.pop("objects").tolist()
       self.objects = {i: TrackedObject() for i in ids}
@@ -152,6 +149,13 @@ class InferenceState:
         "state", " must be of this clip: (height, width, frames) are "
         f"{(*self.size, self.frames.count)}, got {tuple(clip)}",
       )  # fmt: skip
+    for fields in given.values():
+      for name in shapes.keys() & fields.keys():
+        if fields[name].shape != shapes[name]:
+          raise ArgumentError(
+            "state",
+            f" must be of this tracker, whose {name} has shape {shapes[name]}, got {fields[name].shape}",
+          )
 
 
 def _of_arrays(kind: str, fields: dict[str, np.ndarray], dtype: Any) -> Any:
@@ -194,19 +198,12 @@ class InteractiveVideo:
     frames.measure()  # what a file says of itself may be wrong
     made = InferenceState(frames, self.history)
     if state is not None:
-      made._load(state, self.engine.tracker.dtype)
       config = self.engine.tracker.config
-      wanted = {
+      shapes = {
         "logits": (self._side, self._side), "pointer": (config.hidden_size,),
         "memory": ((self._side // 4) ** 2, config.memory.hidden_size),
       }  # fmt: skip
-      for record in made.records():
-        for name, shape in wanted.items():
-          found = getattr(record, name)
-          if found is not None and found.shape != shape:
-            raise ArgumentError(
-              "state", f" must be of this tracker, whose {name} has shape {shape}, got {found.shape}"
-            )
+      made._load(state, self.engine.tracker.dtype, shapes)
     return made
 
   # ---------------------------------------------------------------- prompts
