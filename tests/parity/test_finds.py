@@ -89,7 +89,6 @@ def test_the_bundled_model_finds_there_what_it_finds_here(written):
   assert compare(import_torch_reference(), written, 6) > 30
 
 
-@pytest.mark.full
 def test_what_finetune_leaves_finds_there_what_it_finds_here(tmp_path):
   ref = import_torch_reference()
   assert main(["demo", "--data", str(tmp_path / "drawn")]) == 0

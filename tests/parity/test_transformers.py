@@ -70,16 +70,8 @@ def _align_geometry(stages: dict[str, np.ndarray], tokens: int) -> dict[str, np.
   return stages
 
 
-QUICK = [("s0", "one"), ("s1", None), ("l", "several")]
-CASES = [
-  # Quick: every kind of boxes once, every variant once; all of them in CI.
-  pytest.param(*of, boxes, marks=() if (of[0], boxes) in QUICK else pytest.mark.full)
-  for of in SIZES
-  for boxes in (None, "one", "several")
-]
-
-
-@pytest.mark.parametrize("variant, size, tokens, boxes", CASES)
+@pytest.mark.parametrize("boxes", [None, "one", "several"])
+@pytest.mark.parametrize("variant, size, tokens", SIZES)
 def test_every_stage(pairs, variant, size, tokens, boxes):
   reference, apply = pairs(variant, size)
   inputs = _inputs(size, tokens, boxes)
