@@ -266,7 +266,9 @@ class Engine:
       return jax.ShapeDtypeStruct((R, *axes), dtype, sharding=self._split)
 
     coarse = shape(grid, grid, D)
-    vision = VisionFeatures(coarse, coarse, tuple(shape(n * grid, n * grid, D) for n in (4, 2)))
+    without_boxes = shape(1, D) if config.profile.geometry_cls == "always" else None
+    finer = tuple(shape(n * grid, n * grid, D) for n in (4, 2))
+    vision = VisionFeatures(coarse, coarse, finer, without_boxes)
     asked = Prompts(
       shape(P, T, D), shape(P, T, dtype=bool),
       shape(P, *boxes.shape, dtype=boxes.dtype), shape(P, *labels.shape, dtype=labels.dtype),
@@ -310,8 +312,8 @@ class Engine:
     """
     count, most = len(prompt.boxes), self._box_buckets[-1]
     slots = _bucket(count, self._box_buckets) if count <= most else -(-count // most) * most
-    if not count and self.processor.profile.geometry_cls == "with_any_boxes":
-      slots = 0  # under this policy even empty slots bring in the CLS token
+    if not count:  # what the geometry encoder says then is among the image's features
+      slots = 0
     return box_arrays(prompt, size, slots)
 
   def asked(self, pixels: np.ndarray | None, size: tuple[int, int], prompts: Sequence[Prompt]) -> Asked:

@@ -30,7 +30,7 @@ from sam3lt_jax.nn.scoring import DotProductScoring
 from sam3lt_jax.nn.text_encoder import TextEncoder
 from sam3lt_jax.nn.vision_encoder import VisionEncoder
 from sam3lt_jax.ops import boxes as box_ops
-from sam3lt_jax.ops import positions
+from sam3lt_jax.ops import positions, target
 
 Variables = dict[str, Any]
 
@@ -254,11 +254,14 @@ class Sam3LiteText(nn.Module):
     """`neck_maps` -> what all prompts about an image share, about a quarter of a prompt's work, done once."""
     *finer, image = maps
     B, h, w, D = image.shape
-    mixed = None
+    mixed = without_boxes = None
     if deterministic and not self.remat and not self.is_initializing():
-      place = positions.map_positions(h, w, D).reshape(h * w, D)
-      mixed = self.detr_encoder.mix(image.reshape(B, h * w, D), place).reshape(image.shape)
-    return VisionFeatures(image, mixed, self.mask_decoder.convolve(tuple(finer)))
+      place = positions.map_positions(h, w, D)
+      mixed = self.detr_encoder.mix(image.reshape(B, h * w, D), place.reshape(h * w, D)).reshape(image.shape)
+      none = jnp.zeros((B, 0, 4)), jnp.zeros((B, 0), jnp.int32)
+      geometry = self._geometry_tokens(*none, image, place, deterministic)
+      without_boxes = None if geometry is None else geometry[0]
+    return VisionFeatures(image, mixed, self.mask_decoder.convolve(tuple(finer)), without_boxes)
 
   def get_text_features(
     self,
@@ -320,17 +323,23 @@ class Sam3LiteText(nn.Module):
   ) -> Sam3LiteTextOutput:
     """Everything after the two encoders; `__call__` says which image each prompt is for."""
     rows = prompts.tokens.shape[0]
-    image, mixed, *finer = image_of_each_prompt(
-      (vision.image, vision.mixed, *vision.convolved), rows, prompts.image_index
+    image, mixed, without_boxes, *finer = image_of_each_prompt(
+      (vision.image, vision.mixed, vision.without_boxes, *vision.convolved), rows, prompts.image_index
     )
     tokens, mask = (
       jnp.broadcast_to(a, (image.shape[0], *a.shape[1:])) for a in (prompts.tokens, prompts.mask)
     )
     place = positions.map_positions(*image.shape[1:])
-    geometry = self._geometry_tokens(prompts.boxes, prompts.labels, image, place, deterministic)
+    if prompts.boxes.shape[1] == 0 and without_boxes is not None:
+      geometry = without_boxes, jnp.ones(without_boxes.shape[:2], bool)
+    else:
+      geometry = self._geometry_tokens(prompts.boxes, prompts.labels, image, place, deterministic)
     if geometry is not None:
       tokens = jnp.concatenate([tokens, geometry[0]], axis=1)
       mask = jnp.concatenate([mask, geometry[1]], axis=1)
+    if not target.current().has_cpu:  # by eights, as the decoder's rows
+      padding = (0, 0), (0, -tokens.shape[1] % 8)
+      tokens, mask = jnp.pad(tokens, (*padding, (0, 0))), jnp.pad(mask, padding)
     tap(taps, "prompt_tokens", tokens)
     tap(taps, "prompt_mask", mask)
 

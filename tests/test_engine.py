@@ -179,7 +179,7 @@ def test_prompts_become_few_calls(three):
     [[4, 5, -1, -1], [-1] * 4, [-1] * 4],
     [[-1], [-1], [0]],
   ]
-  assert [call.boxes.shape for call in calls] == [(3, 4, 8, 4), (3, 4, 8, 4), (3, 1, 32, 4)]
+  assert [call.boxes.shape for call in calls] == [(3, 4, 0, 4), (3, 4, 0, 4), (3, 1, 32, 4)]
   assert calls[0].phrases[1] == ["two yellow cats"] + ["a dog"] * 3  # stands where nothing is asked
   assert [call.index.tolist() for call in three.calls([three.asked(None, size, [DOG])])] == [
     [[0], [-1], [-1]]

@@ -14,6 +14,7 @@ from sam3lt_jax import Sam3LiteText, Sam3LiteTextConfig, TextFeatures, VisionFea
 from sam3lt_jax.checkpoints.engine import unflatten
 from sam3lt_jax.checkpoints.pretrained import abstract_leaves
 from sam3lt_jax.config import PADDING_LABEL, TextConfig
+from sam3lt_jax.ops import target
 from tests import tiny
 
 # Two compilations of one function differ in the order of sums: 1e-6 of values of order 1 to 10.
@@ -238,6 +239,26 @@ def test_what_is_shared_by_prompts_is_what_each_would_compute(model, variables, 
   by_prompt = jax.tree.map(lambda x: x[kwargs["image_index"]], vision.replace(mixed=None))
   wanted = tiny.jit(lambda v: run(v, **rest))(by_prompt)
   assert_same(tiny.jit(lambda v: run(v, **kwargs))(vision), wanted, 1e-4)
+
+
+def test_a_phrase_alone_gets_the_token_of_its_image(encode, read, detect):
+  """Kept with the image, computed for the prompt, or computed beside an empty slot."""
+  vision, text = encode(tiny.pixels(1)), read(*tiny.phrases(2))
+  assert vision.without_boxes.shape == (1, 1, vision.image.shape[-1])
+  wanted = detect(vision.replace(without_boxes=None), text)
+  assert_same(detect(vision, text), wanted)
+  empty = np.zeros((2, 1, 4), np.float32), np.full((2, 1), PADDING_LABEL, np.int32)
+  assert_same(detect(vision, text, input_boxes=empty[0], input_boxes_labels=empty[1]), wanted)
+
+
+def test_rows_that_fill_an_accelerators_products_change_nothing(model, variables, encode, read, detect):
+  """7 rows of the decoder as 8, and 9 prompt tokens as 16."""
+  vision, text = encode(tiny.pixels(2)), read(*tiny.phrases(2, tokens=8))
+  with target.traced_for(["cuda"]):
+    padded = tiny.jit(lambda *args: model.apply(variables, vision_embeds=args[0], text_embeds=args[1]))
+    program = padded.lower(vision, text)
+  assert "tensor<2x8x16xf32>" in program.as_text() and "tensor<2x16x16xf32>" in program.as_text()
+  assert_same(program.compile()(vision, text), detect(vision, text))
 
 
 def test_intermediates(whole, model):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sam3lt_jax.nn import repeat
 from sam3lt_jax.nn.layers import Attention, Dtype, LayerNorm, Mlp, ReluMlp
-from sam3lt_jax.ops import attention, positions
+from sam3lt_jax.ops import attention, positions, target
 from sam3lt_jax.ops import boxes as box_ops
 
 
@@ -48,12 +48,22 @@ class DecoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, query_pos, image, image_with_pos, bias, prompt, prompt_mask, deterministic: bool = True
+    self,
+    x,
+    query_pos,
+    image,
+    image_with_pos,
+    bias,
+    prompt,
+    prompt_mask,
+    deterministic: bool = True,
+    row_mask: jax.Array | None = None,
   ) -> jax.Array:
     """One layer.
 
     Args:
       x: [P, 1 + Q, D], presence token first. query_pos: the same shape, zero for the presence token.
+        row_mask: bool [1 + Q], False for rows of padding; None: there are none.
       image, image_with_pos: [P, S, D]. bias: [P, N, 1 + Q, S] as a `GridBias`.
       prompt: [P, L, D]; prompt_mask: bool [P, L].
 
@@ -67,7 +77,8 @@ class DecoderLayer(nn.Module):
       return LayerNorm(name=norm, **kw)(x + nn.Dropout(self.dropout)(update, deterministic=deterministic))
 
     q, v = (a[:, : self.talking] for a in (x + query_pos, x))
-    h = Attention(name="self_attn", **options)(q, q, v, deterministic=deterministic)
+    mask = None if row_mask is None else row_mask[None, None, None]
+    h = Attention(name="self_attn", **options)(q, q, v, mask, deterministic=deterministic)
     h = jnp.pad(h, ((0, 0), (0, x.shape[1] - h.shape[1]), (0, 0)))
     x = add(x, h, "self_attn_layer_norm")
     mask = prompt_mask[:, None, None, :]
@@ -151,6 +162,10 @@ class DetrDecoder(nn.Module):
     runs = 2 if self.one_to_many else 1
     queries = jnp.tile(self.query_embed.embedding, (runs, 1))
     x = jnp.concatenate([self.presence_token.embedding, queries]).astype(self.dtype)
+    if not (target.current().has_cpu or self.one_to_many):
+      # Masked rows behind: else a GPU gets a kernel for each product that fills its rows up to eights, 9% of
+      # a prompt's kernels (`python -m tpu.gpu`).
+      x = jnp.pad(x, ((0, -len(x) % 8), (0, 0)))
     x = jnp.broadcast_to(x, (P, *x.shape))
     reference = jax.nn.sigmoid(self.reference_points.embedding.astype(jnp.float32))
     reference = jnp.tile(reference, (runs, 1))
@@ -169,10 +184,13 @@ class DetrDecoder(nn.Module):
     x, boxes, steering = state
     flat, with_pos, prompt, prompt_mask = context
     query_pos = self.ref_point_head(positions.box_code(steering, self.features // 2).astype(self.dtype))
-    query_pos = jnp.pad(query_pos, ((0, 0), (1, 0), (0, 0)))  # nothing for the presence token
-    bias = self._position_bias(steering, *size)
-    x = self.layers[i](x, query_pos, flat, with_pos, bias, prompt, prompt_mask, deterministic)
-    hidden = self.output_layer_norm(x[:, 1:])
+    behind = 1 + boxes.shape[1]  # where padding starts
+    padding = x.shape[1] - behind
+    query_pos = jnp.pad(query_pos, ((0, 0), (1, padding), (0, 0)))  # nothing for the presence token
+    bias = self._position_bias(steering, *size, padding)
+    mask = jnp.arange(x.shape[1]) < behind if padding else None
+    x = self.layers[i](x, query_pos, flat, with_pos, bias, prompt, prompt_mask, deterministic, mask)
+    hidden = self.output_layer_norm(x[:, 1:behind])
     delta = self.box_head(hidden).astype(jnp.float32)
     # Equal values, different gradients: a prediction reaches back one layer ("look forward twice"), the
     # boxes that steer the next layer carry no gradient.
@@ -204,10 +222,10 @@ class DetrDecoder(nn.Module):
       logits = jnp.clip(logits, -self.presence_clamp, self.presence_clamp)
     return logits
 
-  def _position_bias(self, boxes: jax.Array, height: int, width: int) -> attention.GridBias:
-    """[P, Q, 4] cxcywh -> bias [P, N, 1 + Q, H * W]; zero row for the presence token."""
+  def _position_bias(self, boxes: jax.Array, height: int, width: int, padding: int) -> attention.GridBias:
+    """[P, Q, 4] cxcywh -> bias [P, N, 1 + Q + padding, H * W]; zero rows for what is no query."""
     x = self.box_rpb_embed_x(box_ops.relative_position_log(boxes, width, axis=0))  # [P, Q, W, N]
     y = self.box_rpb_embed_y(box_ops.relative_position_log(boxes, height, axis=1))  # [P, Q, H, N]
     x, y = (a.astype(jnp.float32).transpose(0, 3, 1, 2) for a in (x, y))  # [P, N, Q, W or H]
-    x, y = (jnp.pad(a, ((0, 0), (0, 0), (1, 0), (0, 0))) for a in (x, y))
+    x, y = (jnp.pad(a, ((0, 0), (0, 0), (1, padding), (0, 0))) for a in (x, y))
     return attention.GridBias(vertical=y, horizontal=x)

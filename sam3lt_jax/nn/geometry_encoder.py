@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.nn.layers import Conv, Dense, Dtype, LayerNorm, PreNormLayer, embedding_init
+from sam3lt_jax.nn.layers import Dense, Dtype, LayerNorm, PatchConv, PreNormLayer, embedding_init
 from sam3lt_jax.ops import boxes as box_ops
 from sam3lt_jax.ops import positions, roi_align
 
@@ -87,7 +87,7 @@ class GeometryEncoder(nn.Module):
     cells = box_ops.cxcywh_to_xyxy(boxes) * jnp.asarray([W, H, W, H], jnp.float32)
     pooled = roi_align.roi_align(normed, cells, self.roi_size)
     pooled = pooled.reshape(P * N, self.roi_size, self.roi_size, D)
-    pool = Conv(self.features, self.roi_size, padding="VALID", name="boxes_pool_project", **kw)
+    pool = PatchConv(self.features, self.roi_size, use_bias=True, name="boxes_pool_project", **kw)
     x = x + pool(pooled).reshape(P, N, self.features)
     code = positions.centre_code(boxes, self.features // 2)
     x = x + Dense(self.features, name="boxes_pos_enc_project", **kw)(code)

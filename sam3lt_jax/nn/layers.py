@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
+import einops
 import flax.errors
 import flax.linen as nn
 import jax
@@ -149,7 +150,7 @@ class DoublingConv(nn.Module):
 class Conv(nn.Module):
   """Square convolution with bias. `kernel` [k, k, D_in, features]; [k, k, 1, features] where `depthwise`.
 
-  padding: "SAME" (zeros), "VALID", or so many zeros on each side.
+  padding: "SAME" (zeros), or so many zeros on each side.
   """
 
   features: int
@@ -184,10 +185,10 @@ class Conv(nn.Module):
     products. Which sums depends on the place in the pair: [k0, k1 + k2] first, [k0 + k1, k2] second.
     """
     kernel, _ = self._params(x.shape[-1])
-    B, H, W, D = x.shape
-    kernel = kernel.astype(jnp.float32)
-    sums = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)  # [place, tap, k]
-    kernel = jnp.einsum("auk,bvl,kldf->uvdabf", sums, sums, kernel).reshape(2, 2, D, -1).astype(self.dtype)
+    B, H, W, _ = x.shape
+    sums = lambda k: jnp.stack([k[0], k[1] + k[2], k[0] + k[1], k[2]])  # noqa: E731, [place and tap, ...]
+    kernel = sums(sums(kernel.astype(jnp.float32)).swapaxes(0, 1))
+    kernel = einops.rearrange(kernel, "(b v) (a u) d f -> u v d (a b f)", a=2, b=2).astype(self.dtype)
     y = amx.convolution(x.astype(self.dtype), kernel, 1)
     y = y.reshape(B, H + 1, W + 1, 2, 2, self.features)
     pairs = [jnp.stack([y[:, a : a + H, b : b + W, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
@@ -232,7 +233,8 @@ class LayerNorm(nn.Module):
     bias = param(self, "bias", nn.initializers.zeros_init(), (x.shape[-1],))
     x = x.astype(jnp.float32)
     mean = x.mean(axis=-1, keepdims=True)
-    if target.current().has_cpu:
+    if not target.current().is_for("tpu"):
+      # XLA makes one kernel of all this on a GPU, of the other form three.
       variance = jnp.mean((x - mean) ** 2, axis=-1, keepdims=True)
     else:
       # In one pass, which XLA:TPU joins to the product that wrote x. A constant row may come out below zero.

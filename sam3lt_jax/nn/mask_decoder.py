@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.nn.layers import Attention, Conv, Dtype, LayerNorm, ReluMlp, Taps, tap
+from sam3lt_jax.ops import target
 
 
 class PixelDecoder(nn.Module):
@@ -29,7 +30,7 @@ class PixelDecoder(nn.Module):
     kw = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     self.conv_layers = [Conv(self.features, 3, **kw) for _ in range(self.num_stages)]
     self.norms = [
-      nn.GroupNorm(self.num_groups, epsilon=1e-5, use_fast_variance=False, **kw)
+      nn.GroupNorm(self.num_groups, epsilon=1e-5, use_fast_variance=not target.current().has_cpu, **kw)
       for _ in range(self.num_stages)
     ]
 

@@ -126,7 +126,8 @@ def attend(
   if dropping:
     keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
     weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
-  out = jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  kind = jnp.float32 if where.has_cpu else None  # elsewhere the float32 inside is rounded by the product
+  out = jnp.einsum("bnts,bsnh->btnh", weights.astype(v.dtype), v, preferred_element_type=kind)
   return out.astype(v.dtype)
 
 
