@@ -23,5 +23,6 @@ CHIPS = {
   "v5p": Chip(459, 95, 2765, "Google Cloud, TPU v5p: peak compute per chip (bf16)"),
   "a100": Chip(312, 80, 2039, "NVIDIA A100 data sheet: BFLOAT16 Tensor Core, dense"),
   "h100": Chip(989, 80, 3350, "NVIDIA H100 SXM data sheet: BFLOAT16 Tensor Core, without sparsity"),
+  "h200": Chip(989, 141, 4800, "NVIDIA H200 SXM data sheet: BFLOAT16 Tensor Core, without sparsity"),
   "l4": Chip(121, 24, 300, "NVIDIA L4 data sheet: BFLOAT16 Tensor Core, without sparsity"),
 }

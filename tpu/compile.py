@@ -45,9 +45,6 @@ from sam3lt_jax.video import bank as banks
 from sam3lt_jax.video import tracks
 from tpu.chips import CHIPS, COMPILED
 
-BOXES = engine.BOX_BUCKETS[0]  # slots of a prompt without boxes
-
-
 # -------------------------------------------------------------------- the programs
 
 
@@ -70,12 +67,17 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
     pixels = struct((ways * images, side, side, 3), jnp.uint8)
     return Program(lambda v, x: engine.encode(model, False, v, x), (variables, pixels), (False, True))
 
-  def detection(prompts: int) -> Program:
+  def reading(phrases: int) -> Program:
+    tokens = (phrases, config.profile.context_length)
+    ids, mask = struct(tokens, jnp.int32), struct(tokens, bool)
+    return Program(lambda *given: engine.read(model, *given), (variables, ids, mask), (False,) * 3)
+
+  def detection(prompts: int, boxes: int = 0) -> Program:
     function, arguments, _, _ = vision(1)
     T, D, lead = config.profile.context_length, config.detr_encoder.hidden_size, (ways, prompts)
     asked = Prompts(
       struct((*lead, T, D), jnp.bfloat16), struct((*lead, T), bool),
-      struct((*lead, BOXES, 4), jnp.float32), struct((*lead, BOXES), jnp.int32),
+      struct((*lead, boxes, 4), jnp.float32), struct((*lead, boxes), jnp.int32),
     )  # fmt: skip
     features = jax.eval_shape(function, *arguments)
     return Program(
@@ -132,7 +134,9 @@ def programs(config: Sam3LiteTextConfig, ways: int) -> dict[str, Callable[[], Pr
   found: dict[str, Callable[[], Program]] = {
     f"vision, {n} image{plural(n)}": lambda n=n: vision(n) for n in (1, 8)
   }
+  found |= {f"reading {n} phrases": lambda n=n: reading(n) for n in engine.PHRASE_BATCHES}
   found |= {f"detection, {n} prompt{plural(n)}": lambda n=n: detection(n) for n in (1, 4, 16)}
+  found["detection, 1 prompt with boxes"] = lambda: detection(1, engine.BOX_BUCKETS[0])
   found |= {"the tracker's neck, 1 image": neck, "a frame for the tracker": frame}
   found |= {f"clicks, {n} object{plural(n)}": lambda n=n: clicks(n) for n in (1, 64)}
   if ways == 1:  # a clip is one device's
@@ -277,12 +281,12 @@ included; nothing was run on a TPU, and no time was measured.
   by one; much of it stays in the chip's fast memory, so that "ms by bytes" is more than HBM will take.
 - "ms by FLOPs" and "ms by bytes" are what the maker's figures for the chip allow at best.
 - A program with loops (a training step runs its layers as scans) counts a loop's body once: its FLOPs and
-  bytes say nothing and are left out. At full size it was not compiled yet: 25 minutes on 2 cores, shared with
-  others, were not enough. A small model's is, kernels of its backward pass included.
-- `vision` is uint8 images to the features that all prompts about them share, `detection` prompts with 8 box
-  slots about one image to scores, boxes and masks; `clicks` prompts of up to 4 points about one image to
-  masks and their scores. bfloat16; weights are arguments. "A frame for the tracker" is an image to what
-  following objects takes; `following` is one frame of a clip, whose state is an argument and a result.
+  bytes say nothing and are left out.
+- `vision` is uint8 images to the features that all prompts about them share, `detection` phrases (or phrases
+  with up to 8 boxes) about one image to scores, boxes and masks; `clicks` prompts of up to 4 points about one
+  image to masks and their scores. bfloat16; weights are arguments. "A frame for the tracker" is an image to
+  what following objects takes; `following` is one frame of a clip, whose state is an argument and a result.
+- On two cores a program compiles in about a minute, the training step in eleven.
 - On several chips each does what the program's name says; "collectives" are operations between chips.
 """
 
