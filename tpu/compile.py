@@ -168,8 +168,10 @@ def topology(name: str) -> list[Any]:
     raise ValueError(f"topology {name!r} cannot be compiled for: {reason}") from e
 
 
-def compile_for(program: Program, devices: Sequence[Any]) -> jax.stages.Compiled:
-  """The program for these devices: on one, or over a mesh of all of them."""
+def compile_for(
+  program: Program, devices: Sequence[Any], platform: str = "tpu", options: Mapping[str, Any] | None = None
+) -> jax.stages.Compiled:
+  """The program for these devices: on one, or over a mesh of all of them. options: the compiler's."""
   mesh = parallel.make_mesh(devices=list(devices))
   rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
 
@@ -178,12 +180,17 @@ def compile_for(program: Program, devices: Sequence[Any]) -> jax.stages.Compiled
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
   arguments = tuple(placed(tree, split) for tree, split in zip(program.arguments, program.split, strict=True))
-  with target.traced_for(["tpu"], mesh if len(devices) > 1 else None):
+  with target.traced_for([platform], mesh if len(devices) > 1 else None):
     traced = jax.jit(program.function, donate_argnums=program.donated).trace(*arguments)
-  return traced.lower(lowering_platforms=("tpu",)).compile()
+  return traced.lower(lowering_platforms=(platform,)).compile(compiler_options=options)
 
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+
+
+def collectives(text: str) -> dict[str, int]:
+  """Of a compiled program's text, its operations between devices."""
+  return dict(collections.Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +224,6 @@ def figures(compiled: jax.stages.Compiled) -> Figures:
   # An instruction's name is its kernel's and a number.
   kernel = r"%([a-z_]+)[\w.]* = [^\n]* custom-call\([^\n]*custom_call_target=\"tpu_custom_call\""
   calls = re.findall(kernel, text)
-  between = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text)
   loops = " while(" in text
   return Figures(
     arguments=memory.argument_size_in_bytes,
@@ -226,7 +232,7 @@ def figures(compiled: jax.stages.Compiled) -> Figures:
     flops=None if loops else cost["flops"],
     accessed=None if loops else cost["bytes accessed"],
     kernels=dict(collections.Counter(name.strip("_") for name in calls)),
-    collectives=dict(collections.Counter(between)),
+    collectives=collectives(text),
   )
 
 

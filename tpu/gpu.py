@@ -26,12 +26,11 @@ from typing import NamedTuple
 from unittest import mock
 
 import jax
-from jax.sharding import SingleDeviceSharding
 
 from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
-from sam3lt_jax.ops import kernels, target
+from sam3lt_jax.ops import kernels
 from tpu.chips import CHIPS
-from tpu.compile import Program, programs
+from tpu.compile import Program, collectives, compile_for, programs
 
 # What XLA wants to know of a card: CUDA's device properties of compute capability 9.0.
 _CARD = """
@@ -51,8 +50,8 @@ _BYTES = {"pred": 1, "bf16": 2, "f16": 2}  # of others the bits stand in the nam
 _NO_KERNELS = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 
 
-def device(card: str) -> jax.Device:
-  """One card of the kind, to compile for.
+def cards(card: str, count: int) -> list[jax.Device]:
+  """So many cards of the kind in one machine, to compile for.
 
   Raises:
     ValueError: jax's plugin for CUDA is not installed, or refuses.
@@ -66,10 +65,8 @@ def device(card: str) -> jax.Device:
     config = _CARD.format(
       bandwidth=int(chip.bandwidth * 1e9), memory=int(chip.memory * 1e9), name=CARDS[card], cuda=cuda
     )
-    found = topologies.get_topology_desc(
-      platform="cuda", topology_name="", topology="1x1x1", target_config=config
-    )
-    return found.devices[0]
+    slots = {"topology": f"1x1x{count}", "target_config": config}
+    return list(topologies.get_topology_desc(platform="cuda", topology_name="", **slots).devices)
   except StopIteration:
     raise ValueError("card: needs jax's plugin for CUDA: pip install 'sam3lt_jax[cuda]'") from None
   except Exception as e:
@@ -84,22 +81,16 @@ def _installed(package: str) -> bool:
     return False
 
 
-def compile_for(program: Program, where: jax.Device) -> jax.stages.Compiled:
-  """The program for one card."""
+def compiled_for(program: Program, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-  one = SingleDeviceSharding(where)
-  arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), program.arguments)
   # Three questions that are put to the GPU of this process, which has none.
   with (
     mock.patch.object(kernels, "_has_cudnn", lambda: True),
     mock.patch.object(cudnn, "check_compute_capability", lambda capability: True),
     mock.patch.object(cudnn, "check_cudnn_version", lambda: 91000),
-    target.traced_for(["cuda"]),
   ):
-    traced = jax.jit(program.function, donate_argnums=program.donated).trace(*arguments)
-    lowered = traced.lower(lowering_platforms=("cuda",))
-  return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+    return compile_for(program, devices, "cuda", {"xla_gpu_enable_triton_gemm": False})
 
 
 # -------------------------------------------------------------------- what a compiled program does
@@ -202,20 +193,22 @@ KINDS = ("product", "attention", "convolution")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A program's figures; memory in bytes. kernels: None where it has loops."""
+  """A program's figures, on each card; memory in bytes. kernels: None where it has loops."""
 
+  cards: int
   program: str
   arguments: int
   temporaries: int
   outputs: int
   kernels: list[Kernel] | None
+  collectives: dict[str, int]
 
 
 def table(rows: Sequence[Row], card: str) -> str:
   lines = [
-    "| program | arguments GB | temporaries GB | output GB | kernels | products | attention | convolutions "
-    "| others | GB accessed | ms by bytes |",
-    "| --- " + "| ---: " * 10 + "|",
+    "| cards | program, on each card | arguments GB | temporaries GB | output GB | kernels | products "
+    "| attention | convolutions | others | GB accessed | ms by bytes | collectives |",
+    "| ---: | --- " + "| ---: " * 10 + "| --- |",
   ]
   for row in rows:
     memory = [f"{x / 1e9:.2f}" for x in (row.arguments, row.temporaries, row.outputs)]
@@ -226,7 +219,8 @@ def table(rows: Sequence[Row], card: str) -> str:
       named, accessed = [by_kind[kind] for kind in KINDS], sum(kernel.bytes for kernel in row.kernels)
       ms = accessed / CHIPS[card].bandwidth / 1e6
       counts = [len(row.kernels), *named, len(row.kernels) - sum(named), f"{accessed / 1e9:.1f}", f"{ms:.1f}"]
-    lines.append(f"| {' | '.join(map(str, [row.program, *memory, *counts]))} |")
+    between = ", ".join(f"{n} x {name}" for name, n in sorted(row.collectives.items())) or "none"
+    lines.append(f"| {' | '.join(map(str, [row.cards, row.program, *memory, *counts, between]))} |")
   return "\n".join(lines)
 
 
@@ -237,7 +231,8 @@ time was measured; on a card the compiler also tries out which kernel is the fas
 
 - A kernel costs a launch, some two microseconds, whatever it does. Attention is cuDNN's, products cuBLAS's.
 - "GB accessed" is what all kernels read and write, one by one. "ms by bytes" is that by the card's bandwidth.
-- The programs are those of [tpu.md](tpu.md); prompts have no example boxes here, as most have none.
+- The programs are those of [tpu.md](tpu.md). On several cards each does what the program's name says;
+  "collectives" are operations between cards.
 """
 
 
@@ -245,28 +240,36 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m tpu.gpu", description=__doc__.splitlines()[0])
   add = parser.add_argument
   add("--card", default="h200", choices=list(CARDS), help="card to compile for (default: h200)")
+  add("--cards", type=int, action="append", metavar="N",
+      help="compile for so many of them in one machine; may be given again (default: 1 and 4)")  # fmt: skip
   add("--size", default="s0", choices=list(RANDOM_CONFIGS), help="model (default: s0)")
   add("--only", default="", metavar="TEXT", help="programs whose name holds it, such as vision")
   add("--kernels", action="store_true", help="every kernel of them, with its megabytes")
   add("--write", nargs="?", const="docs/gpu.md", metavar="FILE", help="the table (default FILE: docs/gpu.md)")
   args = parser.parse_args(argv)
-  made = {n: p for n, p in programs(RANDOM_CONFIGS[args.size](), 1).items() if args.only in n}
+  counts = args.cards or [1, 4]
   try:
-    if not made:
+    if min(counts) < 1:
+      raise ValueError(f"cards must be at least 1, got {min(counts)}")
+    devices = {count: cards(args.card, count) for count in counts}
+    names = [name for name in programs(RANDOM_CONFIGS[args.size](), 1) if args.only in name]
+    if not names:
       raise ValueError(f"only: no program's name holds {args.only!r}")
-    where = device(args.card)
   except ValueError as e:
     parser.error(str(e))
   rows = []
-  for name, make in made.items():
-    start = time.perf_counter()
-    compiled = compile_for(make(), where)
-    print(f"{name}: compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    memory, found = compiled.memory_analysis(), kernels_of(compiled.as_text())
-    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    rows.append(Row(name, memory.argument_size_in_bytes, memory.temp_size_in_bytes, output, found))
-    for kernel in (found or []) if args.kernels else []:
-      print(f"{kernel.bytes / 1e6:9.1f} MB  {kernel.kind:12} {kernel.result:40} {kernel.layer}")
+  for count in counts:
+    made = programs(RANDOM_CONFIGS[args.size](), count)
+    for name in (n for n in names if n in made):
+      start = time.perf_counter()
+      compiled = compiled_for(made[name](), devices[count])
+      print(f"{name}, {count} card(s): compiled in {time.perf_counter() - start:.0f} s", flush=True)
+      memory, text = compiled.memory_analysis(), compiled.as_text()
+      output, found = memory.output_size_in_bytes - memory.alias_size_in_bytes, kernels_of(text)
+      held = memory.argument_size_in_bytes, memory.temp_size_in_bytes, output
+      rows.append(Row(count, name, *held, found, collectives(text)))
+      for kernel in (found or []) if args.kernels else []:
+        print(f"{kernel.bytes / 1e6:9.1f} MB  {kernel.kind:12} {kernel.result:40} {kernel.layer}")
   print(table(rows, args.card))
   if args.write:
     day = datetime.datetime.now(datetime.UTC).date().isoformat()

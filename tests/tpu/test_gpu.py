@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 
@@ -64,34 +63,37 @@ def test_a_loop_is_not_counted():
 
 
 def test_the_table():
-  row = gpu.Row("vision", 2_000_000_000, 30_000_000, 0, gpu.kernels_of(PROGRAM))
+  row = gpu.Row(4, "vision", 2_000_000_000, 30_000_000, 0, gpu.kernels_of(PROGRAM), {"all-reduce": 2})
   cells = [cell.strip() for cell in gpu.table([row], "h200").splitlines()[-1].split("|")[1:-1]]
-  assert cells == ["vision", "2.00", "0.03", "0.00", "4", "1", "1", "0", "2", "0.0", "0.0"]
-  assert "| loops |" in gpu.table([row, gpu.Row("training", 0, 0, 0, None)], "h200").splitlines()[-1]
+  assert cells[:9] == ["4", "vision", "2.00", "0.03", "0.00", "4", "1", "1", "0"]
+  assert cells[9:] == ["2", "0.0", "0.0", "2 x all-reduce"]
+  assert "| loops |" in gpu.table([row, gpu.Row(1, "training", 0, 0, 0, None, {})], "h200").splitlines()[-1]
 
 
 def test_mistakes_are_named(capsys):
-  with pytest.raises(SystemExit):
-    gpu.main(["--only", "training, 2"])
-  assert "only: no program's name holds 'training, 2'" in capsys.readouterr().err
-  if not HAS_PLUGIN:
+  without = "needs jax's plugin for CUDA: pip install 'sam3lt_jax[cuda]'"
+  only = "only: no program's name holds 'training, 2'" if HAS_PLUGIN else without
+  for arguments, said in (
+    (["--cards", "0"], "cards must be at least 1, got 0"),
+    (["--only", "training, 2"], only),
+  ):
     with pytest.raises(SystemExit):
-      gpu.main(["--size", "tiny"])
-    assert "needs jax's plugin for CUDA: pip install 'sam3lt_jax[cuda]'" in capsys.readouterr().err
+      gpu.main(arguments)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.full
 @pytest.mark.skipif(not HAS_PLUGIN, reason="needs jax's plugin for CUDA: pip install 'sam3lt_jax[cuda]'")
 def test_full_size_detection_has_cudnns_attention_and_no_more_kernels_than_the_page_says():
   done = subprocess.run(
-    [sys.executable, "-m", "tpu.gpu", "--only", "detection, 1 prompt"],
+    [sys.executable, "-m", "tpu.gpu", "--only", "detection, 1 prompt", "--cards", "1"],
     cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=900,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-3000:]
 
   def figures(text):
-    line = next(line for line in text.splitlines() if line.startswith("| detection, 1 prompt |"))
-    return re.findall(r"[\d.]+", line.split("|", 2)[2])
+    line = next(line for line in text.splitlines() if line.startswith("| 1 | detection, 1 prompt |"))
+    return [cell.strip() for cell in line.split("|")[6:9]]  # kernels, products, attention
 
   found, told = figures(done.stdout), figures((ROOT / "docs/gpu.md").read_text())
-  assert found[5] == told[5] == "5" and int(found[3]) <= int(told[3])
+  assert found[2] == told[2] == "5" and int(found[0]) <= int(told[0])
