@@ -202,6 +202,7 @@ class Figures:
     flops: of products and attention kernels. None where the program has loops, whose bodies count once.
     accessed: bytes that its operations read and write one by one, in HBM and in the chip's fast memory; None
       likewise.
+    cycles: the compiler's own estimate of what its operations take, one after the other; None likewise.
     kernels: name -> how many of these kernels stand in the program, as custom calls.
     collectives: likewise the operations between devices.
   """
@@ -211,12 +212,18 @@ class Figures:
   outputs: int
   flops: float | None
   accessed: float | None
+  cycles: int | None
   kernels: Mapping[str, int]
   collectives: Mapping[str, int]
 
   @property
   def memory(self) -> int:
     return self.arguments + self.temporaries + self.outputs
+
+
+def _entry(text: str) -> str:
+  """Of a compiled program's text, what runs: its operations, and not what they are made of."""
+  return text[text.find("\nENTRY ") + 1 :]
 
 
 def figures(compiled: jax.stages.Compiled) -> Figures:
@@ -231,6 +238,7 @@ def figures(compiled: jax.stages.Compiled) -> Figures:
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     flops=None if loops else cost["flops"],
     accessed=None if loops else cost["bytes accessed"],
+    cycles=None if loops else sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', _entry(text)))),
     kernels=dict(collections.Counter(name.strip("_") for name in calls)),
     collectives=collectives(text),
   )
@@ -261,16 +269,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   chip = CHIPS[rows[0]["topology"].partition(":")[0]]
   lines = [
     "| chips | program, on each chip | arguments GB | temporaries GB | output GB | TFLOP | GB accessed "
-    "| ms by FLOPs | ms by bytes | kernels | collectives |",
-    "| ---: | --- " + "| ---: " * 7 + "| --- | --- |",
+    "| ms by FLOPs | ms by bytes | million cycles | kernels | collectives |",
+    "| ---: | --- " + "| ---: " * 8 + "| --- | --- |",
   ]
   for r in rows:
     memory = [f"{r[name] / 1e9:.2f}" for name in ("arguments", "temporaries", "outputs")]
     if r["flops"] is None:
-      work = ["loops"] * 2 + [""] * 2
+      work = ["loops"] * 2 + [""] * 3
     else:
       by_flops, by_bytes = r["flops"] / chip.tflops / 1e9, r["accessed"] / chip.bandwidth / 1e6
       work = [f"{r['flops'] / 1e12:.2f}", f"{r['accessed'] / 1e9:.1f}", f"{by_flops:.1f}", f"{by_bytes:.1f}"]
+      work.append(f"{r['cycles'] / 1e6:.1f}")
     named = [", ".join(f"{n} x {k}" for k, n in sorted(r[c].items())) for c in ("kernels", "collectives")]
     cells = [str(r["chips"]), r["program"], *memory, *work, named[0] or "none", named[1] or "none"]
     lines.append(f"| {' | '.join(cells)} |")
@@ -286,6 +295,8 @@ included; nothing was run on a TPU, and no time was measured.
 - Memory is HBM on each chip. "GB accessed" is the compiler's sum of what all operations read and write, one
   by one; much of it stays in the chip's fast memory, so that "ms by bytes" is more than HBM will take.
 - "ms by FLOPs" and "ms by bytes" are what the maker's figures for the chip allow at best.
+- "Million cycles" is the compiler's own estimate of all operations, by which it chooses among forms. It says
+  which of two programs is the faster, and where a program's time goes; it is no measurement.
 - A program with loops (a training step runs its layers as scans) counts a loop's body once: its FLOPs and
   bytes say nothing and are left out.
 - `vision` is uint8 images to the features that all prompts about them share, `detection` phrases (or phrases

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam3lt_jax.ops import amx, attention, target
+from sam3lt_jax.ops import amx, attention, resize, target
 
 Dtype = Any
 # Where a module leaves its intermediates when a caller asks for them: name -> array. None: do not collect.
@@ -186,6 +186,9 @@ class Conv(nn.Module):
     """
     kernel, _ = self._params(x.shape[-1])
     B, H, W, _ = x.shape
+    if target.current().is_for("tpu"):
+      # All of the products: to bring the pairs together again takes a TPU longer than they save.
+      return amx.convolution(resize.doubled(x.astype(self.dtype)), kernel, 1)
     sums = lambda k: jnp.stack([k[0], k[1] + k[2], k[0] + k[1], k[2]])  # noqa: E731, [place and tap, ...]
     kernel = sums(sums(kernel.astype(jnp.float32)).swapaxes(0, 1))
     kernel = einops.rearrange(kernel, "(b v) (a u) d f -> u v d (a b f)", a=2, b=2).astype(self.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sam3lt_jax.nn import layers, text_encoder
-from sam3lt_jax.ops import amx
+from sam3lt_jax.ops import amx, target
 from tests import tiny
 
 
@@ -265,17 +265,23 @@ def test_convolution_of_a_doubled_map_by_amx(monkeypatch):
   np.testing.assert_allclose(double(True), wanted, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4, 1)])
-def test_convolution_of_a_doubled_map(shape):
-  """2x2 kernels of sums on the small map = the 3x3 kernel on the doubled one, borders included."""
+def test_convolution_of_a_doubled_map(shape, platform):
+  """2x2 kernels of sums on the small map = the 3x3 kernel on the doubled one, borders and gradients too."""
   from sam3lt_jax.nn.layers import Conv
 
   conv, x = Conv(5, 3), normal(2, *shape, 4)
   params = conv.init(jax.random.key(0), x)["params"]  # with a bias of zeros
-  wanted = conv.apply({"params": params}, x.repeat(2, axis=1).repeat(2, axis=2))
-  got = conv.apply({"params": params}, x, method="of_doubled")
-  assert got.shape == (2, 2 * shape[0], 2 * shape[1], 5)
-  np.testing.assert_allclose(got, wanted, atol=1e-5)
+  plain = lambda x: conv.apply({"params": params}, x.repeat(2, axis=1).repeat(2, axis=2))  # noqa: E731
+  form = lambda x: conv.apply({"params": params}, x, method="of_doubled")  # noqa: E731
+  weights = normal(2, 2 * shape[0], 2 * shape[1], 5, seed=1)
+  x = jnp.asarray(x)
+  with target.traced_for([platform]):
+    got, back = form(x), jax.grad(lambda x: (form(x) * weights).sum())(x)
+  assert got.shape == weights.shape
+  np.testing.assert_allclose(got, plain(x), atol=1e-5)
+  np.testing.assert_allclose(back, jax.grad(lambda x: (plain(x) * weights).sum())(x), atol=1e-4)
 
 
 def test_batch_norm_moves_by_a_tenth():
