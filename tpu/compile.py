@@ -295,8 +295,8 @@ included; nothing was run on a TPU, and no time was measured.
 - Memory is HBM on each chip. "GB accessed" is the compiler's sum of what all operations read and write, one
   by one; much of it stays in the chip's fast memory, so that "ms by bytes" is more than HBM will take.
 - "ms by FLOPs" and "ms by bytes" are what the maker's figures for the chip allow at best.
-- "Million cycles" is the compiler's own estimate of all operations, by which it chooses among forms. It says
-  which of two programs is the faster, and where a program's time goes; it is no measurement.
+- "Million cycles" is the compiler's own estimate of its operations, by which it chooses among forms; our own
+  kernels are not in it. It says which of two programs is the faster, and is no measurement.
 - A program with loops (a training step runs its layers as scans) counts a loop's body once: its FLOPs and
   bytes say nothing and are left out.
 - `vision` is uint8 images to the features that all prompts about them share, `detection` phrases (or phrases
