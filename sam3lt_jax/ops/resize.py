@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sam3lt_jax.ops.interpolation import antialias_matrix, interpolation_matrix
 
@@ -40,5 +41,5 @@ def doubled(x: jax.Array) -> jax.Array:
   compiler a third of the time of a repetition, whose pairs it lays out anew.
   """
   twice, sides = (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
-  zero = jnp.zeros((), x.dtype)
+  zero = np.zeros((), x.dtype)  # known while it is traced: of any other sum JAX has no gradient
   return jax.lax.reduce_window(x, zero, jax.lax.add, twice, (1, 1, 1, 1), sides, base_dilation=twice)

@@ -9,9 +9,12 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from sam3lt_jax.checkpoints.random_init import RANDOM_CONFIGS
 from sam3lt_jax.config import Sam3LiteTextConfig
+from sam3lt_jax.ops import target
 from tests.benchmarks import flops
 from tests.tpu import compile_small
 from tests.tpu.conftest import ROOT
@@ -85,6 +88,16 @@ def test_full_size_vision_meets_its_goals_and_the_table_says_so():
   (row,) = [r for r in rows() if ONE_CHIP.items() <= r.items() and r["program"] == "vision, 1 image"]
   assert accessed == pytest.approx(row["accessed"] / 1e9, rel=0.05)
   assert flops == pytest.approx(row["flops"] / 1e12, rel=0.02)
+
+
+@pytest.mark.full  # 15 programs
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_every_program_can_be_traced_for(platform):
+  """The training step among them, gradients of each platform's own forms."""
+  for make in compile.programs(RANDOM_CONFIGS["tiny"](), 1).values():
+    program = make()
+    with target.traced_for([platform]):
+      jax.jit(program.function).trace(*program.arguments)
 
 
 # -------------------------------------------------------------------- the table
