@@ -15,7 +15,7 @@ import argparse
 import collections
 import dataclasses
 import datetime
-import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
@@ -59,29 +59,21 @@ def cards(card: str, count: int) -> list[jax.Device]:
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # or the plugin looks for a driver
   from jax.experimental import topologies
 
-  chip = CHIPS[card]
+  cuda = next((n for n in (13, 12) if importlib.util.find_spec(f"jax_cuda{n}_plugin")), None)
+  if cuda is None:
+    raise ValueError("card: needs jax's plugin for CUDA: pip install 'sam3lt_jax[cuda]'")
+  bandwidth, memory = (int(x * 1e9) for x in (CHIPS[card].bandwidth, CHIPS[card].memory))
+  config = _CARD.format(bandwidth=bandwidth, memory=memory, name=CARDS[card], cuda=cuda)
+  slots = {"topology": f"1x1x{count}", "target_config": config}
   try:
-    cuda = next(n for n in (13, 12) if _installed(f"jax-cuda{n}-plugin"))
-    config = _CARD.format(
-      bandwidth=int(chip.bandwidth * 1e9), memory=int(chip.memory * 1e9), name=CARDS[card], cuda=cuda
-    )
-    slots = {"topology": f"1x1x{count}", "target_config": config}
     return list(topologies.get_topology_desc(platform="cuda", topology_name="", **slots).devices)
-  except StopIteration:
-    raise ValueError("card: needs jax's plugin for CUDA: pip install 'sam3lt_jax[cuda]'") from None
   except Exception as e:
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise ValueError(f"card {card!r} cannot be compiled for: {reason}") from e
 
 
-def _installed(package: str) -> bool:
-  try:
-    return bool(importlib.metadata.version(package))
-  except importlib.metadata.PackageNotFoundError:
-    return False
-
-
-def compiled_for(program: Program, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+def compile_for_cards(program: Program, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+  """As `tpu.compile.compile_for`."""
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
   # Three questions that are put to the GPU of this process, which has none.
@@ -262,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = programs(RANDOM_CONFIGS[args.size](), count)
     for name in (n for n in names if n in made):
       start = time.perf_counter()
-      compiled = compiled_for(made[name](), devices[count])
+      compiled = compile_for_cards(made[name](), devices[count])
       print(f"{name}, {count} card(s): compiled in {time.perf_counter() - start:.0f} s", flush=True)
       memory, text = compiled.memory_analysis(), compiled.as_text()
       output, found = memory.output_size_in_bytes - memory.alias_size_in_bytes, kernels_of(text)
