@@ -268,7 +268,7 @@ class Engine:
     coarse = shape(grid, grid, D)
     without_boxes = shape(1, D) if config.profile.geometry_cls == "always" else None
     finer = tuple(shape(n * grid, n * grid, D) for n in (4, 2))
-    vision = VisionFeatures(coarse, coarse, finer, without_boxes)
+    vision = VisionFeatures(coarse, coarse, finer, without_boxes=without_boxes)
     asked = Prompts(
       shape(P, T, D), shape(P, T, dtype=bool),
       shape(P, *boxes.shape, dtype=boxes.dtype), shape(P, *labels.shape, dtype=labels.dtype),

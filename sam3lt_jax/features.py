@@ -22,18 +22,18 @@ class VisionFeatures:
       training with dropout or `remat`, where every prompt computes its own.
     convolved: the neck's finer maps, [B, 4h, 4w, D] and [B, 2h, 2w, D], each through the convolution of the
       pixel decoder that it would be added before.
-    without_boxes: [B, 1, D], the prompt token of the geometry encoder where a prompt has no boxes; None where
-      the profile has no such token, and likewise in training.
     tracker: what the same image is for a `Sam3Tracker`; None where there is none, or nobody will ask it.
     trunk: [B, h, w, D_trunk], what that is made of; None likewise.
+    without_boxes: [B, 1, D], the prompt token of the geometry encoder where a prompt has no boxes; None where
+      the profile has no such token, and in training as `mixed`.
   """
 
   image: jax.Array
   mixed: jax.Array | None
   convolved: tuple[jax.Array, ...]
-  without_boxes: jax.Array | None = None
   tracker: TrackerFeatures | None = None
   trunk: jax.Array | None = None
+  without_boxes: jax.Array | None = None
 
 
 @flax.struct.dataclass

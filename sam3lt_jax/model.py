@@ -261,7 +261,8 @@ class Sam3LiteText(nn.Module):
       none = jnp.zeros((B, 0, 4)), jnp.zeros((B, 0), jnp.int32)
       geometry = self._geometry_tokens(*none, image, place, deterministic)
       without_boxes = None if geometry is None else geometry[0]
-    return VisionFeatures(image, mixed, self.mask_decoder.convolve(tuple(finer)), without_boxes)
+    convolved = self.mask_decoder.convolve(tuple(finer))
+    return VisionFeatures(image, mixed, convolved, without_boxes=without_boxes)
 
   def get_text_features(
     self,

@@ -56,7 +56,7 @@ def _ours(ours: Any, folder: str, trunk: np.ndarray, dtype: str) -> tuple[Any, A
   engine = Engine(ours.model, ours.variables, ours.predictor.processor, tracker=(tracker, variables))
   apply = jax.jit(lambda v, x: tracker.apply(v, x, method="get_image_features"))
   features = apply(variables, trunk.astype(ours.model.dtype))
-  return engine, VisionFeatures(features.image, None, (), features)
+  return engine, VisionFeatures(features.image, None, (), tracker=features)
 
 
 class _reference:
