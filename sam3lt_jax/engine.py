@@ -305,15 +305,14 @@ class Engine:
 
   def box_arrays(self, prompt: Prompt, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Boxes float32 [N, 4] normalised cxcywh and labels int32 [N] of a prompt about an image of `size`
-    (height, width); N is one of the buckets.
+    (height, width); N is one of the buckets, 0 without boxes.
 
     Raises:
       ValueError: a box or label that cannot be meant.
     """
     count, most = len(prompt.boxes), self._box_buckets[-1]
-    slots = _bucket(count, self._box_buckets) if count <= most else -(-count // most) * most
-    if not count:  # what the geometry encoder says then is among the image's features
-      slots = 0
+    # None for none: what the geometry encoder says then is among the image's features.
+    slots = _bucket(count, (0, *self._box_buckets)) if count <= most else -(-count // most) * most
     return box_arrays(prompt, size, slots)
 
   def asked(self, pixels: np.ndarray | None, size: tuple[int, int], prompts: Sequence[Prompt]) -> Asked:

@@ -37,8 +37,8 @@ def resized(maps: jax.Array, *size: int) -> jax.Array:
 def doubled(x: jax.Array) -> jax.Array:
   """x: [B, H, W, D] -> [B, 2H, 2W, D], every cell four times.
 
-  As sums over windows of the cells with zeros between them, each of which holds one cell: by the TPU's
-  compiler a third of the time of a repetition, whose pairs it lays out anew.
+  As sums over windows of the cells with zeros between them, each of which holds one cell: the TPU's compiler
+  estimates fewer cycles for it than for a repetition, whose pairs it lays out anew.
   """
   twice, sides = (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
   zero = np.zeros((), x.dtype)  # known while it is traced: of any other sum JAX has no gradient
