@@ -119,7 +119,7 @@ def write_tracks(
     frames = stack.enter_context(open_frames(source, rate))
     if frames.live:
       files = dataclasses.replace(files, every=0)
-    os.makedirs(files.state, exist_ok=True)
+    os.makedirs(files.out, exist_ok=True)
     lock = storage.FileLock(files.path(".lock"))
     if not lock.acquire():
       raise ValueError(f"another process writes to {files.out}; wait for it, or name another folder")
@@ -137,10 +137,13 @@ def write_tracks(
     run = _Run(predictor, frames, files, list(phrases), note)
     if run.agree(json.loads(json.dumps(asked))):
       note(f"all of {frames.name} is tracked: nothing is left to do")
+      run.clear()  # where a kill came between "done" and this
       return run.written
+    os.makedirs(files.state, exist_ok=True)
     run.track(options, stop, on_frame)
     if not run.written.stopped:
       run.finish()
+      run.clear()
     return run.written
 
 
@@ -298,7 +301,10 @@ class _Run:
     write_vis(files.path(VIS), lines, found, written.frames)
     done = {"frames": written.frames, "objects": written.objects, "notes": written.notes}
     self._say(self._about | {"done": done})
-    shutil.rmtree(files.state, ignore_errors=True)
+
+  def clear(self) -> None:
+    """Takes away what only a run that goes on would need."""
+    shutil.rmtree(self._files.state, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- lines

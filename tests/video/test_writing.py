@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 
 import av
 import numpy as np
@@ -200,6 +201,33 @@ def test_twenty_kills(clip, whole, tmp_path):
       shutil.rmtree(folder)
   track(clip, folder)
   assert contents(folder) == contents(whole)
+
+
+def test_a_kill_at_any_file_of_the_end(clip, whole, tmp_path):
+  """The folder as it is at each step of the end is what a kill there leaves: from all a run ends the same."""
+  out, left, watching = tmp_path / "out", [], False
+
+  def watch(event, args):
+    nonlocal watching
+    if not watching or event not in ("open", "os.rename", "os.remove", "os.rmdir"):
+      return
+    if str(args[0]).startswith(str(out)) or not os.path.isabs(str(args[0])):  # rmtree's names are in a folder
+      watching = False
+      left.append(shutil.copytree(out, tmp_path / f"{len(left)}"))
+      watching = True
+
+  def on_frame(done, count):
+    nonlocal watching
+    watching = done == count
+
+  sys.addaudithook(watch)  # for good: it can only be told not to look
+  track(clip, out, on_frame=on_frame)
+  watching = False
+  ends = ["done" in json.loads((folder / "track.json").read_text()) for folder in left]
+  assert ends.count(False) > 10 and ends.count(True) > 5
+  for folder in left:
+    track(clip, folder)
+    assert contents(folder) == contents(whole) and not (folder / ".state").exists()
 
 
 def test_a_piece_that_is_missing_is_drawn_again(clip, whole, tmp_path):
