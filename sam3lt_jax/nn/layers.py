@@ -128,23 +128,17 @@ class DoublingConv(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, apart: bool = False) -> jax.Array:
-    """x: [B, H, W, D_in] -> [B, 2H, 2W, features]; out[2i+a, 2j+b] = x[i, j] kernel[a, b].
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x: [..., D_in] -> [..., 4, features], the cells that x's cell becomes: out[2a + b] = x kernel[a, b].
 
-    apart: x is [..., D_in] and its cells stay where they are: [..., 4, features], out[2a+b] = x kernel[a, b].
+    They stay together, since no later step on cells alone needs rows and columns: these are laid out once.
     """
     D = x.shape[-1]
     kernel = param(self, "kernel", nn.initializers.xavier_uniform(), (2, 2, D, self.features))
     bias = param(self, "bias", nn.initializers.zeros_init(), (self.features,))
     kernel = kernel.astype(self.dtype).transpose(2, 0, 1, 3).reshape(D, 4 * self.features)
     y = _dot(x.astype(self.dtype), kernel)
-    if apart:
-      y = y.reshape(*x.shape[:-1], 4, self.features)
-    else:
-      B, H, W, _ = x.shape
-      y = y.reshape(B, H, W, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
-      y = y.reshape(B, 2 * H, 2 * W, self.features)
-    return y + bias.astype(self.dtype)
+    return y.reshape(*x.shape[:-1], 4, self.features) + bias.astype(self.dtype)
 
 
 class Conv(nn.Module):

@@ -5,6 +5,7 @@ Source: SAM 3's simple feature pyramid. Axes: B batch, H, W rows and columns, D 
 
 from __future__ import annotations
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,18 @@ class NeckLevel(nn.Module):
       x = nn.max_pool(x, (2, 2), (2, 2))
     elif self.scale != 1.0:
       raise ValueError(f"scale_factors may hold 4.0, 2.0, 1.0 and 0.5, got {self.scale}")
-    x = Conv(self.features, 1, name="proj1", **kw)(x)
+    x = _laid_out(Conv(self.features, 1, name="proj1", **kw)(x))  # where the map is narrowest
     return Conv(self.features, 3, name="proj2", **kw)(x)
+
+
+def _laid_out(x: jax.Array) -> jax.Array:
+  """[B, H, W, C], or with the cells of one doubling, or of two, before C: in rows and columns."""
+  match x.ndim:
+    case 5:
+      return einops.rearrange(x, "b h w (a c) d -> b (h a) (w c) d", a=2, c=2)
+    case 6:
+      return einops.rearrange(x, "b h w (a c) (e f) d -> b (h a e) (w c f) d", a=2, c=2, e=2, f=2)
+  return x
 
 
 class Neck(nn.Module):

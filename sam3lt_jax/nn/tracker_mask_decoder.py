@@ -172,9 +172,9 @@ class TrackerMaskDecoder(nn.Module):
     tap(taps, "twoway_image", seen.reshape(P, h, w, D))
     # No cell looks at another from here on: they are put in rows and columns when they are masks.
     s0, s1 = fine
-    x = self.upscale_conv1(seen.reshape(P, h, w, D), apart=True)
+    x = self.upscale_conv1(seen.reshape(P, h, w, D))
     x = gelu(self.upscale_layer_norm(_added(x, s1)))
-    x = self.upscale_conv2(x, apart=True).reshape(P, h, w, 16, -1)
+    x = self.upscale_conv2(x).reshape(P, h, w, 16, -1)
     x = gelu(_added(x, s0))
     weights = jnp.stack([mlp(tokens[:, 2 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
     # The small result is turned, and not x, which XLA:CPU would do cell by cell together with the GELU.
