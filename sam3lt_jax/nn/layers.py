@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam3lt_jax.ops import amx, attention, resize, target
+from sam3lt_jax.ops.convolution import convolve
 
 Dtype = Any
 # Where a module leaves its intermediates when a caller asks for them: name -> array. None: do not collect.
@@ -163,7 +164,7 @@ class Conv(nn.Module):
     if self.kernel_size == 1:
       y = _dot(x, kernel[0, 0])
     elif self.padding == "SAME" and self.stride == 1 and not self.depthwise:
-      y = amx.convolution(x, kernel, self.kernel_size // 2)
+      y = convolve(x, kernel, self.kernel_size // 2)
     else:
       padding = self.padding if isinstance(self.padding, str) else ((self.padding, self.padding),) * 2
       y = jax.lax.conv_general_dilated(
@@ -182,11 +183,11 @@ class Conv(nn.Module):
     B, H, W, _ = x.shape
     if target.current().is_for("tpu"):
       # All of the products: to bring the pairs together again takes a TPU longer than they save.
-      return amx.convolution(resize.doubled(x.astype(self.dtype)), kernel, 1)
+      return convolve(resize.doubled(x.astype(self.dtype)), kernel, 1)
     sums = lambda k: jnp.stack([k[0], k[1] + k[2], k[0] + k[1], k[2]])  # noqa: E731, [place and tap, ...]
     kernel = sums(sums(kernel.astype(jnp.float32)).swapaxes(0, 1))
     kernel = einops.rearrange(kernel, "(b v) (a u) d f -> u v d (a b f)", a=2, b=2).astype(self.dtype)
-    y = amx.convolution(x.astype(self.dtype), kernel, 1)
+    y = convolve(x.astype(self.dtype), kernel, 1)
     y = y.reshape(B, H + 1, W + 1, 2, 2, self.features)
     pairs = [jnp.stack([y[:, a : a + H, b : b + W, a, b] for b in (0, 1)], axis=3) for a in (0, 1)]
     return jnp.stack(pairs, axis=2).reshape(B, 2 * H, 2 * W, self.features)

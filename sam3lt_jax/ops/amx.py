@@ -1,7 +1,7 @@
 """What CPUs with Intel's matrix unit for bfloat16 (AMX) take in another form than other CPUs.
 
-XLA:CPU has its products by that unit, and nothing else; what it moves in bfloat16 it moves in float32. Axes:
-B batch, H, W rows and columns, D width of the input, F of the output.
+XLA:CPU has its products by that unit, and nothing else; what it moves in bfloat16 it moves in float32. For
+convolutions see `ops.convolution`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from sam3lt_jax.ops import target
-
-# Patches of a convolution that lie in memory at once. 288 x 288 cells of 256 channels, 3 x 3, on one core of
-# an Intel Xeon: 815 ms whole (382 MB), 607 in 127 MB, 405 in 32 MB, 449 in 11 MB; as a convolution 767.
-_PATCH_BYTES = 32 << 20
 
 
 @functools.cache
@@ -61,44 +57,3 @@ def bits(x: jax.Array) -> jax.Array:
 def of_bits(x: jax.Array, dtype) -> jax.Array:
   """What `bits` was given, of this dtype."""
   return jax.lax.bitcast_convert_type(x, dtype) if dtype.itemsize == 2 else x
-
-
-def convolution(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-  """x [B, H, W, D] by kernel [k, k, D, F], zeros on each side, in their dtype: [B, H', W', F]."""
-  return (_by_products if x.dtype.itemsize == 2 and chosen() else _plain)(x, kernel, padding)
-
-
-def _plain(x, kernel, padding):
-  layout = ("NHWC", "HWIO", "NHWC")
-  return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((padding, padding),) * 2, dimension_numbers=layout)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _by_products(x, kernel, padding):
-  """Products of some rows' patches at a time. XLA:CPU convolves in float32, whatever the dtype."""
-  B, H, W, D = x.shape
-  k, F = kernel.shape[0], kernel.shape[-1]
-  h, w = H + 2 * padding - k + 1, W + 2 * padding - k + 1
-  blocks = -(-B * h * w * k * k * D * x.dtype.itemsize // _PATCH_BYTES)
-  rows = -(-h // blocks)
-  blocks = -(-h // rows)
-  below = padding + blocks * rows - h  # so that all blocks are whole
-  sides = ((0, 0), (padding, below), (padding, padding), (0, 0))
-  cells = jax.lax.optimization_barrier(jnp.pad(bits(x), sides))
-  flat = kernel.reshape(k * k * D, F)
-
-  def block(number):
-    seen = jax.lax.dynamic_slice_in_dim(cells, number * rows, rows + k - 1, 1)
-    patches = [seen[:, i : i + rows, j : j + w] for i in range(k) for j in range(k)]
-    patches = of_bits(jax.lax.optimization_barrier(jnp.concatenate(patches, axis=-1)), x.dtype)
-    y = jnp.einsum("bhwd,df->bhwf", patches, flat, preferred_element_type=jnp.float32)
-    return bits(y.astype(x.dtype))
-
-  y = jax.lax.map(block, jnp.arange(blocks)).swapaxes(0, 1)  # [B, blocks, rows, w, F]
-  return of_bits(y.reshape(B, blocks * rows, w, F)[:, :h], x.dtype)
-
-
-@_by_products.defjvp
-def _by_products_jvp(padding, primals, tangents):
-  """Integers have no derivative; the convolution has."""
-  return jax.jvp(lambda x, kernel: _plain(x, kernel, padding), primals, tangents)

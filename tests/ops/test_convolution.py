@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from sam3lt_jax.nn.layers import Conv
-from sam3lt_jax.ops import amx, target
+from sam3lt_jax.ops import amx, convolution, target
 from tests import tiny
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  monkeypatch.setattr(amx, "_PATCH_BYTES", 1500)
+  monkeypatch.setattr(convolution, "_PATCH_BYTES", 1500)
 
 
 def normal(*shape, dtype=np.float32, seed=0):
@@ -32,8 +32,8 @@ def normal(*shape, dtype=np.float32, seed=0):
 def test_products_are_the_convolution(shape, k, padding):
   """Blocks of rows that divide the map and that do not, of one row, of all of it."""
   x, kernel = normal(*shape, dtype=jnp.bfloat16), normal(k, k, 4, 6, dtype=jnp.bfloat16, seed=1)
-  got = tiny.jit(lambda x, kernel: amx._by_products(x, kernel, padding))(x, kernel)
-  wanted = amx._plain(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
+  got = tiny.jit(lambda x, kernel: convolution._by_products(x, kernel, padding))(x, kernel)
+  wanted = convolution._plain(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
   assert got.dtype == jnp.bfloat16 and got.shape == wanted.shape
   np.testing.assert_allclose(got.astype(np.float32), wanted, rtol=0.01, atol=0.01)
 
@@ -42,7 +42,7 @@ def test_their_derivative_is_that_of_the_convolution():
   x, kernel = normal(1, 6, 5, 4, dtype=jnp.bfloat16), normal(3, 3, 4, 6, dtype=jnp.bfloat16, seed=1)
   loss = lambda how: lambda *xs: (how(*xs, 1).astype(jnp.float32) ** 2).sum()  # noqa: E731
   by_products, plain = (
-    tiny.jit(jax.grad(loss(f), (0, 1)))(x, kernel) for f in (amx._by_products, amx._plain)
+    tiny.jit(jax.grad(loss(f), (0, 1)))(x, kernel) for f in (convolution._by_products, convolution._plain)
   )
   for a, b in zip(by_products, plain, strict=True):
     assert np.abs(b).max() > 1
