@@ -10,16 +10,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sam3lt_jax.ops import amx
+from sam3lt_jax.ops import amx, target
 
 # Patches of a convolution that lie in memory at once. 288 x 288 cells of 256 channels, 3 x 3, on one core of
 # an Intel Xeon: 815 ms whole (382 MB), 607 in 127 MB, 405 in 32 MB, 449 in 11 MB; as a convolution 767.
 _PATCH_BYTES = 32 << 20
 
+# From so many images on the TPU's compiler has a batch of its own. 288 x 288 cells of 256 channels, 3 x 3, by
+# its own estimate for a v5e in million cycles: 1 image 3.1, by columns 1.3; 4 images 14.0 and 7.5; 8 are 9.1.
+_MANY = 8
+
 
 def convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
   """x [B, H, W, D] by kernel [k, k, D, F], zeros on each side, in their dtype: [B, H', W', F]."""
-  return (_by_products if x.dtype.itemsize == 2 and amx.chosen() else _plain)(x, kernel, padding)
+  if x.dtype.itemsize == 2 and amx.chosen():
+    return _in_form(x, kernel, padding, _by_products)
+  if devices := _devices_of_few(len(x)):
+    return _in_form(x, kernel, padding, functools.partial(_by_columns, devices=devices))
+  return _plain(x, kernel, padding)
 
 
 def _plain(x, kernel, padding):
@@ -27,7 +35,18 @@ def _plain(x, kernel, padding):
   return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((padding, padding),) * 2, dimension_numbers=layout)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _in_form(x, kernel, padding, form):
+  return form(x, kernel, padding)
+
+
+@_in_form.defjvp
+def _in_form_jvp(padding, form, primals, tangents):
+  """The plain convolution's: of `form` JAX may have none, as of integers."""
+  _, tangent = jax.jvp(lambda x, kernel: _plain(x, kernel, padding), primals, tangents)
+  return form(*primals, padding), tangent
+
+
 def _by_products(x, kernel, padding):
   """Products of some rows' patches at a time. XLA:CPU convolves in float32, whatever the dtype."""
   B, H, W, D = x.shape
@@ -52,7 +71,33 @@ def _by_products(x, kernel, padding):
   return amx.of_bits(y.reshape(B, blocks * rows, w, F)[:, :h], x.dtype)
 
 
-@_by_products.defjvp
-def _by_products_jvp(padding, primals, tangents):
-  """Integers have no derivative; the convolution has."""
-  return jax.jvp(lambda x, kernel: _plain(x, kernel, padding), primals, tangents)
+def _devices_of_few(B: int) -> int | None:
+  """Over how many TPUs these images are split, each of which has few of them; None: it is another case."""
+  where = target.current()
+  if not (where.is_for("tpu") and where.takes_kernels and isinstance(B, int)):
+    return None
+  devices = 1 if where.mesh is None else where.mesh.shape["data"]
+  return devices if B % devices == 0 and B // devices < _MANY else None
+
+
+def _by_columns(x, kernel, padding, devices):
+  """A map's columns as a batch, which is convolved along the rows, once for each column of the kernel.
+
+  The TPU's compiler makes a batch of pieces of a map where there are few maps, and lays these out anew before
+  and after. The columns lie as a batch has to.
+  """
+  B, H, W, D = x.shape
+  k = len(kernel)
+  w = W + 2 * padding - k + 1
+  along = functools.partial(
+    jax.lax.conv_general_dilated, window_strides=(1,), padding=((padding, padding),),
+    dimension_numbers=("WNC", "WIO", "WNC"), preferred_element_type=jnp.float32,
+  )  # fmt: skip
+
+  def of_image(image):  # [H, W, D]
+    image = jnp.pad(image, ((0, 0), (padding, padding), (0, 0)))
+    return sum(along(image[:, j : j + w], kernel[:, j]) for j in range(k)).astype(x.dtype)
+
+  images = x.reshape(devices, B // devices, H, W, D).swapaxes(0, 1)
+  y = jnp.stack([jax.vmap(of_image)(of_each_device) for of_each_device in images], axis=1)
+  return y.reshape(B, *y.shape[2:])

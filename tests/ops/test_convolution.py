@@ -1,4 +1,6 @@
-"""Convolutions as products, the way of CPUs with AMX; any CPU computes them."""
+"""The forms of a convolution, for CPUs with AMX and for TPUs; any CPU computes them."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,27 +31,34 @@ def normal(*shape, dtype=np.float32, seed=0):
     ((3, 1, 1, 4), 3, 1),
   ],
 )
-def test_products_are_the_convolution(shape, k, padding):
-  """Blocks of rows that divide the map and that do not, of one row, of all of it."""
+@pytest.mark.parametrize(
+  "form", [convolution._by_products, *(functools.partial(convolution._by_columns, devices=n) for n in (1, 2))]
+)
+def test_each_form_is_the_convolution(shape, k, padding, form):
+  """Of products, blocks of rows that divide the map and that do not, of one row, of all of it."""
+  if shape[0] % getattr(form, "keywords", {}).get("devices", 1):
+    shape = (2, *shape[1:])
   x, kernel = normal(*shape, dtype=jnp.bfloat16), normal(k, k, 4, 6, dtype=jnp.bfloat16, seed=1)
-  got = tiny.jit(lambda x, kernel: convolution._by_products(x, kernel, padding))(x, kernel)
+  got = tiny.jit(lambda x, kernel: form(x, kernel, padding))(x, kernel)
   wanted = convolution._plain(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
   assert got.dtype == jnp.bfloat16 and got.shape == wanted.shape
   np.testing.assert_allclose(got.astype(np.float32), wanted, rtol=0.01, atol=0.01)
 
 
-def test_their_derivative_is_that_of_the_convolution():
+@pytest.mark.parametrize("form", [convolution._by_products, convolution._by_columns])
+def test_their_derivative_is_that_of_the_convolution(form):
   x, kernel = normal(1, 6, 5, 4, dtype=jnp.bfloat16), normal(3, 3, 4, 6, dtype=jnp.bfloat16, seed=1)
-  loss = lambda how: lambda *xs: (how(*xs, 1).astype(jnp.float32) ** 2).sum()  # noqa: E731
-  by_products, plain = (
-    tiny.jit(jax.grad(loss(f), (0, 1)))(x, kernel) for f in (convolution._by_products, convolution._plain)
-  )
-  for a, b in zip(by_products, plain, strict=True):
+  form = functools.partial(form, devices=1) if form is convolution._by_columns else form
+  ours = lambda x, kernel: convolution._in_form(x, kernel, 1, form)  # noqa: E731
+  plain = lambda x, kernel: convolution._plain(x, kernel, 1)  # noqa: E731
+  loss = lambda how: lambda *xs: (how(*xs).astype(jnp.float32) ** 2).sum()  # noqa: E731
+  gradients = [tiny.jit(jax.grad(loss(how), (0, 1)))(x, kernel) for how in (ours, plain)]
+  for a, b in zip(*gradients, strict=True):
     assert np.abs(b).max() > 1
     np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=0.05, atol=0.5)
 
 
-def test_which_programs_have_them(monkeypatch):
+def test_which_programs_have_products(monkeypatch):
   """Those in bfloat16 for this process's CPU, if it has the unit: no other convolution of stride 1."""
 
   def convolutions(dtype, has_it=True, here=True, **fields):
@@ -63,3 +72,20 @@ def test_which_programs_have_them(monkeypatch):
   assert convolutions(jnp.bfloat16) == 0
   assert convolutions(jnp.float32) == convolutions(jnp.bfloat16, has_it=False) == 1
   assert convolutions(jnp.bfloat16, here=False) == convolutions(jnp.bfloat16, stride=2, padding=1) == 1
+
+
+@pytest.mark.parametrize(
+  "images, platforms, devices, columns",
+  [
+    (1, ("tpu",), None, True), (7, ("tpu",), None, True), (8, ("tpu",), None, False),
+    (4, ("tpu",), 4, True), (28, ("tpu",), 4, True), (32, ("tpu",), 4, False), (2, ("tpu",), 4, False),
+    (1, ("cuda",), None, False), (1, ("cpu", "tpu"), None, False),
+  ],
+)  # fmt: skip
+def test_which_programs_go_by_columns(images, platforms, devices, columns):
+  """Those for TPUs, for few images on each."""
+  mesh = None if devices is None else jax.sharding.AbstractMesh((devices,), ("data",))
+  x, kernel = jax.ShapeDtypeStruct((images, 6, 5, 4), jnp.bfloat16), normal(3, 3, 4, 6, dtype=jnp.bfloat16)
+  with target.traced_for(platforms, mesh):
+    program = str(jax.make_jaxpr(lambda x: convolution.convolve(x, kernel, 1))(x))
+  assert program.count("conv_general_dilated[") == (3 * images // (devices or 1) if columns else 1)
