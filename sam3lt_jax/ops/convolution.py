@@ -17,16 +17,16 @@ from sam3lt_jax.ops import amx, target
 _PATCH_BYTES = 32 << 20
 
 # From so many images on the TPU's compiler has a batch of its own. 288 x 288 cells of 256 channels, 3 x 3, by
-# its own estimate for a v5e in million cycles: 1 image 3.1, by columns 1.3; 4 images 14.0 and 7.5; 8 are 9.1.
+# its own estimate for a v5e in million cycles: 1 image 3.1, by columns 1.1; 4 images 14.0 and 7.6; 8 are 9.1.
 _MANY = 8
 
 
 def convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
   """x [B, H, W, D] by kernel [k, k, D, F], zeros on each side, in their dtype: [B, H', W', F]."""
   if x.dtype.itemsize == 2 and amx.chosen():
-    return _in_form(x, kernel, padding, _by_products)
+    return _by_products(x, kernel, padding)
   if devices := _devices_of_few(len(x)):
-    return _in_form(x, kernel, padding, functools.partial(_by_columns, devices=devices))
+    return _by_columns(x, kernel, padding, devices)
   return _plain(x, kernel, padding)
 
 
@@ -35,18 +35,7 @@ def _plain(x, kernel, padding):
   return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((padding, padding),) * 2, dimension_numbers=layout)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _in_form(x, kernel, padding, form):
-  return form(x, kernel, padding)
-
-
-@_in_form.defjvp
-def _in_form_jvp(padding, form, primals, tangents):
-  """The plain convolution's: of `form` JAX may have none, as of integers."""
-  _, tangent = jax.jvp(lambda x, kernel: _plain(x, kernel, padding), primals, tangents)
-  return form(*primals, padding), tangent
-
-
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _by_products(x, kernel, padding):
   """Products of some rows' patches at a time. XLA:CPU convolves in float32, whatever the dtype."""
   B, H, W, D = x.shape
@@ -71,6 +60,12 @@ def _by_products(x, kernel, padding):
   return amx.of_bits(y.reshape(B, blocks * rows, w, F)[:, :h], x.dtype)
 
 
+@_by_products.defjvp
+def _by_products_jvp(padding, primals, tangents):
+  """Integers have no derivative; the convolution has."""
+  return jax.jvp(lambda x, kernel: _plain(x, kernel, padding), primals, tangents)
+
+
 def _devices_of_few(B: int) -> int | None:
   """Over how many TPUs these images are split, each of which has few of them; None: it is another case."""
   where = target.current()
@@ -91,12 +86,14 @@ def _by_columns(x, kernel, padding, devices):
   w = W + 2 * padding - k + 1
   along = functools.partial(
     jax.lax.conv_general_dilated, window_strides=(1,), padding=((padding, padding),),
-    dimension_numbers=("WNC", "WIO", "WNC"), preferred_element_type=jnp.float32,
+    dimension_numbers=("WNC", "WIO", "WNC"),
   )  # fmt: skip
 
   def of_image(image):  # [H, W, D]
     image = jnp.pad(image, ((0, 0), (padding, padding), (0, 0)))
-    return sum(along(image[:, j : j + w], kernel[:, j]) for j in range(k)).astype(x.dtype)
+    # Each product is rounded to x's dtype: in float32 they are the largest map of the image encoder twice.
+    products = [along(image[:, j : j + w], kernel[:, j]) for j in range(k)]
+    return sum(product.astype(jnp.float32) for product in products).astype(x.dtype)
 
   images = x.reshape(devices, B // devices, H, W, D).swapaxes(0, 1)
   y = jnp.stack([jax.vmap(of_image)(of_each_device) for of_each_device in images], axis=1)

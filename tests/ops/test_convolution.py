@@ -21,7 +21,7 @@ def normal(*shape, dtype=np.float32, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
   "shape, k, padding",
   [
     ((1, 6, 5, 4), 3, 1),
@@ -31,28 +31,39 @@ def normal(*shape, dtype=np.float32, seed=0):
     ((3, 1, 1, 4), 3, 1),
   ],
 )
-@pytest.mark.parametrize(
-  "form", [convolution._by_products, *(functools.partial(convolution._by_columns, devices=n) for n in (1, 2))]
-)
-def test_each_form_is_the_convolution(shape, k, padding, form):
-  """Of products, blocks of rows that divide the map and that do not, of one row, of all of it."""
-  if shape[0] % getattr(form, "keywords", {}).get("devices", 1):
-    shape = (2, *shape[1:])
+
+
+@SHAPES
+def test_products_are_the_convolution(shape, k, padding):
+  """Blocks of rows that divide the map and that do not, of one row, of all of it."""
   x, kernel = normal(*shape, dtype=jnp.bfloat16), normal(k, k, 4, 6, dtype=jnp.bfloat16, seed=1)
-  got = tiny.jit(lambda x, kernel: form(x, kernel, padding))(x, kernel)
+  got = tiny.jit(lambda x, kernel: convolution._by_products(x, kernel, padding))(x, kernel)
   wanted = convolution._plain(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
   assert got.dtype == jnp.bfloat16 and got.shape == wanted.shape
   np.testing.assert_allclose(got.astype(np.float32), wanted, rtol=0.01, atol=0.01)
 
 
-@pytest.mark.parametrize("form", [convolution._by_products, convolution._by_columns])
+@SHAPES
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_columns_are_the_convolution(shape, k, padding, devices, dtype):
+  """In bfloat16 up to one rounding of what each column of the kernel adds, and one of the sum."""
+  x, kernel = normal(shape[0] * devices, *shape[1:], dtype=dtype), normal(k, k, 4, 6, dtype=dtype, seed=1)
+  got = tiny.jit(lambda x, kernel: convolution._by_columns(x, kernel, padding, devices))(x, kernel)
+  x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+  wanted = convolution._plain(x, kernel, padding)
+  assert got.dtype == dtype and got.shape == wanted.shape
+  rounding = 2**-8 if dtype == jnp.bfloat16 else 1e-6
+  assert (abs(got - wanted) <= rounding * convolution._plain(abs(x), abs(kernel), padding)).all()
+
+
+@pytest.mark.parametrize(
+  "form", [convolution._by_products, functools.partial(convolution._by_columns, devices=1)]
+)
 def test_their_derivative_is_that_of_the_convolution(form):
   x, kernel = normal(1, 6, 5, 4, dtype=jnp.bfloat16), normal(3, 3, 4, 6, dtype=jnp.bfloat16, seed=1)
-  form = functools.partial(form, devices=1) if form is convolution._by_columns else form
-  ours = lambda x, kernel: convolution._in_form(x, kernel, 1, form)  # noqa: E731
-  plain = lambda x, kernel: convolution._plain(x, kernel, 1)  # noqa: E731
-  loss = lambda how: lambda *xs: (how(*xs).astype(jnp.float32) ** 2).sum()  # noqa: E731
-  gradients = [tiny.jit(jax.grad(loss(how), (0, 1)))(x, kernel) for how in (ours, plain)]
+  loss = lambda how: lambda *xs: (how(*xs, 1).astype(jnp.float32) ** 2).sum()  # noqa: E731
+  gradients = [tiny.jit(jax.grad(loss(how), (0, 1)))(x, kernel) for how in (form, convolution._plain)]
   for a, b in zip(*gradients, strict=True):
     assert np.abs(b).max() > 1
     np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=0.05, atol=0.5)
