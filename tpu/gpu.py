@@ -216,6 +216,16 @@ def table(rows: Sequence[Row], card: str) -> str:
   return "\n".join(lines)
 
 
+def replaced(document: str, rows: str) -> str:
+  """The document with these rows of a table for those of the same programs; it must have them."""
+  program = lambda line: tuple(cell.strip() for cell in line.split("|")[1:3])  # noqa: E731
+  new = {program(line): line for line in rows.splitlines()[2:]}
+  if missing := new.keys() - map(program, document.splitlines()):
+    names = ", ".join(f"{name} on {cards} card(s)" for cards, name in sorted(missing))
+    raise SystemExit(f"write: the document lacks {names}; leave out --only")
+  return "\n".join(new.get(program(line), line) for line in document.split("\n"))
+
+
 ABOUT = """# Programs on GPUs, by XLA's compiler for them
 
 Written by `JAX_PLATFORMS=cpu python -m tpu.gpu --write`, on a machine without a GPU. Nothing was run, and no
@@ -266,7 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   if args.write:
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     head = f"## {args.size} on {CARDS[args.card]}\n\n{day}, jax {jax.__version__}. bfloat16, 1008 px.\n"
-    pathlib.Path(args.write).write_text("\n".join([ABOUT, head, table(rows, args.card), ""]))
+    text, file = "\n".join([ABOUT, head, table(rows, args.card), ""]), pathlib.Path(args.write)
+    if args.only and file.exists():
+      text = replaced(file.read_text(), table(rows, args.card))
+    file.write_text(text)
   return 0
 
 

@@ -70,6 +70,16 @@ def test_the_table():
   assert "| loops |" in gpu.table([row, gpu.Row(1, "training", 0, 0, 0, None, {})], "h200").splitlines()[-1]
 
 
+def test_some_rows_of_a_document_are_replaced():
+  row = lambda cards, program, bytes: gpu.Row(cards, program, bytes, 0, 0, None, {})  # noqa: E731
+  before = [row(1, "vision", 10**9), row(1, "detection", 10**9), row(4, "vision", 10**9)]
+  document = f"# Title\n\n{gpu.table(before, 'h200')}\n"
+  after = gpu.replaced(document, gpu.table([row(4, "vision", 3 * 10**9)], "h200"))
+  assert after == document.replace("| 4 | vision | 1.00 |", "| 4 | vision | 3.00 |") != document
+  with pytest.raises(SystemExit, match="the document lacks vision on 8 card"):
+    gpu.replaced(document, gpu.table([row(8, "vision", 1)], "h200"))
+
+
 def test_mistakes_are_named(capsys):
   without = "needs jax's plugin for CUDA: pip install 'sam3lt_jax[cuda]'"
   only = "only: no program's name holds 'training, 2'" if HAS_PLUGIN else without
