@@ -25,7 +25,7 @@ def convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
   """x [B, H, W, D] by kernel [k, k, D, F], zeros on each side, in their dtype: [B, H', W', F]."""
   if x.dtype.itemsize == 2 and amx.chosen():
     return _by_products(x, kernel, padding)
-  if devices := _devices_of_few(len(x)):
+  if devices := _devices_of_few(x.shape[0]):
     return _by_columns(x, kernel, padding, devices)
   return _plain(x, kernel, padding)
 

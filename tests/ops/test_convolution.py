@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,13 +91,14 @@ def test_which_programs_have_products(monkeypatch):
   [
     (1, ("tpu",), None, True), (7, ("tpu",), None, True), (8, ("tpu",), None, False),
     (4, ("tpu",), 4, True), (28, ("tpu",), 4, True), (32, ("tpu",), 4, False), (2, ("tpu",), 4, False),
-    (1, ("cuda",), None, False), (1, ("cpu", "tpu"), None, False),
+    ("b", ("tpu",), None, False), (1, ("cuda",), None, False), (1, ("cpu", "tpu"), None, False),
   ],
 )  # fmt: skip
 def test_which_programs_go_by_columns(images, platforms, devices, columns):
   """Those for TPUs, for few images on each."""
   mesh = None if devices is None else jax.sharding.AbstractMesh((devices,), ("data",))
-  x, kernel = jax.ShapeDtypeStruct((images, 6, 5, 4), jnp.bfloat16), normal(3, 3, 4, 6, dtype=jnp.bfloat16)
+  shape = jax.export.symbolic_shape(f"{images}, 6, 5, 4")
+  x, kernel = jax.ShapeDtypeStruct(shape, jnp.bfloat16), normal(3, 3, 4, 6, dtype=jnp.bfloat16)
   with target.traced_for(platforms, mesh):
     program = str(jax.make_jaxpr(lambda x: convolution.convolve(x, kernel, 1))(x))
   assert program.count("conv_general_dilated[") == (3 * images // (devices or 1) if columns else 1)
