@@ -169,8 +169,13 @@ def take_over(
   video: Watched, record: Any, slot: int, frame: int, theirs: tuple[np.ndarray, np.ndarray]
 ) -> None:
   """The reference's memory of a frame, (map [T, C], pointer [D]), in place of ours, see `taken_over`."""
-  map_, pointer = theirs
   video.tracks.bank = taken_over(video.tracks.bank, {0: slot}, {0: {frame: theirs}}, near)
+  take_over_record(record, frame, theirs)
+
+
+def take_over_record(record: Any, frame: int, theirs: tuple[np.ndarray, np.ndarray]) -> None:
+  """The same before the bank is filled from records."""
+  map_, pointer = theirs
   near(record.memory.astype(np.float32), map_, f"frame {frame}, map")
   record.memory, record.pointer = map_.astype(record.memory.dtype), pointer
 
