@@ -93,7 +93,9 @@ def load_model(source: str) -> Any:
 
 
 def randomise_(model: Any, seed: int) -> Any:
-  """Gives every parameter and BatchNorm statistic a value that outputs depend on, in place; returns `model`.
+  """Gives every parameter, statistic of a BatchNorm and matrix of positions a value that outputs depend on.
+
+  In place; returns `model`.
 
   transformers draws layer scales of 1e-5, zero biases, unit norms and 0/1 statistics, behind which mistakes
   hide. Scales are chosen so that activations stay of order 1 to 15 through the whole depth.
@@ -113,6 +115,9 @@ def randomise_(model: Any, seed: int) -> Any:
         if isinstance(module, _norms(torch)) and name == "weight":
           value = value.clamp_(mean - 0.6, mean + 0.6)  # a norm scale near zero would switch its channel off
         tensor.copy_(value)
+    for module in model.modules():  # a tracker's matrix that codes points: a weight, if no parameter
+      if (matrix := dict(module.named_buffers(recurse=False)).get("positional_embedding")) is not None:
+        matrix.copy_(torch.randn(matrix.shape, generator=generator))
   return model
 
 

@@ -50,7 +50,6 @@ def directories(tmp_path_factory):
   from safetensors.torch import save_file
 
   folder = tmp_path_factory.mktemp("trackers")
-  ref.torch.manual_seed(0)  # of the matrix that codes points, which is no parameter
   model = randomise_(ref.transformers.Sam3VideoModel(_video_config()).eval(), 0)
   tracker = model.tracker_model
   matrix = tracker.prompt_encoder.shared_embedding.positional_embedding
