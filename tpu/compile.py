@@ -303,8 +303,7 @@ included; nothing was run on a TPU, and no time was measured.
   with up to 8 boxes) about one image to scores, boxes and masks; `clicks` prompts of up to 4 points about one
   image to masks and their scores. bfloat16; weights are arguments. "A frame for the tracker" is an image to
   what following objects takes; `following` is one frame of a clip, whose state is an argument and a result.
-- On two cores a program compiles in about a minute, the training step in eleven. Its rows are of the tree of
-  commit 910faad, to 10 MB, and were not compiled again since.
+- On two cores a program compiles in about a minute, the training step in eight to twelve.
 - On several chips each does what the program's name says; "collectives" are operations between chips.
 """
 
