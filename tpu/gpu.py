@@ -272,14 +272,13 @@ def main(argv: Sequence[str] | None = None) -> int:
       rows.append(Row(count, name, *held, found, collectives(text)))
       for kernel in (found or []) if args.kernels else []:
         print(f"{kernel.bytes / 1e6:9.1f} MB  {kernel.kind:12} {kernel.result:40} {kernel.layer}")
-  print(table(rows, args.card))
+  print(lines := table(rows, args.card))
   if args.write:
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     head = f"## {args.size} on {CARDS[args.card]}\n\n{day}, jax {jax.__version__}. bfloat16, 1008 px.\n"
-    text, file = "\n".join([ABOUT, head, table(rows, args.card), ""]), pathlib.Path(args.write)
-    if args.only and file.exists():
-      text = replaced(file.read_text(), table(rows, args.card))
-    file.write_text(text)
+    file = pathlib.Path(args.write)
+    of_others = args.only and file.exists()
+    file.write_text(replaced(file.read_text(), lines) if of_others else "\n".join([ABOUT, head, lines, ""]))
   return 0
 
 

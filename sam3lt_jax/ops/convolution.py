@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -23,10 +24,11 @@ _MANY = 8
 
 def convolve(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
   """x [B, H, W, D] by kernel [k, k, D, F], zeros on each side, in their dtype: [B, H', W', F]."""
+  B, where = x.shape[0], target.current()
   if x.dtype.itemsize == 2 and amx.chosen():
     return _by_products(x, kernel, padding)
-  if devices := _devices_of_few(x.shape[0]):
-    return _by_columns(x, kernel, padding, devices)
+  if isinstance(B, int) and where.on_tpus(B) and B // where.devices < _MANY:  # a symbolic batch is not known
+    return _by_columns(x, kernel, padding, where.devices)
   return _plain(x, kernel, padding)
 
 
@@ -66,24 +68,14 @@ def _by_products_jvp(padding, primals, tangents):
   return jax.jvp(lambda x, kernel: _plain(x, kernel, padding), primals, tangents)
 
 
-def _devices_of_few(B: int) -> int | None:
-  """Over how many TPUs these images are split, each of which has few of them; None: it is another case."""
-  where = target.current()
-  if not (where.is_for("tpu") and where.takes_kernels and isinstance(B, int)):
-    return None
-  devices = 1 if where.mesh is None else where.mesh.shape["data"]
-  return devices if B % devices == 0 and B // devices < _MANY else None
-
-
 def _by_columns(x, kernel, padding, devices):
   """A map's columns as a batch, which is convolved along the rows, once for each column of the kernel.
 
   The TPU's compiler makes a batch of pieces of a map where there are few maps, and lays these out anew before
   and after. The columns lie as a batch has to.
   """
-  B, H, W, D = x.shape
   k = len(kernel)
-  w = W + 2 * padding - k + 1
+  w = x.shape[2] + 2 * padding - k + 1
   along = functools.partial(
     jax.lax.conv_general_dilated, window_strides=(1,), padding=((padding, padding),),
     dimension_numbers=("WNC", "WIO", "WNC"),
@@ -95,6 +87,7 @@ def _by_columns(x, kernel, padding, devices):
     products = [along(image[:, j : j + w], kernel[:, j]) for j in range(k)]
     return sum(product.astype(jnp.float32) for product in products).astype(x.dtype)
 
-  images = x.reshape(devices, B // devices, H, W, D).swapaxes(0, 1)
-  y = jnp.stack([jax.vmap(of_image)(of_each_device) for of_each_device in images], axis=1)
-  return y.reshape(B, *y.shape[2:])
+  of_each_device = einops.rearrange(x, "(m n) h w d -> n m h w d", m=devices)
+  return einops.rearrange(
+    [jax.vmap(of_image)(images) for images in of_each_device], "n m h w f -> (m n) h w f"
+  )

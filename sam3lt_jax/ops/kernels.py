@@ -45,8 +45,8 @@ def chosen(q: jax.Array, k: jax.Array, target: Target) -> Kernel | None:
     return None
   if target.is_for(*GPUS):
     fits = q.dtype in (jnp.float16, jnp.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128
-    return _split(cudnn, target) if fits and _divides(target, q.shape[0]) and _has_cudnn() else None
-  if _on_tpus(target, q.shape[0]):
+    return _split(cudnn, target) if fits and q.shape[0] % target.devices == 0 and _has_cudnn() else None
+  if target.on_tpus(q.shape[0]):
     from sam3lt_jax.ops import tpu_attention  # Pallas takes a second to import
 
     return _split(tpu_attention.attend, target)
@@ -57,7 +57,7 @@ def chosen_with_bias(q: jax.Array, k: jax.Array, target: Target) -> Callable | N
   """The same for a `GridBias`: the kernel takes q, k, v and the bias's two arrays."""
   if not _asked_for_kernels() or not _known(*q.shape, *k.shape) or k.shape[1] < MIN_TOKENS:
     return None
-  if not _on_tpus(target, q.shape[0]):
+  if not target.on_tpus(q.shape[0]):
     return None
   from sam3lt_jax.ops import tpu_attention
 
@@ -73,7 +73,7 @@ def chosen_for_windows(
   The kernel takes q, k, v of x's shape and dtype, heads side by side and not yet rotated.
   """
   _, height, width, _ = x.shape
-  if not _asked_for_kernels() or not _known(*x.shape) or not _on_tpus(target, x.shape[0]):
+  if not _asked_for_kernels() or not _known(*x.shape) or not target.on_tpus(x.shape[0]):
     return None
   from sam3lt_jax.ops import tpu_attention
 
@@ -104,15 +104,6 @@ def _checked(argument: str, name: str) -> str:
 def _known(*sizes: int) -> bool:
   """False where one is symbolic, which no kernel takes."""
   return all(isinstance(size, int) for size in sizes)
-
-
-def _on_tpus(target: Target, batch: int) -> bool:
-  """Whether the program is for TPUs alone, in a way that a Pallas kernel may stand in it."""
-  return target.is_for("tpu") and target.takes_kernels and _divides(target, batch)
-
-
-def _divides(target: Target, batch: int) -> bool:
-  return target.mesh is None or batch % target.mesh.shape["data"] == 0
 
 
 def _split(kernel: Kernel, target: Target) -> Kernel:

@@ -38,6 +38,17 @@ class Target:
     """Whether it is for these alone."""
     return all(platform in platforms for platform in self.platforms)
 
+  @property
+  def devices(self) -> int:
+    """Over how many the batch is split."""
+    return 1 if self.mesh is None else self.mesh.shape["data"]
+
+  def on_tpus(self, batch: int) -> bool:
+    """Whether it is for TPUs alone, each of which has rows of its own of this batch that XLA need not split:
+    there a Pallas kernel may stand.
+    """
+    return self.is_for("tpu") and self.takes_kernels and batch % self.devices == 0
+
 
 _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
 

@@ -137,13 +137,13 @@ def write_tracks(
     run = _Run(predictor, frames, files, list(phrases), note)
     if run.agree(json.loads(json.dumps(asked))):
       note(f"all of {frames.name} is tracked: nothing is left to do")
-      run.clear()  # where a kill came between "done" and this
-      return run.written
-    os.makedirs(files.state, exist_ok=True)
-    run.track(options, stop, on_frame)
-    if not run.written.stopped:
-      run.finish()
-      run.clear()
+    else:
+      os.makedirs(files.state, exist_ok=True)
+      run.track(options, stop, on_frame)
+      if not run.written.stopped:
+        run.finish()
+    if not run.written.stopped:  # this run, or one that was killed between "done" and here
+      shutil.rmtree(files.state, ignore_errors=True)
     return run.written
 
 
@@ -301,10 +301,6 @@ class _Run:
     write_vis(files.path(VIS), lines, found, written.frames)
     done = {"frames": written.frames, "objects": written.objects, "notes": written.notes}
     self._say(self._about | {"done": done})
-
-  def clear(self) -> None:
-    """Takes away what only a run that goes on would need."""
-    shutil.rmtree(self._files.state, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- lines
